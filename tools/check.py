@@ -1,0 +1,121 @@
+"Checks that run no notebook: `python tools/check.py [clean export outputs links api cells] [--flags slow]`"
+import argparse, ast, io, os, re, shutil, subprocess, sys, tempfile, tokenize
+from collections import Counter
+from pathlib import Path
+from urllib.parse import unquote
+
+from execnb.nbio import read_nb
+
+from notebooks import ROOT, cleaned, is_test, notebooks, output_problems, skip_reason
+
+MAX_SKIPPED = 0.1 # of the cells that have something to test
+
+def rel(
+    path, # A file of the project
+)->str:
+    "The file's name from the project's root"
+    return str(Path(path).relative_to(ROOT))
+
+def clean(flags):
+    "Notebooks are as `nbdev_clean` leaves them"
+    for f in notebooks():
+        text = f.read_text(encoding='utf-8')
+        if cleaned(text) != text: yield f'{rel(f)}: not clean; run "make clean"'
+
+def python_files(
+    root:Path, # A project
+)->dict:
+    "Content by name of everything that an export writes"
+    files = [root/'pyproject.toml', *(root/'interp_parts').rglob('*.py')]
+    return {str(f.relative_to(root)): f.read_text(encoding='utf-8') for f in files}
+
+def export(flags):
+    "The package is what an export of the notebooks to an empty place gives"
+    with tempfile.TemporaryDirectory() as d:
+        d = Path(d)
+        for f in ('settings.ini', 'pyproject.toml'): shutil.copy(ROOT/f, d)
+        shutil.copytree(ROOT/'nbs', d/'nbs', ignore=shutil.ignore_patterns('.*', '_*'))
+        env = {k:v for k,v in os.environ.items() if k != 'IN_TEST'}
+        code = 'from nbdev.doclinks import nbdev_export; nbdev_export.__wrapped__()'
+        subprocess.run([sys.executable, '-c', code], cwd=d, env=env, check=True)
+        ours,fresh = python_files(ROOT),python_files(d)
+    for f in sorted({*ours, *fresh}):
+        if ours.get(f) != fresh.get(f): yield f'{f}: not what the notebooks export; edit the notebook, then run "make export"'
+
+def outputs(flags):
+    "Saved outputs have no error, no path of a machine and no huge figure"
+    for f in notebooks():
+        for cell in read_nb(f).cells:
+            for problem in output_problems(cell): yield f'{rel(f)}, cell {cell.idx_}: its output has {problem}'
+
+def markdown_texts():
+    "Name and text of all prose: markdown files, and the markdown cells of each notebook"
+    for f in [*ROOT.glob('*.md'), *ROOT.glob('tests/**/*.md')]: yield f, f.read_text(encoding='utf-8')
+    for f in notebooks(): yield f, '\n\n'.join(c.source for c in read_nb(f).cells if c.cell_type=='markdown')
+
+_code = re.compile(r'^(```|~~~).*?^\1|`[^`\n]+`', re.MULTILINE | re.DOTALL)
+_link = re.compile(r'\]\(\s*<?([^)\s>]+)>?(?:\s+"[^"]*")?\s*\)|(?:src|href)="([^"]+)"')
+
+def links(flags):
+    "Files that the prose links to exist"
+    for f,text in markdown_texts():
+        for target in map(lambda m: m[1] or m[2], _link.finditer(_code.sub('', text))):
+            if re.match(r'[a-z][a-z+.-]*:|#', target): continue
+            if not (f.parent/unquote(target.split('#')[0])).exists(): yield f'{rel(f)}: links to {target}, which is not there'
+
+def commented_lines(
+    src:str, # A module's source
+)->set:
+    "Numbers of the lines that end in a comment"
+    return {t.start[0] for t in tokenize.generate_tokens(io.StringIO(src).readline) if t.type==tokenize.COMMENT}
+
+def arguments(
+    fn:ast.FunctionDef, # A function
+):
+    "Its arguments, but for self and cls"
+    a = fn.args
+    found = [*a.posonlyargs, *a.args, a.vararg, *a.kwonlyargs, a.kwarg]
+    return [o for o in found if o and o.arg not in ('self', 'cls')]
+
+def documented(
+    node, # A function or class definition
+):
+    "Name and line of everything about `node` that has to have a comment"
+    if isinstance(node, ast.FunctionDef): return [(o.arg, o.end_lineno) for o in arguments(node)]
+    init = [m for o in node.body if isinstance(o, ast.FunctionDef) and o.name=='__init__' for m in documented(o)]
+    is_data = any('dataclass' in ast.unparse(o) for o in node.decorator_list)
+    return init + [(o.target.id, o.end_lineno) for o in node.body if is_data and isinstance(o, ast.AnnAssign)]
+
+def api(flags):
+    "Every public function and class has a docstring, and a comment on each argument"
+    for f in sorted((ROOT/'interp_parts').glob('*.py')):
+        src = f.read_text(encoding='utf-8')
+        lines = commented_lines(src)
+        for node in ast.parse(src).body:
+            if not isinstance(node, (ast.FunctionDef, ast.ClassDef)) or node.name[0]=='_': continue
+            if not ast.get_docstring(node): yield f'{rel(f)}: {node.name} has no docstring'
+            missing = [name for name,line in documented(node) if line not in lines]
+            if missing: yield f"{rel(f)}: {node.name}: no comment on {', '.join(missing)}"
+
+def cells(flags):
+    "Few cells are skipped"
+    reasons = [skip_reason(c, flags) for f in notebooks() for c in read_nb(f).cells if is_test(c)]
+    skipped = Counter(o for o in reasons if o)
+    part = skipped.total()/max(len(reasons), 1)
+    detail = ', '.join(f'{n} {flag}' for flag,n in skipped.most_common())
+    print(f"{len(reasons)-skipped.total()} cells run, {skipped.total()} skipped{f' ({detail})' if detail else ''}: {part:.1%}")
+    if part > MAX_SKIPPED: yield f'more than {MAX_SKIPPED:.0%} of the cells are skipped'
+
+checks = {f.__name__:f for f in (clean, export, outputs, links, api, cells)}
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument('names', nargs='*', help=f"of {', '.join(checks)}; default all")
+    parser.add_argument('--flags', default='', help='flags whose cells run too, such as realdata,slow')
+    args = parser.parse_args()
+    os.chdir(ROOT)
+    problems = [f'{name}: {p}' for name in args.names or checks for p in checks[name](args.flags.replace(',', ' ').split())]
+    print(*problems, sep='\n', end='\n' if problems else '')
+    sys.exit(bool(problems))
+
+if __name__ == '__main__': main()
