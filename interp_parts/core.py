@@ -18,6 +18,7 @@ import torch
 from torch import nn
 from fastai.callback.core import Callback
 from fastai.learner import Learner
+from fastcore.foundation import L
 
 # %% ../nbs/00_core.ipynb #08a7e0f6
 class InterpPartsError(ValueError):
@@ -194,9 +195,16 @@ class SplitTargets(Callback):
 
 class PartLearner(Learner):
     "A fastai `Learner` for a `PartModel`"
-    def __init__(self, dls, model, *args, cbs=None, **kwargs):
+    def __init__(self,
+        dls, # DataLoaders, usually from `part_dls`
+        model:nn.Module, # A `PartModel`
+        *args,
+        cbs=None, # Callbacks of the method and of the user
+        **kwargs # fastai's own: loss_func, opt_func, splitter, metrics ...
+    ):
         self.out,self.extra = None,()
-        super().__init__(dls, model, *args, cbs=[PickLogits(), SplitTargets(), *(cbs or [])], **kwargs)
+        model = model.to(memory_format=torch.channels_last) # twice as fast for depth-wise convolutions on a CPU
+        super().__init__(dls, model, *args, cbs=[PickLogits(), SplitTargets(), *L(cbs)], **kwargs)
 
 # %% ../nbs/00_core.ipynb #e4d1b026
 @dataclass

@@ -255,7 +255,11 @@ def denormalize(
 class NormalizeImages(Transform):
     "`normalize` as the last step of a DataLoader"
     order = 99
-    def __init__(self, stats=imagenet_stats): super().__init__(); self.stats = stats
+    def __init__(self,
+        stats=imagenet_stats, # Mean and deviation the backbone expects
+    ):
+        super().__init__()
+        self.stats = stats
     def encodes(self, x:TensorImage): return normalize(x, self.stats)
     def decodes(self, x:TensorImage): return denormalize(x, self.stats)
 

@@ -1,12 +1,13 @@
-"Checks that run no notebook: `python tools/check.py [clean export outputs links api cells] [--flags slow]`"
+"Checks that run no notebook: `python tools/check.py [clean export outputs imports links api cells] [--flags slow]`"
 import argparse, ast, io, os, re, shutil, subprocess, sys, tempfile, tokenize
 from collections import Counter
+from functools import partial
 from pathlib import Path
 from urllib.parse import unquote
 
 from execnb.nbio import read_nb
 
-from notebooks import ROOT, cleaned, is_test, notebooks, output_problems, skip_reason
+from notebooks import ROOT, cleaned, directives, is_test, notebooks, output_problems, skip_reason
 
 MAX_SKIPPED = 0.1 # of the cells that have something to test
 
@@ -16,7 +17,7 @@ def rel(
     "The file's name from the project's root"
     return str(Path(path).relative_to(ROOT))
 
-def clean(flags):
+def clean():
     "Notebooks are as `nbdev_clean` leaves them"
     for f in notebooks():
         text = f.read_text(encoding='utf-8')
@@ -29,7 +30,7 @@ def python_files(
     files = [root/'pyproject.toml', *(root/'interp_parts').rglob('*.py')]
     return {str(f.relative_to(root)): f.read_text(encoding='utf-8') for f in files}
 
-def export(flags):
+def export():
     "The package is what an export of the notebooks to an empty place gives"
     with tempfile.TemporaryDirectory() as d:
         d = Path(d)
@@ -40,28 +41,48 @@ def export(flags):
         subprocess.run([sys.executable, '-c', code], cwd=d, env=env, check=True)
         ours,fresh = python_files(ROOT),python_files(d)
     for f in sorted({*ours, *fresh}):
-        if ours.get(f) != fresh.get(f): yield f'{f}: not what the notebooks export; edit the notebook, then run "make export"'
+        if ours.get(f) == fresh.get(f): continue
+        yield f'{f}: not what the notebooks export; edit the notebook, then run "make export"'
 
-def outputs(flags):
+def outputs():
     "Saved outputs have no error, no path of a machine and no huge figure"
     for f in notebooks():
         for cell in read_nb(f).cells:
-            for problem in output_problems(cell): yield f'{rel(f)}, cell {cell.idx_}: its output has {problem}'
+            for problem in output_problems(cell): yield f'{rel(f)}, cell {cell.idx_+1}: its output has {problem}'
+
+def mixes_imports(
+    cell, # A code cell
+)->bool:
+    "Would the making of pages, which runs cells with imports alone, run other code too?"
+    if not is_test(cell) or {'export', 'exports', 'exporti'} & directives(cell).keys(): return False
+    trees = cell.parsed_() or []
+    is_import = lambda o: isinstance(o, (ast.Import, ast.ImportFrom))
+    return any(map(is_import, ast.walk(ast.Module(trees, [])))) and not all(map(is_import, trees))
+
+def imports():
+    "Examples import in cells of their own, in notebooks that export"
+    for f in notebooks():
+        cells = read_nb(f).cells
+        if not any('export' in directives(c) or 'show_doc(' in c.source for c in cells): continue
+        for cell in filter(mixes_imports, cells):
+            yield f'{rel(f)}, cell {cell.idx_+1}: imports and other code; pages need imports in a cell of their own'
 
 def markdown_texts():
     "Name and text of all prose: markdown files, and the markdown cells of each notebook"
-    for f in [*ROOT.glob('*.md'), *ROOT.glob('tests/**/*.md')]: yield f, f.read_text(encoding='utf-8')
+    for f in [*ROOT.glob('*.md'), *ROOT.glob('tests/**/*.md')]:
+        yield f, f.read_text(encoding='utf-8')
     for f in notebooks(): yield f, '\n\n'.join(c.source for c in read_nb(f).cells if c.cell_type=='markdown')
 
 _code = re.compile(r'^(```|~~~).*?^\1|`[^`\n]+`', re.MULTILINE | re.DOTALL)
 _link = re.compile(r'\]\(\s*<?([^)\s>]+)>?(?:\s+"[^"]*")?\s*\)|(?:src|href)="([^"]+)"')
 
-def links(flags):
+def links():
     "Files that the prose links to exist"
     for f,text in markdown_texts():
         for target in map(lambda m: m[1] or m[2], _link.finditer(_code.sub('', text))):
             if re.match(r'[a-z][a-z+.-]*:|#', target): continue
-            if not (f.parent/unquote(target.split('#')[0])).exists(): yield f'{rel(f)}: links to {target}, which is not there'
+            if (f.parent/unquote(target.split('#')[0])).exists(): continue
+            yield f'{rel(f)}: links to {target}, which is not there'
 
 def commented_lines(
     src:str, # A module's source
@@ -82,11 +103,12 @@ def documented(
 ):
     "Name and line of everything about `node` that has to have a comment"
     if isinstance(node, ast.FunctionDef): return [(o.arg, o.end_lineno) for o in arguments(node)]
-    init = [m for o in node.body if isinstance(o, ast.FunctionDef) and o.name=='__init__' for m in documented(o)]
+    inits = [o for o in node.body if isinstance(o, ast.FunctionDef) and o.name=='__init__']
     is_data = any('dataclass' in ast.unparse(o) for o in node.decorator_list)
-    return init + [(o.target.id, o.end_lineno) for o in node.body if is_data and isinstance(o, ast.AnnAssign)]
+    fields = [(o.target.id, o.end_lineno) for o in node.body if is_data and isinstance(o, ast.AnnAssign)]
+    return fields + [m for o in inits for m in documented(o)]
 
-def api(flags):
+def api():
     "Every public function and class has a docstring, and a comment on each argument"
     for f in sorted((ROOT/'interp_parts').glob('*.py')):
         src = f.read_text(encoding='utf-8')
@@ -97,16 +119,18 @@ def api(flags):
             missing = [name for name,line in documented(node) if line not in lines]
             if missing: yield f"{rel(f)}: {node.name}: no comment on {', '.join(missing)}"
 
-def cells(flags):
+def cells(
+    flags=(), # Flags whose cells run
+):
     "Few cells are skipped"
     reasons = [skip_reason(c, flags) for f in notebooks() for c in read_nb(f).cells if is_test(c)]
     skipped = Counter(o for o in reasons if o)
     part = skipped.total()/max(len(reasons), 1)
-    detail = ', '.join(f'{n} {flag}' for flag,n in skipped.most_common())
-    print(f"{len(reasons)-skipped.total()} cells run, {skipped.total()} skipped{f' ({detail})' if detail else ''}: {part:.1%}")
+    why = ', '.join(f'{n} {flag}' for flag,n in skipped.most_common()) or 'none'
+    print(f'{len(reasons)-skipped.total()} cells run, {skipped.total()} skipped ({why}): {part:.1%}')
     if part > MAX_SKIPPED: yield f'more than {MAX_SKIPPED:.0%} of the cells are skipped'
 
-checks = {f.__name__:f for f in (clean, export, outputs, links, api, cells)}
+checks = {f.__name__:f for f in (clean, export, outputs, imports, links, api, cells)}
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
@@ -114,7 +138,8 @@ def main():
     parser.add_argument('--flags', default='', help='flags whose cells run too, such as realdata,slow')
     args = parser.parse_args()
     os.chdir(ROOT)
-    problems = [f'{name}: {p}' for name in args.names or checks for p in checks[name](args.flags.replace(',', ' ').split())]
+    checks['cells'] = partial(cells, args.flags.replace(',', ' ').split())
+    problems = [f'{name}: {p}' for name in args.names or checks for p in checks[name]()]
     print(*problems, sep='\n', end='\n' if problems else '')
     sys.exit(bool(problems))
 

@@ -1,5 +1,5 @@
 "Run notebooks and save their outputs: `python tools/notebooks.py [FILES] [--flags realdata,slow] [--workers 2]`"
-import argparse, json, os, re, subprocess, sys, tempfile
+import argparse, json, os, re, subprocess, sys, tempfile, warnings
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -11,11 +11,16 @@ from nbdev.config import get_config
 from nbdev.process import extract_directives
 
 ROOT = Path(__file__).resolve().parent.parent
-MAX_FIGURE = 100*1024 # bytes, so that the notebooks stay readable in a browser and small in git
+MAX_FIGURE = 100 # KB, so that the notebooks stay readable in a browser and small in git
+
+def settings():
+    "What settings.ini says, wherever the caller stands"
+    with working_directory(ROOT): return get_config()
 
 def notebooks():
     "All notebooks of the project, in reading order"
-    return sorted(o for o in (ROOT/'nbs').rglob('*.ipynb') if not any(p[0] in '._' for p in o.relative_to(ROOT).parts))
+    files = (ROOT/'nbs').rglob('*.ipynb')
+    return sorted(f for f in files if not any(o[0] in '._' for o in f.relative_to(ROOT).parts))
 
 def directives(
     cell, # A notebook cell
@@ -30,7 +35,7 @@ def skip_reason(
     "The flag that keeps `cell` from running, or None"
     direcs = directives(cell)
     if direcs.get('eval:', [''])[0].lower() == 'false': return 'eval: false'
-    return next((o for o in get_config().tst_flags.split() if o in direcs and o not in flags), None)
+    return next((o for o in settings().tst_flags.split() if o in direcs and o not in flags), None)
 
 def is_test(
     cell, # A notebook cell
@@ -42,13 +47,14 @@ def cleaned(
     text:str, # A notebook file's content
 )->str:
     "What `nbdev_clean` makes of a notebook"
-    nb,cfg = json.loads(text),get_config()
-    clean_nb(nb, cfg.clear_all, cfg.allowed_metadata_keys.split(), cfg.allowed_cell_metadata_keys.split(), cfg.clean_ids)
+    nb,cfg = json.loads(text),settings()
+    keys = [cfg[o].split() for o in ('allowed_metadata_keys', 'allowed_cell_metadata_keys')]
+    clean_nb(nb, cfg.clear_all, *keys, cfg.clean_ids)
     return nb2str(nb)
 
 def machine_paths()->re.Pattern:
     "Paths that say on which machine a notebook ran"
-    own = [ROOT.parent, Path.home(), Path(tempfile.gettempdir()), Path(os.environ.get('INTERP_PARTS_DATA', '/'))]
+    own = map(Path, (ROOT.parent, Path.home(), tempfile.gettempdir(), os.environ.get('INTERP_PARTS_DATA', '/')))
     own = [re.escape(f'{o}/') for o in own if len(o.parts) > 1]
     return re.compile('|'.join([*own, r'(?<![\w.])/(?:home|root|tmp|Users|var/folders)/', 'site-packages']))
 
@@ -62,17 +68,23 @@ def output_problems(
         for kind,val in data.items():
             val = ''.join(val) if isinstance(val, list) else str(val)
             if kind.startswith('image/'):
-                size = len(val)*3//4
-                if size > MAX_FIGURE: yield f'a figure of {size//1024} KB; at most {MAX_FIGURE//1024}: fewer or smaller pictures'
+                size = len(val)*3//4//1024
+                if size > MAX_FIGURE: yield f'a figure of {size} KB; at most {MAX_FIGURE}: show less, or smaller'
             elif found := machine_paths().search(val): yield f'a path of this machine: {val[found.start():][:80]!r}'
 
 class Shell(CaptureShell):
-    "A `CaptureShell` that keeps the last state of a display that is updated, such as a progress bar"
+    "A `CaptureShell` that keeps the last state of what is written over again, such as a progress bar"
     def _run(self, *args, **kwargs):
         res = super()._run(*args, **kwargs)
         last = {(o.transient or {}).get('display_id', i): o for i,o in enumerate(res.display_objects)}
+        for o in ('stdout', 'stderr'): res[o] = re.sub(r'[^\n]*\r', '', res[o])
         res.display_objects = [o for o in last.values() if o.data.get('text/html', 'x').strip()]
         return res
+
+def quiet_warnings():
+    "Show a warning without the file that gave it, and none about the future of other libraries"
+    warnings.formatwarning = lambda msg, category, *_, **__: f'{category.__name__}: {msg}\n'
+    for o in (DeprecationWarning, FutureWarning): warnings.simplefilter('ignore', o)
 
 def run_notebook(
     path:Path, # Notebook to run
@@ -80,13 +92,15 @@ def run_notebook(
 )->str:
     "The notebook's content after running it; skipped cells keep the outputs they have"
     nb,shell = read_nb(path),Shell(path.resolve(), mpl_format='png')
+    quiet_warnings()
     with working_directory(path.parent):
         for cell in nb.cells:
             if not is_test(cell) or skip_reason(cell, flags): continue
             cell.outputs = []
             shell.cell(cell)
             if shell.exc: sys.exit(f'{cell.source}\n{shell.prettytb(path.name)}')
-            for problem in output_problems(cell): sys.exit(f'{path.name}, cell {cell.idx_}: its output has {problem}\n{cell.source}')
+            for problem in output_problems(cell):
+                sys.exit(f'{path.name}, cell {cell.idx_+1}: its output has {problem}\n{cell.source}')
     return cleaned(nb2str(nb))
 
 def save_outputs(

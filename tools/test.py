@@ -9,32 +9,33 @@ LIMIT = 900 # seconds for one step
 def steps(
     flags:str, # Flags whose cells run, separated by spaces
 )->dict:
-    "Arguments of python by the name of each step; later notebooks tend to take longer, so they start first"
+    "Arguments of python by step; later notebooks tend to take longer, so they start first"
     parity = ['tests/parity.py', 'tests/fixtures/parity']
     names = [str(f.relative_to(ROOT)) for f in reversed(notebooks())]
     test = 'from nbdev.test import nbdev_test; nbdev_test.__wrapped__({!r}, flags={!r}, n_workers=0)'
-    checks = {o:['tools/check.py', o, '--flags', flags] for o in ('clean', 'export', 'outputs', 'links', 'api')}
+    checks = ('clean', 'export', 'outputs', 'imports', 'links', 'api', 'cells')
     return {'pages': ['tools/pages.py'], 'parity': parity, 'parity self-test': [*parity, '--selftest'],
             **{o:['-c', test.format(o, flags)] for o in names}, 'readme': ['tools/readme.py', '--check'],
-            **checks, 'cells': ['tools/check.py', 'cells', '--flags', flags]}
+            **{o:['tools/check.py', o, '--flags', flags] for o in checks}}
 
 def run(
     name:str, # Of the step
     args:list, # Arguments of python
 )->tuple:
     "Run one step, print a line about it, and all it said if it failed; returns its success and its last line"
-    start = time.time()
+    start,pipes = time.time(),dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     try:
-        res = subprocess.run([sys.executable, *args], cwd=ROOT, timeout=LIMIT, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-        ok,said = res.returncode==0,res.stdout.strip()
-    except subprocess.TimeoutExpired as e: ok,said = False,f'{(e.stdout or b"").decode()}\nstopped after {LIMIT} s'
+        res = subprocess.run([sys.executable, *args], cwd=ROOT, timeout=LIMIT, **pipes)
+        ok,said = res.returncode==0,res.stdout
+    except subprocess.TimeoutExpired as e: ok,said = False,(e.stdout or b'') + f'\nstopped after {LIMIT} s'.encode()
+    said = said.decode(errors='replace').strip()
     print(f"{'ok  ' if ok else 'FAIL'} {time.time()-start:5.0f} s  {name}" + ('' if ok else f'\n{said}'), flush=True)
     return ok, (said.splitlines() or [''])[-1]
 
 def untracked()->set:
     "Files that git neither tracks nor ignores"
-    res = subprocess.run(['git', 'ls-files', '--others', '--exclude-standard'], cwd=ROOT, text=True, capture_output=True)
-    return set(res.stdout.splitlines())
+    git = ['git', 'ls-files', '--others', '--exclude-standard']
+    return set(subprocess.run(git, cwd=ROOT, text=True, capture_output=True).stdout.splitlines())
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
@@ -47,7 +48,7 @@ def main():
     todo,before = steps(' '.join(flags)),untracked()
     with ThreadPoolExecutor(args.workers) as pool: results = dict(zip(todo, pool.map(run, todo, todo.values())))
     left = sorted(untracked() - before)
-    print('FAIL' if left else 'ok  ', '         nothing left behind' if not left else f"         left behind: {', '.join(left)}")
+    print('FAIL' if left else 'ok  ', '        left behind:', ', '.join(left) or 'nothing')
     failed = sum(not ok for ok,_ in results.values()) + bool(left)
     print(f"realdata cells {'run on INTERP_PARTS_DATA' if data else 'are skipped: set INTERP_PARTS_DATA to run them'}")
     for name in ('parity', 'parity self-test', 'cells'): print(f'{name}: {results[name][1]}')

@@ -1,0 +1,322 @@
+"Region grouping against the numbers of tests/fixtures/parity/region_grouping.md, which documents arrays and tolerances"
+import math, zlib
+from itertools import count, takewhile
+
+import numpy as np, torch, torch.nn.functional as F
+from torch import nn
+from torchvision.models.resnet import Bottleneck as ResNetBottleneck
+
+from interp_parts.backbones import split_params
+from interp_parts.data import View
+from interp_parts.evaluation import accuracy, attribute_accuracy, weighted_mean
+from interp_parts.landmarks import (KeypointRegression, eye_distance, eye_frame, keypoint_errors, mean_error,
+                                    part_centers, to_frame, trim_to_stride)
+from interp_parts.overlays import (assignment_overlay, attention_map, attention_overlay, hard_assignment, part_colors,
+                                   part_images)
+from interp_parts.readers import binary_labels, scale_factors, scops_filter
+from interp_parts.region_grouping import (Bottleneck, GroupingUnit, RegionGrouping, StackedBottleneck, assign_pixels,
+                                          beta_quantiles, blur_kernel, describe_parts, load_original, occurrence,
+                                          occurrence_loss, original_views, part_attention, stacked_attention)
+from interp_parts.training import multi_label_loss, torch_opt
+
+def grouping(r):
+    "The grouping unit: outputs and gradients of every case, and how prototypes start"
+    for case in r.find('(.+)_x'): grouping_case(r, case)
+    if 'init_smooth' in r: grouping_start(r)
+
+def grouping_case(r, case):
+    "Outputs and gradients; 1e-5, and 1e-10 in float64"
+    x,w,s = ins = [r.tensor(f'{case}_{k}').requires_grad_() for k in ('x','weight','smooth_factor')]
+    pixels,centers = x.flatten(2),w.flatten(1)
+    q = assign_pixels(pixels, centers, s)
+    out,assign = describe_parts(pixels, q, centers).transpose(1,2),q.unflatten(2, x.shape[2:])
+    cot_out,cot_assign = (r.tensor(f'{case}_cot_{k}') for k in ('out','assign'))
+    grads = torch.autograd.grad((out*cot_out).sum() + (assign*cot_assign).sum(), ins)
+    for k,v in zip(('out','assign','dx','dweight','dsmooth'), (out,assign,*grads)):
+        r.close(f'{case}_{k}', v, 1e-10 if x.dtype == torch.float64 else 1e-5)
+
+def statistics(w):
+    "min, max, mean, std and share of 1e-5 of prototypes"
+    return np.array([w.min(), w.max(), w.mean(dtype=np.float64), w.std(dtype=np.float64), (w == np.float32(1e-5)).mean()])
+
+def seeded_unit(seed, n_parts):
+    "A new unit, C = 1024"
+    torch.manual_seed(seed)
+    return GroupingUnit(n_parts, 1024)
+
+def grouping_start(r):
+    "Statistics within 10 % of the recorded ones, against the draw with the seed whose mean and deviation come nearest"
+    theirs,k = r['init_stats'],len(r['init_smooth'])
+    draws = [statistics(seeded_unit(seed, k).weight.detach().numpy()) for seed in range(200)]
+    ours = min(draws, key=lambda s: np.abs(s/theirs-1)[2:4].sum())
+    r.exact('init_stats', ours[0], at=0)
+    for i in range(1, 5): r.near('init_stats', ours[i], .1*abs(theirs[i]), at=i)
+    r.exact('init_smooth', seeded_unit(0, k).smooth_factor)
+
+def prior(r):
+    "The occurrence prior: blur, quantiles, presence, loss and its gradient"
+    for i in r.find(r'kernel(\d+)'):
+        radius,std = r[f'kernel{i}_radius_std'].tolist()
+        r.close(f'kernel{i}', blur_kernel(int(radius), std), 1e-6)
+    for i in r.find(r'prior(\d+)_quantiles'):
+        n,alpha,beta = r[f'prior{i}_N_alpha_beta'].tolist()
+        r.near(f'prior{i}_quantiles', beta_quantiles(int(n), alpha, beta), 1e-6)
+    for i in r.find(r'case(\d+)_assign'): prior_case(r, f'case{i}')
+
+def prior_case(r, case):
+    "Presence, loss and gradient: 1e-5"
+    q = r.tensor(f'{case}_assign').requires_grad_()
+    radius,std,alpha,beta = r[f'{case}_cfg_N_K_H_W_radius_std_alpha_beta'][4:].tolist()
+    t = occurrence(q, int(radius), std)
+    loss = occurrence_loss(t, alpha, beta)
+    loss.backward()
+    for k,v in dict(occurrence=t, loss=loss, dassign=q.grad).items(): r.close(f'{case}_{k}', v, 1e-5)
+
+def blocks(state, name):
+    "Names of the residual blocks of `name`"
+    return list(takewhile(lambda b: f'{b}.conv1.weight' in state, (f'{name}.{i}' for i in count())))
+
+def resnet_layer(state, name, stride):
+    "Residual blocks with the recorded widths"
+    layers = []
+    for i,b in enumerate(blocks(state, name)):
+        (mid,cin),down = state[f'{b}.conv1.weight'].shape[:2],state.get(f'{b}.downsample.0.weight')
+        step = stride if i == 0 else 1
+        project = None if down is None else nn.Sequential(nn.Conv2d(cin, len(down), 1, step, bias=False),
+                                                          nn.BatchNorm2d(len(down)))
+        layers.append(ResNetBottleneck(cin, mid, step, project))
+    return nn.Sequential(*layers)
+
+class Trunk(nn.Module):
+    "A ResNet up to layer3, of the recorded widths"
+    def __init__(self, state):
+        super().__init__()
+        o,i,side,_ = state['conv1.weight'].shape
+        self.conv1,self.bn1 = nn.Conv2d(i, o, side, 2, side//2, bias=False),nn.BatchNorm2d(o)
+        self.layer1,self.layer2,self.layer3 = (resnet_layer(state, f'layer{i}', s) for i,s in ((1,1),(2,2),(3,1)))
+        self.channels = state['grouping.weight'].shape[1]
+
+    def forward(self, x):
+        x = F.max_pool2d(self.bn1(self.conv1(x)).relu(), 3, 2, 1)
+        return self.layer3(self.layer2(self.layer1(x)))
+
+def recorded_attention(state, n, channels):
+    "Attention with the recorded widths; of `n` attributes, or of None for a single label"
+    if n is None: return part_attention(channels, len(state['attconv.0.conv1.weight']))
+    keys = (f'attconv.0.{3*i}.weight' for i in count())
+    return stacked_attention(n, channels, [len(state[k]) for k in takewhile(state.__contains__, keys)][:-1])
+
+def miniature(state):
+    "Our model with the architecture of the original's `state`"
+    post,multi = blocks(state, 'post_block'),'mylinear.0.weight' in state
+    shapes = [(state[f'{b}.conv1.weight'].shape[1], *(len(state[f'{b}.conv{i}.weight']) for i in (1,3))) for b in post]
+    parts,channels = state['grouping.weight'].shape[:2]
+    n = sum(k.startswith('mylinear.') and k.endswith('.weight') for k in state) if multi else len(state['mylinear.weight'])
+    width = len(state['groupingbn.weight'])
+    net = RegionGrouping(n, parts, multi=multi, published=True, compat=True, width=width, blocks=len(post),
+                         features=Trunk(state))
+    net.post = nn.Sequential(*(Bottleneck(*s) for s in shapes))
+    net.attention = recorded_attention(state, n if multi else None, channels)
+    if multi: net.refine = StackedBottleneck(n, width, len(state['nonlinear.0.conv1.weight']))
+    return net
+
+def outputs(r, out, stage, **tol):
+    "Compare logits, attention and assignment, absolutely"
+    for k,v in dict(logits=out.logits, att=out.attention, assign=out.assignment).items(): r.near(stage+k, v, tol[k])
+
+def model(r):
+    "A small network: outputs, two optimiser steps, outputs again"
+    state,x = {k:r.tensor(f'p0/{k}') for k in r.find('p0/(.+)')},r.tensor('x')
+    net = miniature(state)
+    load_original(net, state)
+    tol = dict.fromkeys(('logits','att','assign'), 1e-4)
+    with torch.no_grad(): outputs(r, net.eval()(x), 'eval_', **tol)
+    two_steps(r, net.train(), x)
+    load_original(net, {**state, **{k:r.tensor(f'{part}/{k}') for part in ('p2','b2') for k in r.find(f'{part}/(.+)')}})
+    with torch.no_grad(): outputs(r, net.eval()(x), 'eval2_', **tol)
+
+def two_steps(r, net, x):
+    "Losses, gradients, buffers and parameters of two steps on one batch"
+    lr,wd,coeff,radius,std,*beta = r['cfg_lr_wd_coeff_radius_std_alpha_beta'].tolist()
+    y,blur = r.tensor('y'),(int(radius),std)
+    opt = torch_opt('sgd', momentum=.9, weight_decay=wd)(split_params(net), lr=lr)
+    opt.set_hypers(lr=[lr,20*lr])
+    for step in (1,2):
+        out = net(x)
+        losses = prediction_loss(net, out.logits, y),occurrence_loss(occurrence(out.assignment, *blur), *beta)
+        total = losses[0] + coeff*losses[1]
+        opt.zero_grad()
+        total.backward()
+        r.close(f'losses_step{step}', torch.stack([*losses, total]), 1e-3)
+        if step == 1: first_step(r, net, out)
+        opt.step()
+    views = original_views(net)
+    for part,tol in (('p2',1e-2), ('b2',5e-3)):
+        for k in r.find(f'{part}/(.+)'): r.close(f'{part}/{k}', views[k], tol)
+
+def prediction_loss(net, logits, y): return multi_label_loss(logits, y > 0) if net.multi else F.cross_entropy(logits, y)
+
+def first_step(r, net, out):
+    "Outputs in training, gradients and buffers of the first step"
+    outputs(r, out, 'train_', logits=1e-3, att=1e-3, assign=1e-3)
+    grads = original_views(net, {k:p.grad for k,p in net.named_parameters()})
+    for k in r.find('g1/(.+)'): r.close(f'g1/{k}', grads[k], 2e-3, rounding(r, k))
+    buffers = original_views(net)
+    for k in r.find('b1/(.+)'): r.close(f'b1/{k}', buffers[k], 5e-3)
+
+def rounding(r, name):
+    """Least tolerance of a bias: a batch norm undoes that of a convolution, whose gradient is rounding alone, of float32
+    sums of terms as large as the gradient of its weight: 1e-5 of that, 1/200 of the weight's own tolerance"""
+    layer,_,kind = name.rpartition('.')
+    return 1e-5*r.top(f'g1/{layer}.weight') if kind == 'bias' else 0.
+
+depths = {6:'resnet50', 23:'resnet101', 36:'resnet152'}
+
+def full(r):
+    "A network of real widths with generated parameters, evaluated"
+    keys,weight = r.arrays['state_keys'].tolist(),r.tensor('grouping_weight')
+    depth,multi = len([k for k in keys if k.startswith('layer3.') and k.endswith('.conv1.weight')]),'mylinear.0.weight' in keys
+    net = RegionGrouping(int(r['num_classes']), int(r['num_parts']), depths[depth], multi=multi, published=True, compat=True)
+    architecture(r, net)
+    salt,state = int(r['salt']),original_views(net)
+    load_original(net, {k:weight[...,None,None] if k == 'grouping.weight' else generated(k, v, salt) for k,v in state.items()})
+    x = r.tensor('x')
+    with torch.no_grad():
+        outputs(r, net.eval()(x), '', logits=2e-4, att=1e-4, assign=2e-4)
+        r.close('features_mean_abs', net.backbone(x).abs().double().mean(), 1e-4)
+
+def architecture(r, net):
+    "Names and shapes of the state, and parameters of each top module"
+    shapes = {k:','.join(map(str, v.shape)) for k,v in original_views(net).items()}
+    same = [k for k in r.arrays['state_keys'].tolist() if k in shapes]
+    r.exact('state_keys', same + sorted(shapes.keys() - set(same)))
+    r.exact('state_shapes', [shapes[k] for k in same])
+    sizes = {}
+    for k,v in original_views(net, dict(net.named_parameters())).items():
+        sizes[k.split('.')[0]] = sizes.get(k.split('.')[0], 0) + v.numel()
+    same = [k for k in r.arrays['param_groups'].tolist() if k in sizes]
+    r.exact('param_groups', same + sorted(sizes.keys() - set(same)))
+    r.exact('param_counts', [sizes[k] for k in same])
+
+def generated(name, old, salt):
+    "The parameter that the recording used under this name"
+    rng,s = np.random.RandomState((zlib.crc32(name.encode()) + salt) % 2**32),tuple(old.shape)
+    if name.endswith('num_batches_tracked'): return old
+    one = name.startswith('attconv') and s == (1,)
+    for rule,lo,hi in ((name.endswith('running_var'), .5, 1.5), (name.endswith('running_mean'), -.1, .1),
+                       (name == 'grouping.smooth_factor', -1, 1), (one and name.endswith('weight'), 3, 6),
+                       (one and name.endswith('bias'), 1, 3), (name.startswith('layer') and name.endswith('bn3.weight'), .05, .15),
+                       (name.startswith('layer') and name.endswith('downsample.1.weight'), .1, .3),
+                       (len(s) == 1 and name.endswith('weight'), .5, 1.), (len(s) == 1, -.1, .1)):
+        if rule: return torch.from_numpy(rng.uniform(lo, hi, s).astype(np.float32))
+    return torch.from_numpy(((rng.random_sample(s)*2-1)*math.sqrt(6/np.prod(s[1:]))).astype(np.float32))
+
+def eval_celeba(r):
+    "Landmark regression from maps, in units of the eyes' distance"
+    fit,(centers,points,seen) = (celeba_split(r, s) for s in ('fit','eval'))
+    pred = KeypointRegression().fit(*fit).predict(centers)
+    r.close('eval_pred_normalised', pred, 1e-5)
+    r.close('error_percent', 100*mean_error(keypoint_errors(pred, points, seen)), 1e-5)
+
+def celeba_split(r, split):
+    "Centres and landmarks of a split, compared and then normalised, and their visibility"
+    maps,points = r.tensor(f'{split}_assign'),r.tensor(f'{split}_landmarks')
+    centers = part_centers(maps, [16*s for s in maps.shape[2:]], compat=True)
+    for k,v in dict(centers=centers.flatten(1), annos=points.flatten(1), eyedist=eye_distance(points)).items():
+        r.close(f'{split}_{k}', v, 1e-5)
+    frame = eye_frame(points)
+    return to_frame(centers, frame),to_frame(points, frame),np.ones(points.shape[:2])
+
+def eval_cub(r):
+    "Keypoint regression from images, in units of the box"
+    (fit,crops),(test,more) = (cub_split(r, s) for s in ('fit','eval'))
+    hw,points,box,boxed = (np.stack(v) for v in zip(*crops, *more))
+    r.exact('crop_hw', hw)
+    r.close('crop_box', box, 1e-5)
+    recorded = r.arrays['crop_landmarks_after_norm'] # in pixels; the notes say in units of the box
+    r.close('crop_landmarks_after_norm', min((points,boxed), key=lambda p: difference_sum(p, recorded)), 1e-5)
+    centers,points,seen = test
+    errors = keypoint_errors(KeypointRegression().fit(*fit).predict(centers), points, seen)
+    r.close('landmark_error_and_count', errors, 1e-5)
+    r.close('error_percent', 100*mean_error(errors), 1e-5)
+
+def difference_sum(a, b): return np.abs(a-b).sum() if a.shape == b.shape else np.inf
+
+def cub_split(r, split):
+    "Centres, keypoints and visibility of a split, in units of the box and compared, and its trimmed images"
+    cols = [r[f'{split}_{k}'] for k in ('H','W','box_raw','landmarks_raw','blob_xy')]
+    rows,crops = zip(*(cub_image(int(r['K']), *row) for row in zip(*cols)))
+    centers,points,seen = (torch.cat(v) for v in zip(*rows))
+    got = dict(centers_norm=centers.flatten(1), annos_norm=points.flatten(1), masks=seen.repeat_interleave(2, 1))
+    for k,v in got.items(): r.close(f'{split}_{k}', v, 1e-5)
+    return (centers,points,seen),crops
+
+def cub_image(k, h, w, box, landmarks, blobs):
+    "Centres, keypoints and visibility of one image; its size, keypoint and box rows after trimming"
+    (y,x,nh,nw),pts,b = trim_to_stride(int(h), int(w), torch.from_numpy(landmarks[:,1:]), torch.from_numpy(box[1:]))
+    maps = blob_maps(blob_image(blobs, h, w)[:,y:y+nh,x:x+nw], k)
+    centers = to_frame(part_centers(maps, (nh,nw), compat=True), b[None])
+    points = to_frame(pts[None,:,:2], b[None])
+    rows,boxed = (np.concatenate([landmarks[:,:1], p, pts[:,2:]], 1) for p in (pts[:,:2],points[0]))
+    return (centers,points,pts[None,:,2]),((nh,nw),rows,np.concatenate([box[:1], b]),boxed)
+
+def blob_image(xy, h, w):
+    "An image with a blob in each channel"
+    row,col = np.mgrid[:h,:w]
+    d = (col-xy[:,0,None,None])**2 + (row-xy[:,1,None,None])**2
+    return torch.from_numpy(np.exp(-d/(2*14**2)).astype(np.float32))
+
+def blob_maps(im, k):
+    "What the recording has in place of a network"
+    z = 6*F.avg_pool2d(im[None], 16)
+    return torch.cat([z, z.mean(1, keepdim=True)], 1)[:,:k].softmax(1)
+
+def metrics(r):
+    "Accuracies in percent and the weighted mean"
+    bits = r.tensor('bin_logits'),r.tensor('bin_target')
+    bits = bits[0],bits[1].view(bits[0].shape)
+    r.close('bin_acc_threshold_half_on_logit', 100*attribute_accuracy(*bits, .5).mean(), 1e-5)
+    r.close('bin_acc_threshold_zero', 100*attribute_accuracy(*bits).mean(), 1e-5)
+    r.close('top1', 100*accuracy(r.tensor('cls_logits'), r.tensor('cls_target')), 1e-5)
+    r.close('meter_avg', weighted_mean(r['meter_vals'], r['meter_n']), 1e-5)
+
+def vis(r):
+    "Colours, maps and overlays of one image"
+    rgb,maps,att = r['input_rgb'],r.tensor('assign'),r.tensor('att')
+    size = rgb.shape[:2]
+    heat = attention_map(att, maps, size)
+    r.near('att_map', heat, 1e-5)
+    r.near('att_overlay_rgb', attention_overlay(rgb, heat, compat=True), 1)
+    r.exact('hard', hard_assignment(maps, size)[0])
+    r.exact('assign_overlay_rgb', assignment_overlay(rgb, maps))
+    r.near('part_maps_uint8', part_images(maps, size), 1)
+    r.close('colors', 255*part_colors(maps.shape[1]), 1e-9)
+
+def data(r):
+    "Filter, labels and scaling of annotations"
+    celeba_data(r)
+    cub_data(r)
+
+def celeba_data(r):
+    "The 30 % face filter, labels 0 and 1, landmarks on 256 x 256"
+    w,h,ids = r['celeba_width'],r['celeba_height'],r['celeba_listed']
+    at = ids-1
+    kept = ids[scops_filter(w[at], h[at], r['celeba_bbox'][at])]
+    at,f = kept-1,scale_factors(w, h, 256)
+    points = r['celeba_landmarks']
+    r.exact('celeba_kept_ids', kept)
+    r.exact('celeba_target', binary_labels(r['celeba_attr'][at]))
+    r.close('celeba_landmarks_256', points[at].reshape(len(at), -1, 2)*f[at,None], 1e-5)
+
+def cub_data(r):
+    "Keypoints, boxes and size with a shorter side of 448"
+    hw,points,box = r['cub_shape_hw'],r['cub_parts_raw'].copy(),r['cub_box_raw'].copy()
+    f = scale_factors(hw[:,1], hw[:,0], 448, 'short')
+    points[...,1:3] *= np.where(points[...,3:], f[:,None], 1)
+    box[:,1:] *= np.tile(f, 2)
+    r.close('cub_parts_448', points, 1e-5)
+    r.close('cub_box_448', box, 1e-5)
+    r.exact('cub_resized_hw', [View(448).place(w, h).scaled[::-1] for h,w in hw.tolist()])
+
+pieces = dict(grouping=grouping, prior=prior, model=model, full=full, eval_celeba=eval_celeba, eval_cub=eval_cub,
+              metrics=metrics, vis=vis, data=data)
