@@ -50,6 +50,7 @@ class Backbone(nn.Module):
         pretrained:bool=False, # Download timm's weights?
         weights:str|None=None, # Local safetensors file with timm's or torchvision's names
         freeze_bn:bool=False, # Keep batch norm statistics and parameters?
+        freeze_early:bool=False, # Keep the stages up to stride 4?
     ):
         super().__init__()
         self.stage,self.freeze_bn = pick(stage, STAGES, 'stage'),freeze_bn
@@ -58,7 +59,16 @@ class Backbone(nn.Module):
         if weights is not None: load_weights(self.net, weights)
         self.stats = tuple(self.net.default_cfg['mean']),tuple(self.net.default_cfg['std'])
         self._cut(self.net.feature_info, stride, name)
-        if freeze_bn: [p.requires_grad_(False) for m in self.bns() for p in m.parameters()]
+        self.early = self._early() if freeze_early else []
+        still = [*self.bns()*freeze_bn, *self.early]
+        for m in still: m.requires_grad_(False)
+
+    def _early(self):
+        "Modules of the stages up to stride 4"
+        ends = [f['module'] for f in self.net.feature_info if f['reduction'] <= 4]
+        names = [n for n,m in self.net.named_modules() if list(m.parameters(recurse=False))]
+        last = max([i for i,n in enumerate(names) for e in ends if f'{n}.'.startswith(f'{e}.')], default=-1)
+        return [self.net.get_submodule(n) for n in names[:last+1]]
 
     def _cut(self, info, stride, name):
         "Drop what comes after the chosen map"
@@ -77,7 +87,7 @@ class Backbone(nn.Module):
 
     def train(self, mode=True):
         super().train(mode)
-        if self.freeze_bn: [m.eval() for m in self.bns()]
+        for m in [*self.bns()*self.freeze_bn, *self.early]: m.eval()
         return self
 
     def forward(self, x):

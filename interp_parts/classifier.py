@@ -24,15 +24,16 @@ class Classifier(PartModel):
         stride:int=32, # Of the last map, in pixels; smaller means dilated
         freeze:bool=False, # Keep the whole backbone: a linear probe?
         freeze_bn:bool=False, # Keep the backbone's batch norm statistics?
+        freeze_early:bool=False, # Keep the backbone's stages up to stride 4?
         pretrained:bool=False, # Download the backbone's weights?
         weights:str=None, # Backbone weights in a local file
         features:nn.Module=None, # A module with `.channels` instead of a timm backbone
     ):
-        super().__init__(n_classes=n_classes, backbone=backbone, multi=multi, stride=stride, freeze=freeze, freeze_bn=freeze_bn)
+        super().__init__(n_classes=n_classes, backbone=backbone, multi=multi, stride=stride, freeze=freeze, freeze_bn=freeze_bn,
+                         freeze_early=freeze_early)
         self.multi,self.freeze = multi,freeze
-        self.backbone = features or Backbone(backbone, stride, 'final', pretrained, weights, freeze_bn)
-        self.backbone.requires_grad_(not freeze)
-        if freeze_bn and not features: [p.requires_grad_(False) for m in self.backbone.bns() for p in m.parameters()]
+        self.backbone = features or Backbone(backbone, stride, 'final', pretrained, weights, freeze_bn, freeze_early)
+        if freeze: self.backbone.requires_grad_(False)
         self.head = nn.Linear(self.backbone.channels, n_classes)
 
     def train(self, mode=True):
@@ -68,11 +69,13 @@ def classifier_learner(
     backbone:str='resnet50', # timm's name
     pretrained:bool=True, # Download the backbone's weights?
     weights:str=None, # Backbone weights in a local file
+    freeze_early:bool=None, # Keep the stages up to stride 4? Default: if they are pretrained
     cbs=None, # Further callbacks
     **options # Of `Classifier`
 )->PartLearner:
     "A learner for the plain classifier"
-    model = Classifier(dls.c, backbone, dls.multi, pretrained=pretrained, weights=weights, **options)
+    if freeze_early is None: freeze_early = bool(pretrained or weights)
+    model = Classifier(dls.c, backbone, dls.multi, pretrained=pretrained, weights=weights, freeze_early=freeze_early, **options)
     return part_learner(dls, model, cbs=[LossTerms(), *(cbs or [])])
 
 register(classifier_learner, Classifier, summary='pooled backbone and a linear layer, Grad-CAM as its part: the baseline')

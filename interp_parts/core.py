@@ -29,9 +29,14 @@ class InterpPartsError(ValueError):
         expected:str='', # What should have been there
         do:str='', # What to type or change next
     ):
-        self.where,self.got,self.expected,self.do = str(where),str(got),expected,do
-        parts = [f'{where}: {got}' if got != '' else self.where, expected and f'expected {expected}', do]
-        super().__init__('; '.join(p for p in parts if p).replace('\n', ' '))
+        where = str(where)
+        if 'Original Traceback' in where: where = where.strip().splitlines()[-1].partition(': ')[2] # from a worker process
+        self.where,self.got,self.expected,self.do = where,str(got),expected,do
+        parts = [f'{where}: {got}' if str(got) else where, expected and f'expected {expected}', do]
+        self.line = '; '.join(p for p in parts if p).replace('\n', ' ')
+        super().__init__(self.line)
+
+    def __str__(self): return self.line # whatever a library puts around it
 
 class DataError(InterpPartsError): "A table, an image or a list that cannot be used"
 class ConfigError(InterpPartsError): "An option, a name or a size that cannot be used"
@@ -246,6 +251,8 @@ def create_learner(
     return get_method(name).learner(dls, **options)
 
 # %% ../nbs/00_core.ipynb #989588a8
+_umask = os.umask(0); os.umask(_umask)
+
 @contextmanager
 def atomic_path(
     path, # File to be written
@@ -258,6 +265,7 @@ def atomic_path(
     try:
         yield Path(tmp)
         with open(tmp, 'rb+') as f: os.fsync(f.fileno())
+        os.chmod(tmp, 0o666 & ~_umask)
         os.replace(tmp, path)
     finally: Path(tmp).unlink(missing_ok=True)
 

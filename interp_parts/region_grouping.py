@@ -77,13 +77,13 @@ def occurrence(
     pad:bool=False, # Blur up to the border? Published: no, so the border counts only through the blur
 )->torch.Tensor:
     "Presence (B,K) of each part: the maximum of its blurred map"
-    if not radius: return q.amax((2,3))
+    if not radius: return q.flatten(2).max(2).values # a tied maximum's gradient goes to one pixel, not to all
     side = 2*radius+1
     if not pad and min(q.shape[2:]) < side:
         raise ConfigError('--size', f'a {q.shape[2]}x{q.shape[3]} part map', f'at least {side}x{side} for blur radius {radius}',
                           'raise --size or pass --set pad=true')
     k = blur_kernel(radius, std).to(q).expand(q.shape[1], 1, side, side)
-    return F.conv2d(q, k, groups=q.shape[1], padding=radius*pad).amax((2,3))
+    return F.conv2d(q, k, groups=q.shape[1], padding=radius*pad).flatten(2).max(2).values
 
 @lru_cache(None)
 def beta_quantiles(
@@ -244,6 +244,7 @@ class RegionGrouping(PartModel):
         stride:int=16, # Of the feature map, in pixels
         stage:str=None, # Of the backbone; default 'stride' if published, else 'last'
         freeze_bn:bool=False, # Keep the backbone's batch norm statistics?
+        freeze_early:bool=False, # Keep the backbone's stages up to stride 4?
         background:bool=False, # Is the last part a background that is never attended to?
         blocks:int=None, # Residual blocks that refine a part's description; default 4 if published, else 1
         width:int=None, # Channels of a refined description; default 2C
@@ -258,7 +259,7 @@ class RegionGrouping(PartModel):
         super().__init__(**config)
         if n_parts < 1 + background: raise ConfigError('--n-parts', n_parts, f'at least {1+background}')
         self.multi,self.background,self.blur = multi,background,dict(radius=radius, std=std, pad=pad)
-        self.backbone = features or Backbone(backbone, stride, stage or ('stride' if published else 'last'), pretrained, weights, freeze_bn)
+        self.backbone = features or Backbone(backbone, stride, stage or ('stride' if published else 'last'), pretrained, weights, freeze_bn, freeze_early)
         c = self.backbone.channels
         z,att = width or 2*c,max(1, c//4)
         self.scaler = nn.Identity() if published else nn.BatchNorm2d(c, affine=False)
@@ -353,11 +354,14 @@ def region_grouping_learner(
     weights:str=None, # Backbone weights in a local file
     published:bool=False, # The paper's network exactly?
     compat:bool=False, # With its quirks?
+    freeze_early:bool=None, # Keep the stages up to stride 4? Default: if they are pretrained, unless `published`
     cbs=None, # Further callbacks
     **options # Of `RegionGrouping`
 )->PartLearner:
     "A learner for region grouping (Huang & Li, CVPR 2020)"
-    model = RegionGrouping(dls.c, n_parts, backbone, dls.multi, published, compat, pretrained=pretrained, weights=weights, **options)
+    if freeze_early is None: freeze_early = bool(pretrained or weights) and not published
+    model = RegionGrouping(dls.c, n_parts, backbone, dls.multi, published, compat, pretrained=pretrained, weights=weights,
+                           freeze_early=freeze_early, **options)
     side = -(-dls.view.size//model.backbone.stride)
     occurrence(torch.zeros(1, 1, side, side), **model.blur) # says so if the map is too small
     learn = part_learner(dls, model, cbs=[OccurrencePrior(coeff, alpha, beta), *(cbs or [])], compat=compat)

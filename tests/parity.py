@@ -130,12 +130,13 @@ def main():
     modules,files = built(),sorted(args.dir.glob('*.npz'))
     if args.method: files = [f for f in files if longest(f.stem, METHODS) == args.method]
     later = [f for f in files if longest(f.stem, METHODS) in set(METHODS) - set(modules)]
-    for m in sorted({longest(f.stem, METHODS) for f in later}): print(f'not built yet: {m}')
+    if later: print('not built yet:', ', '.join(dict.fromkeys(longest(f.stem, METHODS) for f in later)))
     counts = [compare(f, modules, args.selftest) for f in files if f not in later]
     compared,failed = (sum(c) for c in zip(*counts)) if counts else (0,0)
-    if not compared: print(f'nothing to compare in {args.dir}')
+    nothing = not compared and (args.method or not later)
+    if nothing: print(f'nothing to compare in {args.dir}')
     if args.selftest: print(f'{compared} shifted, {compared-failed} seen, {failed} missed')
     else: print(f'{compared} compared, {failed} failed')
-    sys.exit(failed > 0 or not compared)
+    sys.exit(bool(failed or nothing))
 
 if __name__ == '__main__': main()
