@@ -5,7 +5,7 @@ WORKERS ?= 2
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-export OMP_NUM_THREADS ?= 1
+test test-all notebooks: export OMP_NUM_THREADS ?= 1
 
 .DEFAULT_GOAL := help
 .PHONY: help install demo test test-all notebooks clean export readme docs hooks

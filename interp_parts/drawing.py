@@ -70,7 +70,7 @@ def tone(
 
 def contrast(
     c, # RGB in 0..255
-    f:float=.33, # How far away
+    f:float=.4, # How far away
 )->tuple:
     "A darker tone of a light colour, a lighter tone of a dark one"
     return tone(c, -f if sum(c) > 240 else .7*f)
@@ -78,8 +78,8 @@ def contrast(
 def jitter(
     rng:np.random.Generator, # Source of chance
     c, # RGB in 0..255
-    light:float=.12, # Deviation of the brightness factor
-    hue:float=10, # Deviation of each channel, in levels
+    light:float=.14, # Deviation of the brightness factor
+    hue:float=12, # Deviation of each channel, in levels
 )->tuple:
     "A colour near `c`"
     return tuple((np.array(c)*(1+light*rng.normal()) + rng.normal(0, hue, 3)).clip(0, 255).tolist())
@@ -156,7 +156,7 @@ GREENS = [(74,110,58),(118,142,74),(60,88,66),(150,150,90),(110,84,58),(150,120,
 def any_colour(
     rng:np.random.Generator, # Source of chance
     colours, # RGB colours of the subject
-    p:float=.6, # Probability of one of them; otherwise a natural green or brown
+    p:float=.7, # Probability of one of them; otherwise a natural green or brown
 )->tuple:
     "A colour for something in the background"
     c = colours if rng.random() < p else GREENS
@@ -217,11 +217,12 @@ def develop(
     w:int, # Width of the result
     h:int, # Height of the result
 )->np.ndarray:
-    "Shrink the picture and photograph it: uneven light, exposure, colour cast, noise"
+    "Shrink the picture and photograph it: uneven light, exposure, colours, noise"
     im = cv2.resize(im, (w,h), interpolation=cv2.INTER_AREA).astype(np.float32)
+    im = cv2.transform(im, np.eye(3) + (1-rng.uniform(.7,1.15))*(1/3-np.eye(3)))
     a,fall = rng.uniform(0, 2*np.pi),rng.uniform(.05,.3)
     ramp = math.cos(a)*(np.arange(h)/h-.5)[:,None] + math.sin(a)*(np.arange(w)/w-.5)
-    light = (1+fall*ramp)[...,None].astype(np.float32)*(rng.uniform(.75,1.1)*rng.normal(1, .05, 3)).astype(np.float32)
+    light = (1+fall*ramp)[...,None].astype(np.float32)*(rng.uniform(.65,1.15)*rng.normal(1, .07, 3)).astype(np.float32)
     return np.clip(im*light + 3*rng.standard_normal((h,w,1), dtype=np.float32), 0, 255).astype(np.uint8)
 
 # %% ../nbs/02a_drawing.ipynb #f094b2e7

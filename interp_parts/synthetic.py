@@ -86,12 +86,12 @@ def _specks(rng, n, lo, hi, c):
 
 def _wing_shape(s, c, part):
     d = contrast(c)
-    marks = ((_quills,d,.022), (_scales,d,.024), *[(p,d,w) for p,w in _pattern[s.pattern]])
+    marks = ((_quills,d,.024), (_scales,d,.026), *[(p,d,w) for p,w in _pattern[s.pattern]])
     return Shape(_outlines['wing'], c, part, marks)
 
 def _tail_shape(s, c):
     d = contrast(c)
-    return Shape(_outlines[s.shape], c, _tail, ((_vanes,d,.022),(_bands,d,.04)))
+    return Shape(_outlines[s.shape], c, _tail, ((_vanes,d,.024),(_bands,d,.05)))
 
 def _head_shapes(rng, s, c):
     "Bill, perhaps a crest, and the head with its eye"
@@ -99,7 +99,7 @@ def _head_shapes(rng, s, c):
     eye = [(np.array([[p]]),k,w) for p,k,w in [((.06,-.045),(250,246,235),.155), ((.065,-.045),(18,14,14),.115), ((.085,-.065),(255,)*3,.036)]]
     bill = Shape(_outlines[s.bill], horn, _beak, ((np.array([[(.12,.02),(.42,.03)]]),tone(horn,-.5),.02),))
     crest = [Shape(_outlines['crest'], c, _head, ((np.array([[(-.05,-.18),(-.22,-.38)]]),contrast(c),.02),))]*s.crest
-    return [bill, *crest, Shape(_outlines['head'], c, _head, (_specks(rng, 12, (-.24,-.18), (.16,.26), c), *eye))]
+    return [bill, *crest, Shape(_outlines['head'], c, _head, (_specks(rng, 8, (-.24,-.18), (.16,.26), c), *eye))]
 
 # %% ../nbs/02_synthetic.ipynb #206324c6
 def _frames(rng):
@@ -121,7 +121,7 @@ def bird_shapes(
     leg = jitter(rng, [(70,62,60),(214,130,60),(150,120,110)][rng.integers(3)])
     legs = lambda side,c: [Shape(o, c, _legs, shade=0).moved(f[side]) for o in _leg]
     far = [_wing_shape(s, tone(wing,-.25), _far).moved(f['far'])] if 'far' in f else []
-    body = Shape(_outlines['belly'], belly, _belly, (_specks(rng, 24, (-.4,-.2), (.5,.3), belly),))
+    body = Shape(_outlines['belly'], belly, _belly, (_specks(rng, 16, (-.4,-.2), (.5,.3), belly),))
     return [*far, *legs('left', tone(leg,-.25)), _tail_shape(s, tail).moved(f['tail']), *legs('right', leg), body.moved(f['belly']),
             _wing_shape(s, wing, _wing).moved(f['wing']), *[o.moved(f['head']) for o in _head_shapes(rng, s, head)]], f
 
@@ -148,7 +148,7 @@ def _keypoints(frames, m, labels, flip):
     return out
 
 # %% ../nbs/02_synthetic.ipynb #8ffcb81d
-def _place(rng, pts, size, fill=(.6,.95)):
+def _place(rng, pts, size, fill=(.58,.95)):
     "A frame that puts the points somewhere in the canvas"
     lo,hi = pts.min(0),pts.max(0)
     k = size*rng.uniform(*fill)/max(hi-lo)
