@@ -26,9 +26,10 @@ def command(
     def add(f):
         docs = docments(f)
         def param(p):
-            kind = typer.Argument if p.default is p.empty else typer.Option
-            names = ['--set'] if p.name == 'set_' else []
-            return p.replace(default=kind(... if p.default is p.empty else p.default, *names, help=docs[p.name]))
+            if isinstance(p.default, type(typer.Argument())): return p
+            if p.default is p.empty: return p.replace(default=typer.Argument(..., help=docs[p.name]))
+            names = [f"--{p.name.rstrip('_')}"] if p.name.endswith('_') else []
+            return p.replace(default=typer.Option(p.default, *names, help=docs[p.name]))
         sig = inspect.signature(f)
         f.__signature__ = sig.replace(parameters=[param(p) for p in sig.parameters.values()])
         to.command(f.__name__.rstrip('_'))(f)
@@ -124,7 +125,7 @@ def predict(
 
 @command()
 def recipes(
-    name:str=typer.Argument(None), # Show this one only
+    name:str=typer.Argument(None, help='Show this one only'), # Show this one only
     json_:bool=False, # As JSON?
 ):
     "List the published settings"

@@ -203,7 +203,7 @@ class PartLearner(Learner):
     def __init__(self,
         dls, # DataLoaders, usually from `part_dls`
         model:nn.Module, # A `PartModel`
-        *args,
+        *args, # fastai's own, in its order
         cbs=None, # Callbacks of the method and of the user
         **kwargs # fastai's own: loss_func, opt_func, splitter, metrics ...
     ):

@@ -216,13 +216,15 @@ def develop(
     im:np.ndarray, # (H,W,3) uint8
     w:int, # Width of the result
     h:int, # Height of the result
+    vary:float=1., # How careless the photographer is
 )->np.ndarray:
     "Shrink the picture and photograph it: uneven light, exposure, colours, noise"
     im = cv2.resize(im, (w,h), interpolation=cv2.INTER_AREA).astype(np.float32)
-    im = cv2.transform(im, np.eye(3) + (1-rng.uniform(.7,1.15))*(1/3-np.eye(3)))
+    im = cv2.transform(im, np.eye(3) + vary*rng.uniform(-.12,.25)*(1/3-np.eye(3)))
     a,fall = rng.uniform(0, 2*np.pi),rng.uniform(.05,.3)
     ramp = math.cos(a)*(np.arange(h)/h-.5)[:,None] + math.sin(a)*(np.arange(w)/w-.5)
-    light = (1+fall*ramp)[...,None].astype(np.float32)*(rng.uniform(.65,1.15)*rng.normal(1, .07, 3)).astype(np.float32)
+    gain = (1-vary*rng.uniform(-.12,.33))*rng.normal(1, .06*vary, 3)
+    light = ((1+fall*ramp)[...,None]*gain).astype(np.float32)
     return np.clip(im*light + 3*rng.standard_normal((h,w,1), dtype=np.float32), 0, 255).astype(np.uint8)
 
 # %% ../nbs/02a_drawing.ipynb #f094b2e7

@@ -148,7 +148,7 @@ def _keypoints(frames, m, labels, flip):
     return out
 
 # %% ../nbs/02_synthetic.ipynb #8ffcb81d
-def _place(rng, pts, size, fill=(.58,.95)):
+def _place(rng, pts, size, fill=(.6,.95)):
     "A frame that puts the points somewhere in the canvas"
     lo,hi = pts.min(0),pts.max(0)
     k = size*rng.uniform(*fill)/max(hi-lo)
@@ -174,7 +174,7 @@ def draw_bird(
     "A photograph of a bird: `image` (H,W,3), `parts` (H,W) numbers, `box` x,y,w,h and `keypoints` (15,3), in pixels"
     shapes,frames = bird_shapes(rng, s)
     flip = rng.random() < .5
-    turn = affine(rng.uniform(-60,60)) @ affine(0, (-1,1) if flip else 1)
+    turn = affine(rng.uniform(-35,35)) @ affine(0, (-1,1) if flip else 1)
     m = _place(rng, np.concatenate([o.moved(turn).points for o in shapes]), 2*size) @ turn
     im = cv2.resize(backdrop(rng, size, size, list(COLOURS.values())), (2*size,2*size))
     labels = np.zeros(im.shape[:2], np.uint8)

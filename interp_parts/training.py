@@ -150,14 +150,17 @@ class SaveState(Callback):
     "Leave a complete training state in RUN/state after each epoch"
     order = 80
     def __init__(self,
-        run # Folder of the run
-    ): self.dir = Path(run)/'state'
+        run, # Folder of the run
+        start:int=0, # First epoch that is trained; fastai passes through the ones before
+    ): self.dir,self.start = Path(run)/'state',start
 
     def after_epoch(self):
+        if self.epoch < self.start: return
         step,epoch = self.learn.train_iter,self.epoch+1
         files = dict(model=f'model-{epoch}.safetensors', loop=f'loop-{epoch}.pt')
         save_tensors(self.dir/files['model'], self.learn.model)
-        state = dict(opt=self.learn.opt.state_dict(), rng=rng_state(), dls=[dl.rng.getstate()[1] for dl in self.dls.loaders])
+        smooth = self.learn.recorder.smooth_loss
+        state = dict(opt=self.learn.opt.state_dict(), rng=rng_state(), smooth=[smooth.val, smooth.count], dls=[dl.rng.getstate()[1] for dl in self.dls.loaders])
         with atomic_path(self.dir/files['loop']) as tmp: torch.save(state, tmp)
         write_json(self.dir/'state.json', dict(schema=SCHEMA, epoch=epoch, step=step, files=files))
         for f in self.dir.glob('*-*'):
@@ -178,6 +181,7 @@ class Resume(Callback):
         except Exception as e: raise CheckpointError(self.dir/s['files']['loop'], f'damaged ({type(e).__name__})', '', '--overwrite') from None
         self.learn.opt.load_state_dict(loop['opt'])
         set_rng_state(loop['rng'])
+        self.learn.recorder.smooth_loss.val,self.learn.recorder.smooth_loss.count = loop['smooth']
         for dl,r in zip(self.dls.loaders, loop['dls']): dl.rng.setstate((3, tuple(r), None))
 
 def read_state(
@@ -195,10 +199,12 @@ class History(Callback):
     "Append each epoch's row of the progress table to RUN/history.csv"
     order = 75
     def __init__(self,
-        run # Folder of the run
-    ): self.path = Path(run)/'history.csv'
+        run, # Folder of the run
+        start:int=0, # First epoch that is trained; fastai passes through the ones before
+    ): self.path,self.start = Path(run)/'history.csv',start
 
     def after_epoch(self):
+        if self.epoch < self.start: return
         names = list(self.learn.recorder.metric_names)
         row = dict(zip(names, [self.epoch, *(float(v) for v in self.learn.recorder.values[-1])]))
         old = read_history(self.path.parent)
@@ -231,8 +237,9 @@ def fit_run(
     learn.opt_func,learn.wd_bn_bias,learn.train_bn = torch_opt(optimizer, **(options or {})),True,False
     lrs = list(lr)[-len(learn.splitter(learn.model)):]
     state = read_state(run) if resume and run else None
-    cbs = [scheduled(schedule, lrs), StopNonFinite(), *cbs, *([GradientClip(clip)] if clip else []), *([History(run), SaveState(run)] if run else [])]
     start = state['epoch'] if state else 0
+    keep = [History(run, start), SaveState(run, start)] if run else []
+    cbs = [scheduled(schedule, lrs), StopNonFinite(), *cbs, *([GradientClip(clip)] if clip else []), *keep]
     if state: print(f"resumed at epoch {start} step {state['step']}")
     if start < epochs: learn.fit(epochs, lrs, cbs=cbs + ([Resume(run)] if state else []), start_epoch=start)
     elif state: load_tensors(Path(run)/'state'/state['files']['model'], learn.model)
