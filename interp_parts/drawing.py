@@ -56,8 +56,9 @@ def ribbon(
     "Outline (2P,2) of a line with a width"
     p = np.asarray(pts, dtype=float)
     d = np.gradient(p, axis=0)
-    d = d/(np.linalg.norm(d, axis=1, keepdims=True)+1e-9)*np.linspace(start, start if end is None else end, len(p))[:,None]/2
-    side = np.stack([-d[:,1], d[:,0]], 1)
+    d = d/(np.linalg.norm(d, axis=1, keepdims=True)+1e-9)
+    width = np.linspace(start, start if end is None else end, len(p))
+    side = np.stack([-d[:,1], d[:,0]], 1)*width[:,None]/2
     return np.concatenate([p+side, (p-side)[::-1]])
 
 # %% ../nbs/02a_drawing.ipynb #5d9cb872
@@ -115,7 +116,8 @@ def draw_marks(
     width:float, # Of the lines, or diameter of the dots, in pixels
 ):
     "Draw antialiased lines or dots"
-    if pts.shape[1] > 1: return cv2.polylines(im, list(_fixed(pts)), False, colour, max(1, round(width)), cv2.LINE_AA, 4)
+    thick = max(1, round(width))
+    if pts.shape[1] > 1: return cv2.polylines(im, list(_fixed(pts)), False, colour, thick, cv2.LINE_AA, 4)
     for x,y in _fixed(pts[:,0]).tolist(): cv2.circle(im, (x,y), int(width*8), colour, -1, cv2.LINE_AA, 4)
 
 @lru_cache
@@ -200,9 +202,10 @@ def backdrop(
 )->np.ndarray:
     "A cluttered background (h,w,3)"
     n = min(w,h)
-    soft = .5*np.array([any_colour(rng, colours, .2) for _ in range(16)]).reshape(4,4,3) + .5*np.array(any_colour(rng, colours, .3))
+    soft = np.array([any_colour(rng, colours, .2) for _ in range(16)]).reshape(4,4,3)
+    soft = .5*soft + .5*np.array(any_colour(rng, colours, .3))
     im = cv2.resize(soft.astype(np.float32), (w,h), interpolation=cv2.INTER_CUBIC)
-    grain = rng.normal(0, 12, (h//5+1,w//5+1)).astype(np.float32)
+    grain = rng.normal(0, 8, (h//5+1,w//5+1)).astype(np.float32)
     im = np.clip(im + cv2.resize(grain, (w,h), interpolation=cv2.INTER_CUBIC)[...,None], 0, 255).astype(np.uint8)
     for kind in rng.integers(0, 3, rng.integers(2,6)):
         (_dots,_blossom,_blades)[kind](rng, im, rng.random(2)*(w,h), any_colour(rng, colours), n)
@@ -241,7 +244,8 @@ def map_processes(
     try:
         if workers < 2: return [f(o) for o in items]
         how = 'fork' if 'fork' in multiprocessing.get_all_start_methods() else 'spawn'
-        with ProcessPoolExecutor(workers, multiprocessing.get_context(how)) as pool: return list(pool.map(f, items, chunksize=16))
+        with ProcessPoolExecutor(workers, multiprocessing.get_context(how)) as pool:
+            return list(pool.map(f, items, chunksize=16))
     finally: cv2.setNumThreads(threads)
 
 # %% ../nbs/02a_drawing.ipynb #0ba259ef
@@ -254,7 +258,7 @@ def new_folder(
     path = Path(path)
     if (path/'synthetic.json').exists() and read_json(path/'synthetic.json') == settings: yield None; return
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
-        raise DataError(path, 'there is something else here already', 'a new folder', 'name another one or delete this one')
+        raise DataError(path, 'there is something else here already', 'a new folder', 'name another one, or delete it')
     path.parent.mkdir(parents=True, exist_ok=True)
     tmp = Path(tempfile.mkdtemp(dir=path.parent, prefix=f'.{path.name}-'))
     try:
@@ -270,4 +274,5 @@ def write_image(
 ):
     "Write a picture; JPEG at quality 92"
     path,im = Path(path),cv2.cvtColor(im, cv2.COLOR_RGB2BGR) if im.ndim == 3 else im
-    path.write_bytes(cv2.imencode(path.suffix, im, [cv2.IMWRITE_JPEG_QUALITY,92] if path.suffix == '.jpg' else [])[1].tobytes())
+    options = [cv2.IMWRITE_JPEG_QUALITY,92] if path.suffix == '.jpg' else []
+    path.write_bytes(cv2.imencode(path.suffix, im, options)[1].tobytes())

@@ -193,6 +193,11 @@ def part_region(
 # %% ../nbs/21_overlays.ipynb #3d42a181
 class Picture(Figure):
     "A figure that needs no display and leaves nothing behind in pyplot"
+    def __init__(self,
+        *args, # matplotlib's own
+        **kwargs # matplotlib's own: figsize, layout ...
+    ): super().__init__(*args, **kwargs)
+
     def _repr_png_(self): return png_bytes(self)
 
     def _ipython_display_(self):

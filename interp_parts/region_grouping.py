@@ -6,7 +6,9 @@
 __all__ = ['recipes', 'assign_pixels', 'describe_parts', 'GroupingUnit', 'blur_kernel', 'occurrence', 'beta_quantiles',
            'occurrence_loss', 'Bottleneck', 'part_attention', 'StackedLinear', 'StackedNorm', 'StackedBottleneck',
            'stacked_attention', 'SharedNorm', 'Grouped', 'RegionGrouping', 'init_prototypes', 'OccurrencePrior',
-           'region_grouping_learner', 'original_views', 'load_original']
+           'region_grouping_learner', 'original_views', 'load_original', 'PartLearner', 'create_learner', 'part_table',
+           'check_table', 'part_dls', 'load_image', 'PartBatches', 'fit_run', 'seed_everything', 'run_config',
+           'save_run', 'load_run']
 
 # %% ../nbs/10_region_grouping.ipynb #0ba104d2
 import math
@@ -22,6 +24,10 @@ from .core import *
 from .data import *
 from .backbones import *
 from .training import *
+
+# %% ../nbs/10_region_grouping.ipynb #675eb7b5
+_all_ = ['PartLearner', 'create_learner', 'part_table', 'check_table', 'part_dls', 'load_image', 'PartBatches', 'fit_run', 'seed_everything',
+         'run_config', 'save_run', 'load_run']
 
 # %% ../nbs/10_region_grouping.ipynb #454bd1c9
 def assign_pixels(

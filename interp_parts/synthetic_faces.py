@@ -18,10 +18,11 @@ from .core import *
 from .drawing import *
 
 # %% ../nbs/02b_synthetic_faces.ipynb #a95dd351
-ATTRIBUTES = '''5_o_Clock_Shadow Arched_Eyebrows Attractive Bags_Under_Eyes Bald Bangs Big_Lips Big_Nose Black_Hair Blond_Hair Blurry Brown_Hair
-Bushy_Eyebrows Chubby Double_Chin Eyeglasses Goatee Gray_Hair Heavy_Makeup High_Cheekbones Male Mouth_Slightly_Open Mustache Narrow_Eyes
-No_Beard Oval_Face Pale_Skin Pointy_Nose Receding_Hairline Rosy_Cheeks Sideburns Smiling Straight_Hair Wavy_Hair Wearing_Earrings
-Wearing_Hat Wearing_Lipstick Wearing_Necklace Wearing_Necktie Young'''.split()
+ATTRIBUTES = '''5_o_Clock_Shadow Arched_Eyebrows Attractive Bags_Under_Eyes Bald Bangs Big_Lips Big_Nose Black_Hair
+Blond_Hair Blurry Brown_Hair Bushy_Eyebrows Chubby Double_Chin Eyeglasses Goatee Gray_Hair Heavy_Makeup High_Cheekbones
+Male Mouth_Slightly_Open Mustache Narrow_Eyes No_Beard Oval_Face Pale_Skin Pointy_Nose Receding_Hairline Rosy_Cheeks
+Sideburns Smiling Straight_Hair Wavy_Hair Wearing_Earrings Wearing_Hat Wearing_Lipstick Wearing_Necklace Wearing_Necktie
+Young'''.split()
 _skins = [(226,178,142),(208,156,120),(180,126,94),(136,92,68),(98,66,50)]
 _hairs = dict(Black_Hair=(34,29,31), Blond_Hair=(222,186,112), Brown_Hair=(104,68,44), Gray_Hair=(168,166,164))
 
@@ -48,8 +49,9 @@ def persona(
     male,young = rng.random() < .45,rng.random() < .7
     bald = male and rng.random() < .15
     hair = str(rng.choice(list(_hairs), p=(.3,.25,.35,.1) if young else (.2,.15,.25,.4)))
-    has |= {p(.5,'Attractive'), p(.3,'Big_Nose','Pointy_Nose'), p(.3,'Bushy_Eyebrows','Arched_Eyebrows'), p(.2,'Chubby','Oval_Face'),
-            p(.3,'Big_Lips'), p(.3,'High_Cheekbones'), p(.25,'Narrow_Eyes'), p(.2,'Pale_Skin'), male and 'Male', young and 'Young'}
+    has |= {p(.5,'Attractive'), p(.3,'Big_Nose','Pointy_Nose'), p(.3,'Bushy_Eyebrows','Arched_Eyebrows'),
+            p(.2,'Chubby','Oval_Face'), p(.3,'Big_Lips'), p(.3,'High_Cheekbones'), p(.25,'Narrow_Eyes'),
+            p(.2,'Pale_Skin'), male and 'Male', young and 'Young'}
     has |= {'Bald'} if bald else {hair, p(.5,'Straight_Hair','Wavy_Hair'), p(.25,'Bangs','Receding_Hairline')}
     if 'Chubby' in has: has.add(p(.6,'Double_Chin'))
     if male: has |= {p(.25,'Goatee','5_o_Clock_Shadow'), p(.25,'Mustache'), p(.2,'Sideburns')}
@@ -57,7 +59,8 @@ def persona(
     skin = (250,224,206) if 'Pale_Skin' in has else _skins[rng.integers(len(_skins))]
     iris = [(70,110,160),(84,120,80),(90,60,40),(60,42,34)][rng.integers(4)]
     width = 1+.13*('Chubby' in has)-.1*('Oval_Face' in has)+.04*male+.02*rng.normal()
-    return Face(has & set(ATTRIBUTES), jitter(rng, skin, .03, 3), jitter(rng, _hairs[hair], .06, 4), iris, width, rng.uniform(.55,.68), rng.uniform(.98,1.12))
+    return Face(has & set(ATTRIBUTES), jitter(rng, skin, .03, 3), jitter(rng, _hairs[hair], .06, 4), iris, width,
+                rng.uniform(.55,.68), rng.uniform(.98,1.12))
 
 # %% ../nbs/02b_synthetic_faces.ipynb #d1cf8c29
 def moment(
@@ -66,9 +69,10 @@ def moment(
 )->Face:
     "That person on some day: expression, pose, glasses, hat, make-up, jewellery"
     male,young = 'Male' in f,'Young' in f
-    chances = dict(Smiling=.5, Mouth_Slightly_Open=.35, Eyeglasses=.2 if young else .35, Wearing_Hat=.15, Blurry=.08, Rosy_Cheeks=.2,
-                   Bags_Under_Eyes=.1 if young else .6, Wearing_Necktie=.3*male, Wearing_Earrings=.05 if male else .4,
-                   Wearing_Necklace=0 if male else .35, Wearing_Lipstick=0 if male else .5, Heavy_Makeup=0 if male else .25)
+    chances = dict(Smiling=.5, Mouth_Slightly_Open=.35, Wearing_Hat=.15, Blurry=.08, Rosy_Cheeks=.2,
+                   Eyeglasses=.2 if young else .35, Bags_Under_Eyes=.1 if young else .6, Wearing_Necktie=.3*male,
+                   Wearing_Earrings=.05 if male else .4, Wearing_Necklace=.35*(not male),
+                   Wearing_Lipstick=.5*(not male), Heavy_Makeup=.25*(not male))
     day = {k for k,p in chances.items() if rng.random() < p}
     if 'Heavy_Makeup' in day: day.add('Wearing_Lipstick')
     has = f.has | day
@@ -78,6 +82,7 @@ def moment(
 # %% ../nbs/02b_synthetic_faces.ipynb #375d6296
 def _mirror(pts): return [*pts, *[(-x,y) for x,y in pts[::-1] if x]]
 def _line(*pts): return np.array([pts], dtype=float)
+def _soft(outline, colour, opacity=1.): return Shape(outline, colour, shade=0, opacity=opacity)
 def _disc(x, y, rx, ry=None): return smooth([(x,y-(ry or rx)),(x+rx,y),(x,y+(ry or rx)),(x-rx,y)])
 
 def _behind(f):
@@ -87,14 +92,18 @@ def _behind(f):
         wave = .09 if 'Wavy_Hair' in f else 0
         side = [(1.18+wave*(-1)**i, y) for i,y in enumerate(np.linspace(-.6, 2.3, 7))]
         strands = np.stack([[(x,-.5),(x*1.1,1),(x,2.3)] for x in np.linspace(-1.2,1.2,13)])
-        out.append(Shape(smooth(_mirror([(0,-1.72),(.8,-1.5),*side])), tone(f.hair,-.15), marks=((strands,contrast(f.hair,.25),.03),)))
+        mane = smooth(_mirror([(0,-1.72),(.8,-1.5),*side]))
+        out.append(Shape(mane, tone(f.hair,-.15), marks=((strands,contrast(f.hair,.25),.03),)))
     out.append(Shape(np.array(_mirror([(.5,1.1),(.55,2.2),(.7,2.9)])), tone(f.skin,-.14), shade=.3))
-    out.append(Shape(smooth(_mirror([(0,2.62),(.45,2.25),(1.2,2.4),(1.9,2.75),(2.2,4),(2.6,12)])), cloth, marks=((_line((-1.1,2.6),(-.9,3.4)),contrast(cloth),.03),)))
+    shirt = smooth(_mirror([(0,2.62),(.45,2.25),(1.2,2.4),(1.9,2.75),(2.2,4),(2.6,12)]))
+    out.append(Shape(shirt, cloth, marks=((_line((-1.1,2.6),(-.9,3.4)),contrast(cloth),.03),)))
     if 'Wearing_Necktie' in f:
         stripe = ((_line((-.3,2.9),(.3,2.7)),(230,200,120),.06),)
-        out += [Shape(np.array(_mirror([(.1,2.4),(.24,3.6)])), (150,40,50), marks=stripe), Shape(smooth(_mirror([(.2,2.2),(.12,2.45)]), 3), (170,48,58))]
+        out.append(Shape(np.array(_mirror([(.1,2.4),(.24,3.6)])), (150,40,50), marks=stripe))
+        out.append(Shape(smooth(_mirror([(.2,2.2),(.12,2.45)]), 3), (170,48,58)))
     if 'Wearing_Necklace' in f:
-        out += [Shape(_disc(math.sin(a)*.62,2+.42*math.cos(a),.055), (246,232,196), shade=.3) for a in np.linspace(-1.3,1.3,15)]
+        string = [(math.sin(a)*.62,2+.42*math.cos(a)) for a in np.linspace(-1.3, 1.3, 15)]
+        out += [Shape(_disc(x,y,.055), (246,232,196), shade=.3) for x,y in string]
     return out
 
 def _skull(f):
@@ -108,8 +117,10 @@ def _skull(f):
     face = smooth(_mirror([(0,-1.42),(.6,-1.26),(.9,-.72),(.97,0),(.9,.65),*jaw,(0,1.76)]))*(f.width,1)
     out.append(Shape(face, f.skin, marks=tuple(lines), shade=.28))
     for s in (-1,1):
-        if f.has & {'Rosy_Cheeks','Heavy_Makeup'}: out += [Shape(_disc(s*.56,.66,r,.85*r), (232,92,96), shade=0, opacity=.17) for r in (.14,.19,.24)]
-        if 'High_Cheekbones' in f: out.append(Shape(ribbon([(s*.86,.2),(s*.7,.42),(s*.42,.5)], .03, .12), tone(f.skin,.45), shade=0, opacity=.4))
+        if f.has & {'Rosy_Cheeks','Heavy_Makeup'}: 
+            out += [_soft(_disc(s*.56,.66,r,.85*r), (232,92,96), .17) for r in (.14,.19,.24)]
+        if 'High_Cheekbones' in f: 
+            out.append(_soft(ribbon([(s*.86,.2),(s*.7,.42),(s*.42,.5)], .03, .12), tone(f.skin,.45), .4))
     return out
 
 # %% ../nbs/02b_synthetic_faces.ipynb #454d7846
@@ -120,20 +131,23 @@ def _eyes(f):
     arch = .15 if 'Arched_Eyebrows' in f else .05
     for s in (-1,1):
         e = s*.5
-        if 'Heavy_Makeup' in f: out.append(Shape(_disc(e,-.09,.22,.13), (126,70,140), shade=0, opacity=.6))
-        if 'Bags_Under_Eyes' in f: out.append(Shape(ribbon([(e-.17,.15),(e,.24),(e+.17,.15)], .06), tone(f.skin,-.3), shade=0, opacity=.8))
-        marks = [(_line((e+.03*f.yaw,0)),f.iris,.2), (_line((e+.03*f.yaw,0)),(16,14,14),.1), (_line((e+.03*f.yaw+.03,-.035)),(255,)*3,.045)]
-        out.append(Shape(smooth([(e-.2,.01),(e,-h),(e+.2,.01),(e,h*.85)]), (246,242,238), marks=tuple(marks), shade=.25))
-        out.append(Shape(ribbon([(e-.21,.02),(e-.1,-h*.8),(e+.1,-h*.8),(e+.21,.02)], .035), (50,36,34), shade=0))
-        brow = [(e-s*.24,-.26),(e,-.31-arch*.7),(e+s*.25,-.27)] if arch < .1 else [(e-s*.24,-.25),(e+s*.06,-.32-arch),(e+s*.27,-.25)]
-        out.append(Shape(ribbon(smooth([*brow,brow[1]], 8)[:17], width, width*.5), tone(f.hair, -.1 if f.hair[0] < 150 else -.37), shade=.2))
+        if 'Heavy_Makeup' in f: out.append(_soft(_disc(e,-.09,.22,.13), (126,70,140), .6))
+        if 'Bags_Under_Eyes' in f: 
+            out.append(_soft(ribbon([(e-.17,.15),(e,.24),(e+.17,.15)], .06), tone(f.skin,-.3), .8))
+        i = e+.03*f.yaw
+        marks = (_line((i,0)),f.iris,.2),(_line((i,0)),(16,14,14),.1),(_line((i+.03,-.035)),(255,255,255),.045)
+        out.append(Shape(smooth([(e-.2,.01),(e,-h),(e+.2,.01),(e,h*.85)]), (246,242,238), marks=marks, shade=.25))
+        out.append(_soft(ribbon([(e-.21,.02),(e-.1,-h*.8),(e+.1,-h*.8),(e+.21,.02)], .035), (50,36,34)))
+        top = (e,-.31-arch*.7) if arch < .1 else (e+s*.06,-.32-arch)
+        brow = smooth([(e-s*.24,-.255),top,(e+s*.26,-.26),top], 8)[:17]
+        out.append(Shape(ribbon(brow, width, width*.5), tone(f.hair, -.1 if f.hair[0] < 150 else -.37), shade=.2))
     return out
 
 def _nose(f):
     "Bridge, tip and nostrils"
     w = .24 if 'Big_Nose' in f else .1 if 'Pointy_Nose' in f else .16
     x,y,d = f.yaw*.12,f.nose,tone(f.skin,-.2)
-    bridge = Shape(ribbon([(.07,-.06),(.06+x*.5,y*.5),(x+w*.9,y+.02)], .02, .05), d, shade=0, opacity=.7)
+    bridge = _soft(ribbon([(.07,-.06),(.06+x*.5,y*.5),(x+w*.9,y+.02)], .02, .05), d, .7)
     holes = (_line((x-w*.45,y+.06)),tone(f.skin,-.55),w*.28),(_line((x+w*.45,y+.06)),tone(f.skin,-.55),w*.28)
     tip = [(x,y-w*.9),(x+w,y),(x+w*.55,y+.1),(x,y+(.16 if w == .1 else .11)),(x-w*.55,y+.1),(x-w,y)]
     return [bridge, Shape(smooth(tip), tone(f.skin,-.05), marks=holes, shade=.45)]
@@ -147,17 +161,18 @@ def _mouth(f):
     inner = [(-w*.82,-c*.8),(0,-.02+c*.3),(w*.82,-c*.8),(0,gap+c*.9)]
     out = [Shape(smooth(lips), lip, shade=.35)]
     tongue = ((_line((-w,gap+c),(w,gap+c)),(120,40,46),gap*.6),) if gap > .1 else ()
-    if gap > .1 or smile: out.append(Shape(smooth(inner), (246,242,236) if smile else (84,26,32), marks=tongue, shade=0))
-    else: out.append(Shape(ribbon(inner[:3], .025), tone(lip,-.45), shade=0))
+    teeth = (246,242,236) if smile else (84,26,32)
+    if gap > .1 or smile: out.append(Shape(smooth(inner), teeth, marks=tongue, shade=0))
+    else: out.append(_soft(ribbon(inner[:3], .025), tone(lip,-.45)))
     return [o.moved(affine(to=(x,y))) for o in out]
 
 # %% ../nbs/02b_synthetic_faces.ipynb #b7ad6d72
 def _stubble(f):
     "Five o'clock shadow and sideburns"
-    jaw = smooth([(-.92,.5),(-.62,.72),(-.3,.8),(0,.78),(.3,.8),(.62,.72),(.92,.5),(.7,1.3),(.34,1.66),(-.34,1.66),(-.7,1.3)])
+    jaw = smooth(_mirror([(0,.78),(.3,.8),(.62,.72),(.92,.5),(.7,1.3),(.34,1.66)]))
     side = [(.97*f.width,-.3),(.82*f.width,-.2),(.8*f.width,.5),(.9*f.width,.62)]
     out = [Shape(smooth([(s*x,y) for x,y in side]), f.hair, shade=.2) for s in (-1,1)] if 'Sideburns' in f else []
-    return out + [Shape(jaw*(f.width,1), (52,52,60), shade=0, opacity=.36)]*('5_o_Clock_Shadow' in f)
+    return out + [_soft(jaw*(f.width,1), (52,52,60), .36)]*('5_o_Clock_Shadow' in f)
 
 def _beard(f):
     "Goatee and moustache"
@@ -187,11 +202,11 @@ def _top(f):
 def _glasses(f):
     "A frame around two lenses"
     if 'Eyeglasses' not in f: return []
-    c,out = (40,36,44),[Shape(ribbon([(-.16,-.05),(0,-.1),(.16,-.05)], .06), (40,36,44), shade=0)]
+    c,out = (40,36,44),[_soft(ribbon([(-.16,-.05),(0,-.1),(.16,-.05)], .06), (40,36,44))]
     for s in (-1,1):
         rim = smooth([(s*.5-.32,-.2),(s*.5+.32,-.2),(s*.5+.29,.2),(s*.5-.29,.2)])
-        out += [Shape(rim, (210,226,236), shade=0, opacity=.22), Shape(ribbon([*rim,*rim[:2]], .07), c, shade=0)]
-        out.append(Shape(ribbon([(s*.8,-.1),(s*1.0*f.width,-.02)], .06), c, shade=0))
+        out += [_soft(rim, (210,226,236), .22), _soft(ribbon([*rim,*rim[:2]], .07), c)]
+        out.append(_soft(ribbon([(s*.8,-.1),(s*f.width,-.02)], .06), c))
     return out
 
 def face_shapes(
@@ -199,8 +214,9 @@ def face_shapes(
 )->list:
     "Shapes of a face from back to front, in eye distances around the middle of the eyes"
     slide = affine(to=(-.13*f.yaw,0))
-    head = [o.moved(slide) for o in _behind(f)+_skull(f)]
-    return [*head, *[o.moved(slide) for o in _stubble(f)], *_beard(f), *_mouth(f), *_nose(f), *_eyes(f), *[o.moved(slide) for o in _top(f)], *_glasses(f)]
+    head = [o.moved(slide) for o in _behind(f)+_skull(f)+_stubble(f)]
+    top = [o.moved(slide) for o in _top(f)]
+    return [*head, *_beard(f), *_mouth(f), *_nose(f), *_eyes(f), *top, *_glasses(f)]
 
 # %% ../nbs/02b_synthetic_faces.ipynb #45a919d6
 LANDMARKS = ('lefteye','righteye','nose','leftmouth','rightmouth')
@@ -235,7 +251,8 @@ def aligned_frame(
 )->tuple:
     "Frame, width and height of a picture with the eyes in CelebA's place"
     k = w/178
-    return affine(rng.normal(0,1), 39*k*(1+.02*rng.normal()), to=tuple(k*(np.array((88.5,111))+rng.normal(0,.7,2)))),w,round(218*k)
+    x,y = k*(np.array((88.5,111))+rng.normal(0,.7,2))
+    return affine(rng.normal(0,1), 39*k*(1+.02*rng.normal()), to=(x,y)),w,round(218*k)
 
 def wild_frame(
     rng:np.random.Generator, # Source of chance
@@ -256,12 +273,14 @@ def _write_face(i, root, who, size, seed):
     near,wild = [draw_face(rng, f, *how(rng, size)) for how in (aligned_frame, wild_frame)]
     write_image(root/'img_align_celeba'/name, near['image'])
     write_image(root/'img_celeba'/name, wild['image'])
-    return [1 if a in f else -1 for a in ATTRIBUTES],wild['box'].astype(int),near['landmarks'].round().astype(int),wild['landmarks'].round().astype(int)
+    box,*points = [v.round().astype(int) for v in (wild['box'],near['landmarks'],wild['landmarks'])]
+    return [1 if a in f else -1 for a in ATTRIBUTES],box,*points
 
 def _write_face_lists(root, drawn, who, part, mafl):
     "CelebA's text files"
     name,n = [f'{i+1:06}.jpg' for i in range(len(who))],len(who)
-    def put(file, values, *head): write_text(root/file, ''.join(f'{l}\n' for l in (*head, *[' '.join(map(str, (f,*v))) for f,v in zip(name, values)])))
+    write = lambda file,rows: write_text(root/file, ''.join(f'{l}\n' for l in rows))
+    put = lambda file,values,*head: write(file, [*head, *[' '.join(map(str, (f,*v))) for f,v in zip(name, values)]])
     attrs,boxes,near,wild = zip(*drawn)
     points = ' '.join(f'{p}_{c}' for p in LANDMARKS for c in 'xy')
     put('list_attr_celeba.txt', attrs, n, ' '.join(ATTRIBUTES))
@@ -270,7 +289,7 @@ def _write_face_lists(root, drawn, who, part, mafl):
     put('list_landmarks_celeba.txt', [p.ravel() for p in wild], n, points)
     put('identity_CelebA.txt', [(w+1,) for w in who])
     put('list_eval_partition.txt', [(p,) for p in part])
-    for k,file in enumerate(('MAFL_training.txt','MAFL_testing.txt'), 1): write_text(root/file, ''.join(f'{f}\n' for f,m in zip(name, mafl) if m == k))
+    for k,file in ((1,'MAFL_training.txt'),(2,'MAFL_testing.txt')): write(file, [f for f,m in zip(name, mafl) if m == k])
 
 def synthetic_faces(
     path, # Folder to be made, in CelebA's layout
