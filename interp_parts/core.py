@@ -44,13 +44,17 @@ class CheckpointError(InterpPartsError): "A run or a weights file that cannot be
 class TrainingError(InterpPartsError): "A training that cannot go on"
 
 # %% ../nbs/00_core.ipynb #8269052c
+def _plain(name): return ''.join(c for c in str(name).lower() if c.isalnum())
+
 def nearest(
     name:str, # What was typed
     options, # Names that exist
     n:int=3, # How many to return
 )->list:
     "The `n` of `options` that are spelt most like `name`, best first"
-    return sorted(options, key=lambda o: -difflib.SequenceMatcher(None, name.lower(), str(o).lower()).ratio())[:n]
+    typed = _plain(name)
+    like = lambda o: (len(typed) > 3 and _plain(o).startswith(typed), difflib.SequenceMatcher(None, typed, _plain(o)).ratio())
+    return sorted(options, key=like, reverse=True)[:n]
 
 def pick(
     name:str, # What was typed
@@ -149,6 +153,7 @@ class Batch(_Batched):
     visible:torch.Tensor|None=None # (B,P) bool
     box:torch.Tensor|None=None # (B,4) x,y,w,h
     mask:torch.Tensor|None=None # (B,H,W) bool, foreground
+    part_mask:torch.Tensor|None=None # (B,H,W) numbers of the true parts, 0 outside
 
     def __len__(self): return len(self.index)
 
@@ -220,6 +225,8 @@ class Method:
     learner:object # Factory `(dls, **options) -> PartLearner`
     recipes:dict=field(default_factory=dict) # Published settings by name
     summary:str='' # One line for listings
+    extra:tuple=() # Annotations its training is given, such as 'mask'; no other reaches it
+    scores:object=None # `(learner, table, protocol) -> dict`: its own published measures
 
 methods = {}
 method_names = ['classifier', 'region_grouping']
@@ -229,10 +236,12 @@ def register(
     model:type, # Its `PartModel`
     recipes:dict=None, # Published settings by name
     summary:str='', # One line for listings
+    extra=(), # Annotations its training is given, such as 'mask'; no other reaches it
+    scores=None, # `(learner, table, protocol) -> dict`: its own published measures, which `evaluate` adds
 )->Method:
     "Add a method to the registry under the name of its learner factory"
     name = learner.__name__.removesuffix('_learner')
-    methods[name] = Method(name, model, learner, recipes or {}, summary)
+    methods[name] = Method(name, model, learner, recipes or {}, summary, tuple(extra), scores)
     return methods[name]
 
 def get_method(

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['SPLITS', 'RESIZES', 'EXTRAS', 'imagenet_stats', 'part_table', 'load_image', 'broken', 'find_broken', 'check_table',
-           'Placement', 'View', 'TensorVisible', 'TensorIndex', 'PartDataset', 'swap_pairs', 'normalize', 'denormalize',
-           'NormalizeImages', 'part_dls', 'PartBatches', 'image_size']
+           'Placement', 'View', 'TensorVisible', 'TensorIndex', 'TensorPartMask', 'PartDataset', 'swap_pairs',
+           'normalize', 'denormalize', 'NormalizeImages', 'part_dls', 'PartBatches', 'image_size']
 
 # %% ../nbs/01_data.ipynb #02679c6b
 import random
@@ -162,7 +162,9 @@ class View:
 class TensorVisible(TensorBase): "Which keypoints are visible (P,), bool"
 class TensorIndex(TensorBase): "Row number in the table, and height and width of the file's image"
 
-EXTRAS = ('keypoints', 'box', 'mask', 'index')
+class TensorPartMask(TensorBase): "Number of the true part of each pixel (H,W), 0 outside"
+
+EXTRAS = ('keypoints', 'box', 'mask', 'part_mask', 'index')
 
 def _targets(df):
     "Targets of the table's rows and how to wrap them"
@@ -176,7 +178,7 @@ class PartDataset:
     def __init__(self,
         df:pd.DataFrame, # Rows of a table
         view:View, # How an image becomes network input
-        extra=(), # Any of 'keypoints', 'box', 'mask', 'index'
+        extra=(), # Any of 'keypoints', 'box', 'mask', 'part_mask', 'index'
         train:bool=False, # Random crop, flip and brightness?
         flip:float=0.5, # Probability of a mirror image in training
         brightness:float=0.1, # Brightness factor is 1 +- this in training (torchvision's ColorJitter)
@@ -213,11 +215,21 @@ class PartDataset:
         return TensorPoint(torch.from_numpy(pts)), TensorVisible(torch.from_numpy(seen))
 
     def _mask(self, i, place):
-        "The moved foreground mask, 0 or 1"
-        if 'mask' not in self.cols: return ()
-        im = load_image(self.cols['mask'][i]).convert('L').point(lambda v: 255*(v>0))
-        if im.size != place.original: raise DataError(self.cols['mask'][i], f'{im.size} pixels', f'{place.original} as its image')
-        return (TensorMask(torch.from_numpy(np.asarray(place.image(im)).copy()) >= 128).long(),)
+        "The moved foreground mask, 0 or 1, and the moved numbers of the true parts"
+        out = ()
+        if 'mask' in self.cols:
+            im = place.image(self._grey('mask', i, place).point(lambda v: 255*(v>0)))
+            out += (TensorMask(torch.from_numpy(np.asarray(im).copy()) >= 128).long(),)
+        if 'part_mask' in self.cols:
+            im = place.image(self._grey('part_mask', i, place), Image.Resampling.NEAREST)
+            out += (TensorPartMask(torch.from_numpy(np.asarray(im).copy()).long()),)
+        return out
+
+    def _grey(self, col, i, place):
+        "An image of one channel, as large as the row's image"
+        im = load_image(self.cols[col][i]).convert('L')
+        if im.size != place.original: raise DataError(self.cols[col][i], f'{im.size} pixels', f'{place.original} as its image')
+        return im
 
     def _index(self, i, place):
         return (TensorIndex([self.rows[i], *place.original[::-1]]),) if 'index' in self.extra else ()
@@ -298,16 +310,21 @@ def part_dls(
     return dls
 
 # %% ../nbs/01_data.ipynb #2b6f87cc
+def _stack(items):
+    "Items of one size stacked, and the types of their extras; in the worker, since each tensor sent costs a file descriptor"
+    return [torch.stack([i.as_subclass(torch.Tensor) for i in col]) for col in zip(*items)],[type(t) for t in items[0][2:]]
+
 def _to_batch(items, df):
-    "Stack items of one size into images and a `Batch`"
-    x,y,*more = [torch.stack([i.as_subclass(torch.Tensor) for i in col]) for col in zip(*items)]
-    got = {type(t):v for t,v in zip(items[0][2:], more)}
-    idx,pts,seen,mask = (got.get(k) for k in (TensorIndex,TensorPoint,TensorVisible,TensorMask))
+    "Images and a `Batch` from what `_stack` made"
+    (x,y,*more),kinds = items
+    got = dict(zip(kinds, more))
+    idx,pts,seen,mask,parts = (got.get(k) for k in (TensorIndex,TensorPoint,TensorVisible,TensorMask,TensorPartMask))
     n,b = (0 if seen is None else seen.shape[1]),len(x)
     corners = None if pts is None or 'box' not in df else pts[:,n:]
     box = None if corners is None else torch.cat([corners.amin(1), corners.amax(1)-corners.amin(1)], 1)
     return x, Batch(idx[:,0], df.image.loc[idx[:,0].tolist()].tolist(), torch.tensor(x.shape[-2:]).expand(b,2), idx[:,1:],
-                    y if _targets(df)[0] else None, pts[:,:n] if n else None, seen if n else None, box, None if mask is None else mask.bool())
+                    y if _targets(df)[0] else None, pts[:,:n] if n else None, seen if n else None, box,
+                    None if mask is None else mask.bool(), parts)
 
 class PartBatches:
     "Iterates `(normalised images, Batch)` over all rows of a table, with every annotation they have"
@@ -335,7 +352,7 @@ class PartBatches:
     def __len__(self): return len(self.groups)
 
     def __iter__(self):
-        dl = torch.utils.data.DataLoader(self.ds, batch_sampler=self.groups, num_workers=self.workers, collate_fn=list)
+        dl = torch.utils.data.DataLoader(self.ds, batch_sampler=self.groups, num_workers=self.workers, collate_fn=_stack)
         for items in dl:
             x,b = _to_batch(items, self.df)
             yield normalize(x, self.stats),b

@@ -15,9 +15,9 @@ from .runs import *
 from .synthetic import synthetic_birds
 
 # %% ../nbs/30b_demo.ipynb #68bc6128
-demo_settings = dict(backbone='resnet10t', pretrained=False, size=96, resize='squash', bs=50, epochs=14, workers=2, brightness=0.)
+demo_settings = dict(backbone='test_resnet', pretrained=False, size=96, resize='squash', bs=50, epochs=16, workers=2, brightness=0.)
 demo_fit = dict(lr=(6e-3,6e-3), clip=2.)
-demo_parts = dict(n_parts=8, stride=8, stage='stride')
+demo_parts = dict(n_parts=8, stride=8, stage='stride', coeff=.2)
 
 def run_demo(
     out='demo-run', # Folder of the run

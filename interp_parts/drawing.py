@@ -130,6 +130,11 @@ def _shaded(layer, outline, shade, side):
     soft = cv2.LUT(cv2.blur(cv2.blur(soft, (d,d)), (d,d)), _lut(shade))
     return cv2.multiply(layer, cv2.merge([soft]*3), dtype=cv2.CV_8U)
 
+def _flat(im, s, outline, labels):
+    "The quick way, for a shape of one colour"
+    cv2.fillPoly(im, [outline], s.colour, cv2.LINE_AA, 4)
+    if labels is not None: cv2.fillPoly(labels, [outline], s.part, cv2.LINE_8, 4)
+
 # %% ../nbs/02a_drawing.ipynb #c1c38a86
 def paint(
     im:np.ndarray, # (H,W,3) uint8, changed in place
@@ -142,6 +147,7 @@ def paint(
     lo,hi = np.floor(o.min(0)).astype(int)-1,np.ceil(o.max(0)).astype(int)+2
     (x0,y0),(x1,y1) = [v.clip(0, im.shape[1::-1]).tolist() for v in (lo,hi)]
     if x1-x0 < 2 or y1-y0 < 2: return
+    if not s.marks and not s.shade and s.opacity == 1: return _flat(im, s, _fixed(o), labels)
     q,k = _fixed(o-(x0,y0)),math.sqrt(abs(m[0,0]*m[1,1]-m[0,1]*m[1,0]))
     layer,mask = np.empty((y1-y0,x1-x0,3), np.uint8),np.zeros((y1-y0,x1-x0), np.uint8)
     layer[:] = s.colour

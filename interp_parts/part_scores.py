@@ -108,7 +108,7 @@ class PixelClustering:
 
     def update(self, parts, batch):
         "Count the pixels of a batch"
-        named = getattr(batch, 'part_mask', None)
+        named = batch.part_mask
         true = batch.mask if named is None else named
         if true is None: return self
         scores,self.background = upsample(parts.maps, batch.size[0]),parts.background

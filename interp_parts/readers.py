@@ -29,13 +29,15 @@ def read_list(
         with open(path, encoding='utf-8') as f: count,cols = f.readline().split(),f.readline().split()
         header = len(count) == 1 and count[0].isdigit()
         df = pd.read_csv(path, sep=r'\s+', header=None, index_col=0, skiprows=2*header, quoting=3)
-    except OSError: raise DataError(path, 'no such file') from None
+    except OSError: raise _absent(path) from None
     except ValueError as e:
         raise DataError(path, f'not a list ({e})', 'rows of the same length', 'restore the file') from None
     _check_list(path, df, n, unique)
     if header and len(df) != int(count[0]):
         raise DataError(path, f'{len(df)} rows', f'{count[0]}, as its first line says', 'restore the file')
     return df.set_axis(cols, axis=1) if header and len(cols) == df.shape[1] else df
+
+def _absent(path): return DataError(path, 'no such file', 'all lists of the data set', 'unpack it again, or check --path')
 
 def _check_list(path, df, n, unique):
     "Complain about text, missing numbers and double ids"
@@ -52,7 +54,7 @@ def read_names(
 )->dict:
     "Names by id, in the order of the file"
     try: rows = [l.split(maxsplit=1) for l in Path(path).read_text(encoding='utf-8').splitlines() if l.strip()]
-    except OSError: raise DataError(path, 'no such file') from None
+    except OSError: raise _absent(path) from None
     try: return {int(i):name.strip() for i,name in rows}
     except ValueError:
         raise DataError(path, 'a row that is not `id name`', 'rows such as `7 left eye`', 'restore the file') from None
@@ -134,9 +136,15 @@ def read_cub(
                 keypoints=list(_part_locs(root, ids, list(parts))))
     if masks := _find(root, 'segmentations', '../segmentations'): rows['mask'] = _masks(masks, files.values())
     names = list(parts.values())
+    rows |= (true := _part_masks(root, files.values()))[0]
     df = part_table(rows, 'CUB-200-2011', classes=list(classes.values()), keypoints=names,
-                    pairs=left_right_pairs(names), protocol='official split', **_about['cub'])
+                    pairs=left_right_pairs(names), protocol='official split', **true[1], **_about['cub'])
     return _check_cub(check_table(df))
+
+def _part_masks(root, files):
+    "A column of part masks and the parts' names, for a folder that has them (rendered birds do)"
+    if not (root/'part_masks').is_dir(): return {},{}
+    return dict(part_mask=_masks(root/'part_masks', files)),dict(parts=list(read_names(root/'part_masks'/'parts.txt').values()))
 
 def _check_cub(df):
     "The complete set has 5994 training and 5794 test images"

@@ -4,13 +4,13 @@
 
 # %% auto #0
 __all__ = ['settings_defaults', 'known_options', 'make_settings', 'pick_device', 'check_settings', 'read_rows', 'make_learner',
-           'train_run', 'run_rows', 'evaluate_run', 'visualize_run', 'image_files', 'predict_run']
+           'train_run', 'run_rows', 'evaluate_run', 'visualize_run', 'image_files', 'predict_run', 'features_run']
 
 # %% ../nbs/30a_runs.ipynb #d88bbbb2
 import copy, inspect, json, shutil, time
 from pathlib import Path
 
-import pandas as pd, torch
+import numpy as np, pandas as pd, torch
 
 from .core import *
 from .data import *
@@ -22,7 +22,7 @@ from .visualization import *
 from .report import *
 
 # %% ../nbs/30a_runs.ipynb #862ad9ce
-settings_defaults = dict(data=None, path=None, protocol=None, backbone='resnet50', weights=None, pretrained=True, freeze_bn=False, n_parts=8,
+settings_defaults = dict(data=None, path=None, protocol=None, init=None, backbone='resnet50', weights=None, pretrained=True, freeze_bn=False, n_parts=8,
                          epochs=12, bs=32, size=224, resize='short', flip=.5, brightness=.1, seed=0, workers=2, device='auto',
                          deterministic=False, compat=False, model={}, fit={})
 
@@ -81,6 +81,7 @@ def check_settings(
     check_backbone(s['backbone']); pick_device(s['device']); pick(s['resize'], RESIZES, '--resize')
     for k,least in dict(n_parts=1, epochs=1, bs=1, size=1, workers=0).items():
         if s[k] < least: raise ConfigError(f"--{k.replace('_','-')}", s[k], f'at least {least}')
+    if s['init'] and not (Path(s['init'])/'model.safetensors').is_file(): raise ConfigError('--init', s['init'], 'the folder of a finished run')
     if s['weights'] and not Path(s['weights']).is_file(): raise CheckpointError(s['weights'], 'no such file', 'a .safetensors file', 'check --weights')
 
 # %% ../nbs/30a_runs.ipynb #fdd8ef57
@@ -113,9 +114,10 @@ def make_learner(
     "The learner that the settings describe, not trained yet"
     seed_everything(s['seed'], s['deterministic'])
     dls = part_dls(df, s['size'], s['resize'], s['bs'], flip=s['flip'], brightness=s['brightness'], stats=backbone_stats(s['backbone']),
-                   workers=s['workers'], seed=s['seed'], device=pick_device(s['device']))
+                   workers=s['workers'], seed=s['seed'], device=pick_device(s['device']), extra=get_method(method).extra)
     names = _signature(get_method(method).learner, get_method(method).model)
-    common = {k:s[k] for k in ('backbone','weights','pretrained','freeze_bn','n_parts','compat') if k in names}
+    if s['init'] and 'init' not in names: raise ConfigError('--init', f'{method} starts from no other run', 'a training without it')
+    common = {k:s[k] for k in ('init','backbone','weights','pretrained','freeze_bn','n_parts','compat') if k in names}
     return create_learner(method, dls, **common, **s['model'])
 
 def train_run(
@@ -143,7 +145,8 @@ def _train(method, run, s, resume, say):
     d = learn.dls
     say(f"{method}: {len(d.train.dataset)} training images, {d.c} {'attributes' if d.multi else 'classes'}, "
         f"{sum(p.numel() for p in learn.model.parameters()):,} parameters, {d.device}")
-    config = run_config(learn, method, **{**s, 'path':str(Path(s['path']).resolve())})
+    config = dict(run_config(learn, method, **{**s, 'path':str(Path(s['path']).resolve())}),
+                  weights=weights_about(s['backbone'], s['pretrained'], s['weights']))
     if read_state(run) is None:
         save_tensors(run/'state'/'initial.safetensors', learn.model)
         write_json(run/'settings.json', _identity(method, s)); write_json(run/'config.json', config)
@@ -179,7 +182,8 @@ def evaluate_run(
     "Score a run, write RUN/metrics.json and return it"
     learn = load_run(run, pick_device(device), workers=workers)
     df = run_rows(learn.config, path)
-    res = evaluate(learn, df, protocol, test=split)
+    own = get_method(learn.config['method']).scores
+    res = {**evaluate(learn, df, protocol, test=split), **(own(learn, df, protocol) if own else {})}
     if baselines and 'keypoint_error' in res or baselines and 'fg_nmi' in res:
         k = next(learn.parts(df[:1]))[0].n_parts
         res['lab_kmeans'] = evaluate_lab_kmeans(learn, df, k, protocol)
@@ -245,3 +249,31 @@ def predict_run(
     for f,(x,p,b) in zip(files, learn.items(df, bs=1)):
         save_picture(explain(x, p, learn.dls.vocab, multi=learn.dls.multi), out/f'{f.stem}.png')
         yield _answer(learn, p, f)
+
+# %% ../nbs/30a_runs.ipynb #a203fb71
+def features_run(
+    run, # Folder of a run
+    out, # The .npz file to be written
+    path=None, # Another folder of the same data
+    split:str=None, # Rows of this split only
+    device='auto', # Where the model goes
+    workers:int=2, # Processes that decode images
+)->dict:
+    "Write, and return, arrays of all images of a run's data: image, split, label, presence, centers, embedding, logits"
+    learn = load_run(run, pick_device(device), workers=workers)
+    df = run_rows(learn.config, path)
+    rows = split_rows(df, (split,)) if split else df
+    got = {}
+    for p,b in learn.parts(rows): got.update(zip(b.index.tolist(), _features(p, b)))
+    cols = [np.stack(c) for c in zip(*(got[i].values() for i in rows.index))]
+    res = dict(image=rows.image.to_numpy(str), split=rows.split.to_numpy(str), **dict(zip(got[rows.index[0]], cols)))
+    if 'label' in rows: res['label'] = rows.label.to_numpy(int)
+    with atomic_path(out) as tmp:
+        with open(tmp, 'wb') as f: np.savez(f, **res)
+    return res
+
+def _features(p, b):
+    "For each image of a batch what `features_run` keeps; centres as shares of width and height"
+    centers = part_centers(p.maps, b.size[0])/b.size[0].flip(0)
+    cols = dict(presence=p.presence, centers=centers, embedding=p.embedding, logits=p.logits)
+    return [{k:v[i].float().numpy() for k,v in cols.items() if v is not None} for i in range(len(b))]
