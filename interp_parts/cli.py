@@ -53,7 +53,7 @@ def parse_set(
 @command()
 def train(
     method:str, # Such as region_grouping or classifier
-    data:str=None, # cub, celeba, inaturalist, folder (class folders) or table (CSV/Parquet)
+    data:str=None, # folder (class folders), table (CSV/Parquet), cub, celeba, pets, dogs ...: a reader's name
     path:str=None, # Folder or file of the data
     out:str='run', # Folder of the run
     protocol:str=None, # The data's own, such as accuracy or interpretability for celeba
@@ -76,7 +76,7 @@ def train(
     overwrite:bool=False, # Replace a run that exists?
     deterministic:bool=None, # Only deterministic kernels? Slower on a GPU
     compat:bool=None, # The original's quirks too?
-    set_:list[str]=[], # key=value: any further option of the method or the training
+    set_:list[str]=[], # key=value: any further option of the method or the training; data.key=value: of the reader
 ):
     "Train a method; writes the folder --out"
     options = {k:v for k,v in locals().items() if k not in ('method','out','recipe','config','resume','overwrite','set_')}
@@ -151,7 +151,7 @@ def recipes(
 
 @command()
 def data(
-    name:str, # cub, celeba or inaturalist
+    name:str, # A reader's name, such as cub, celeba, pets or flowers
     dest:str, # Folder for the archives and the data
 ):
     "Download a data set, check it, and print what it holds"

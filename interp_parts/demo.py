@@ -15,14 +15,14 @@ from .runs import *
 from .synthetic import synthetic_birds
 
 # %% ../nbs/30b_demo.ipynb #68bc6128
-demo_settings = dict(backbone='test_resnet', pretrained=False, size=96, resize='squash', bs=50, epochs=16, workers=2, brightness=0.)
+demo_settings = dict(backbone='test_resnet', pretrained=False, size=96, resize='squash', bs=50, epochs=11, workers=2, brightness=0.)
 demo_fit = dict(lr=(6e-3,6e-3), clip=2.)
-demo_parts = dict(n_parts=8, stride=8, stage='stride', coeff=.2)
+demo_parts = dict(n_parts=8, stride=8, stage='stride', coeff=.2, regroup=3)
 
 def run_demo(
     out='demo-run', # Folder of the run
     seed:int=0, # Of the images and of the training
-    n:int=2000, # Images; a quarter of them for the test
+    n:int=3000, # Images; a quarter of them for the test
     epochs:int=None, # Passes over the training images, for both models
     say=print, # Where words go
 )->dict:

@@ -262,7 +262,12 @@ def unpack_7z(
 
 # %% ../nbs/01b_download.ipynb #4948ab93
 def _list(name, md5=None, need=False): return dict(name=name, urls={}, md5=md5, makes=name, need=need)
+def _hand(name, makes, need=False): return dict(name=name, urls={}, md5=None, makes=makes, need=need)
+def _from(url, makes, md5, size=None):
+    name = url.rpartition('/')[2]
+    return dict(name=name, urls={url:size}, md5=md5, makes=makes or name, need=True)
 
+_vgg = 'https://www.robots.ox.ac.uk/~vgg/data'
 _caltech = 'http://www.vision.caltech.edu/visipedia-data/CUB-200-2011'
 sources = dict(
     cub=dict(page='http://www.vision.caltech.edu/visipedia/CUB-200-2011.html', folder='CUB_200_2011', files=[
@@ -286,7 +291,36 @@ sources = dict(
         _list('train2017.json', None, True), _list('val2017.json', None, True),
         dict(name='train_val_images.tar.gz', makes='train_val_images', need=True,
              md5='7c784ea5e424efaec655bd392f87301f',
-             urls={'https://ml-inat-competition-datasets.s3.amazonaws.com/2017/train_val_images.tar.gz':None})]))
+             urls={'https://ml-inat-competition-datasets.s3.amazonaws.com/2017/train_val_images.tar.gz':None})]),
+    dogs=dict(page='http://vision.stanford.edu/aditya86/ImageNetDogs/main.html', folder='.', files=[
+        _hand('images.tar', 'Images', True), _hand('lists.tar', 'train_list.mat', True),
+        _hand('annotation.tar', 'Annotation')]),
+    awa2=dict(page='https://cvml.ist.ac.at/AwA2/', folder='Animals_with_Attributes2', files=[
+        _hand('AwA2-data.zip', 'Animals_with_Attributes2', True)]),
+    flowers=dict(page='https://www.robots.ox.ac.uk/~vgg/data/flowers/102/', folder='.', files=[
+        _from(f'{_vgg}/flowers/102/102flowers.tgz', 'jpg', '52808999861908f626f3c1f4e79d11fa'),
+        _from(f'{_vgg}/flowers/102/imagelabels.mat', None, 'e0620be6f572b9609742df49c70aed4d'),
+        _from(f'{_vgg}/flowers/102/setid.mat', None, 'a5357ecc9cb78c4bef273ce3793fc85c')]),
+    stl10=dict(page='https://cs.stanford.edu/~acoates/stl10/', folder='stl10_binary', files=[
+        _from('http://ai.stanford.edu/~acoates/stl10/stl10_binary.tar.gz', 'stl10_binary',
+              '91f7769df0f17e558f3565bffb0c7dfb')]),
+    pets=dict(page='https://www.robots.ox.ac.uk/~vgg/data/pets/', folder='.', files=[
+        _from(f'{_vgg}/pets/data/images.tar.gz', 'images', '5c4f3ee8e5d25df40f4fd59a7f44e54c'),
+        _from(f'{_vgg}/pets/data/annotations.tar.gz', 'annotations', '95a8c909bbe2e81eed6a22bccdf3f68f')]),
+    food101=dict(page='https://data.vision.ee.ethz.ch/cvl/datasets_extra/food-101/', folder='food-101', files=[
+        _from('http://data.vision.ee.ethz.ch/cvl/food-101.tar.gz', 'food-101', '85eeb15f3717b99a5da872d97d918f87')]),
+    nabirds=dict(page='https://dl.allaboutbirds.org/nabirds', folder='nabirds', files=[
+        _hand('nabirds.tar.gz', 'nabirds', True)]),
+    cars=dict(page='https://ai.stanford.edu/~jkrause/cars/car_dataset.html', folder='stanford-cars', files=[
+        _from('https://s3.amazonaws.com/fast-ai-imageclas/stanford-cars.tgz', 'stanford-cars', None, 1957803273)]),
+    deepfashion=dict(page='https://mmlab.ie.cuhk.edu.hk/projects/DeepFashion/InShopRetrieval.html', folder='.', files=[
+        _hand('img_highres_seg.zip', 'img_highres', True),
+        *[_list(f'DeepFashion_segmentation_{p}.json', need=True) for p in ('train','query','gallery')]]),
+    pascal_part=dict(page='http://host.robots.ox.ac.uk/pascal/VOC/', folder='.', files=[
+        _hand('Annotations_Part', 'Annotations_Part', True),
+        _from('https://thor.robots.ox.ac.uk/pascal/VOC/voc2010/VOCtrainval_03-May-2010.tar', 'VOCdevkit',
+              'da459979d0c395079b5c75ee67908abb')]))
+sources['cub_parts'] = dict(sources['cub'], files=[dict(f, need=True) for f in sources['cub']['files']])
 
 # %% ../nbs/01b_download.ipynb #005b6710
 def _all_parts(f):

@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['celeba_attributes', 'celeba_keypoints', 'readers', 'read_list', 'read_names', 'read_cub', 'scops_filter',
-           'binary_labels', 'scale_factors', 'read_celeba', 'read_inaturalist', 'read_data', 'left_right_pairs',
-           'random_split', 'read_folder', 'read_table']
+           'binary_labels', 'scale_factors', 'read_celeba', 'read_inaturalist', 'get_reader', 'read_data',
+           'left_right_pairs', 'random_split', 'read_folder', 'read_table']
 
 # %% ../nbs/01a_readers.ipynb #9a48a481
-import inspect, os
+import importlib, inspect, os
 from pathlib import Path
 
 import numpy as np, pandas as pd
@@ -322,7 +322,20 @@ def read_inaturalist(
 
 # %% ../nbs/01a_readers.ipynb #4594cab3
 _all_ = ['left_right_pairs', 'random_split', 'read_folder', 'read_table']
-readers = dict(cub=read_cub, celeba=read_celeba, inaturalist=read_inaturalist, folder=read_folder, table=read_table)
+_elsewhere = dict(classification_readers='dogs awa2 flowers stl10 pets food101 nabirds cars train_test',
+                  part_readers='cub_parts deepfashion pascal_part masked_folder')
+readers = dict(cub=read_cub, celeba=read_celeba, inaturalist=read_inaturalist, folder=read_folder, table=read_table,
+               **{n:f'interp_parts.{m}:read_{n}' for m,names in _elsewhere.items() for n in names.split()})
+
+def get_reader(
+    name:str, # One of `readers`
+):
+    "The reader called `name`, imported if need be"
+    r = pick(name, readers, '--data')
+    if isinstance(r, str):
+        module,_,function = r.partition(':')
+        r = readers[name] = getattr(importlib.import_module(module), function)
+    return r
 
 def read_data(
     name:str, # One of `readers`
@@ -330,7 +343,7 @@ def read_data(
     **options # The reader's own, such as protocol='interpretability'
 )->pd.DataFrame:
     "The table of the dataset `name` at `path`"
-    reader = pick(name, readers, '--data')
+    reader = get_reader(name)
     known = list(inspect.signature(reader).parameters)[1:]
     for o in options:
         if not known: raise ConfigError(f'option of --data {name}', repr(o), 'none', 'leave it out')

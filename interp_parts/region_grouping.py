@@ -6,9 +6,9 @@
 __all__ = ['recipes', 'assign_pixels', 'describe_parts', 'GroupingUnit', 'blur_kernel', 'occurrence', 'beta_quantiles',
            'occurrence_loss', 'Bottleneck', 'part_attention', 'StackedLinear', 'StackedNorm', 'StackedBottleneck',
            'stacked_attention', 'SharedNorm', 'Grouped', 'RegionGrouping', 'init_prototypes', 'OccurrencePrior',
-           'region_grouping_learner', 'original_views', 'load_original', 'PartLearner', 'create_learner', 'part_table',
-           'check_table', 'part_dls', 'load_image', 'PartBatches', 'fit_run', 'seed_everything', 'run_config',
-           'save_run', 'load_run']
+           'Regroup', 'region_grouping_learner', 'original_views', 'load_original', 'PartLearner', 'create_learner',
+           'part_table', 'check_table', 'part_dls', 'load_image', 'PartBatches', 'fit_run', 'seed_everything',
+           'run_config', 'save_run', 'load_run']
 
 # %% ../nbs/10_region_grouping.ipynb #0ba104d2
 import math
@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np, torch, torch.nn.functional as F
+from fastai.callback.core import Callback
 from scipy.stats import beta as beta_distribution
 from sklearn.cluster import KMeans
 from torch import nn
@@ -348,6 +349,16 @@ class OccurrencePrior(LossTerms):
         model = self.learn.model
         return dict(occurrence=self.coeff*occurrence_loss(occurrence(self.learn.out.assignment, **model.blur), *self.prior))
 
+class Regroup(Callback):
+    "Start the prototypes from k-means again, once the features of a random backbone mean something"
+    order = 85 # after a resumed state is back
+    def __init__(self,
+        epoch:int, # Before this epoch, counted from 0
+    ): self.at = epoch
+
+    def before_epoch(self):
+        if self.epoch == self.at: init_prototypes(self.learn.model, self.learn.batches(few_rows(self.dls), whole=False))
+
 def region_grouping_learner(
     dls, # From `part_dls`
     backbone:str='resnet50', # timm's name
@@ -356,6 +367,7 @@ def region_grouping_learner(
     alpha:float=1., # Beta prior of the occurrence
     beta:float=1e-3, # Beta prior of the occurrence
     kmeans:bool=None, # Start prototypes from k-means? Default: unless `published`
+    regroup:int=0, # Start them from k-means again before this epoch; 0: never
     pretrained:bool=True, # Download the backbone's weights?
     weights:str=None, # Backbone weights in a local file
     published:bool=False, # The paper's network exactly?
@@ -370,7 +382,8 @@ def region_grouping_learner(
                            freeze_early=freeze_early, **options)
     side = -(-dls.view.size//model.backbone.stride)
     occurrence(torch.zeros(1, 1, side, side), **model.blur) # says so if the map is too small
-    learn = part_learner(dls, model, cbs=[OccurrencePrior(coeff, alpha, beta), *(cbs or [])], compat=compat)
+    own = [OccurrencePrior(coeff, alpha, beta), *([Regroup(regroup)] if regroup else [])]
+    learn = part_learner(dls, model, cbs=[*own, *(cbs or [])], compat=compat)
     if not published if kmeans is None else kmeans: init_prototypes(model, learn.batches(few_rows(dls), whole=False))
     return learn
 

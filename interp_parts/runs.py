@@ -24,7 +24,7 @@ from .report import *
 # %% ../nbs/30a_runs.ipynb #862ad9ce
 settings_defaults = dict(data=None, path=None, protocol=None, init=None, backbone='resnet50', weights=None, pretrained=True, freeze_bn=False, n_parts=8,
                          epochs=12, bs=32, size=224, resize='short', flip=.5, brightness=.1, seed=0, workers=2, device='auto',
-                         deterministic=False, compat=False, model={}, fit={})
+                         deterministic=False, compat=False, model={}, fit={}, reader={})
 
 def _signature(*fs): return {p for f in fs for p in inspect.signature(f).parameters}
 
@@ -37,9 +37,10 @@ def known_options(
             _signature(fit_run) - {'learn','run','resume','cbs','epochs'})
 
 def _place(settings, method, key, value):
-    "Put one option where it belongs"
+    "Put one option where it belongs; `data.NAME` is the reader's"
+    if key.startswith('data.'): settings['reader'][key[5:]] = value; return
     model,fit = known_options(method)
-    flat = set(settings) - {'model','fit'}
+    flat = set(settings) - {'model','fit','reader'}
     if key in flat: settings[key] = value
     elif key in fit: settings['fit'][key] = value
     elif key in ('weight_decay','momentum','betas'): settings['fit'].setdefault('options', {})[key] = value
@@ -53,12 +54,13 @@ def make_settings(
     extra:dict=None, # Any further option of the method or the fit
 )->dict:
     "All settings of a training; later sources win"
-    s = {**settings_defaults, 'model':{}, 'fit':{}}
+    s = {**settings_defaults, 'model':{}, 'fit':{}, 'reader':{}}
     r = copy.deepcopy(pick(recipe, get_method(method).recipes, '--recipe')) if recipe else {}
     for source in (r, config or {}, {k:v for k,v in (options or {}).items() if v is not None}, extra or {}):
         for k,v in source.items():
             if k in ('note',): continue
-            if k in ('model','fit'): [_place(s, method, a, b) for a,b in v.items()]
+            if k == 'reader': s[k] |= v
+            elif k in ('model','fit'): [_place(s, method, a, b) for a,b in v.items()]
             else: _place(s, method, k, v)
     return s
 
@@ -103,7 +105,7 @@ def read_rows(
     s:dict, # Settings or a stored config's data section: data, path, protocol
 )->pd.DataFrame:
     "The table that the settings name"
-    opts = dict(protocol=s['protocol']) if s.get('protocol') else {}
+    opts = {**s.get('reader', {}), **(dict(protocol=s['protocol']) if s.get('protocol') else {})}
     return read_data(s['data'], s['path'], **opts)
 
 def make_learner(

@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['schedules', 'SCHEMA', 'defaults', 'LossTerms', 'Term', 'StopNonFinite', 'torch_opt', 'scheduled', 'seed_everything',
-           'rng_state', 'set_rng_state', 'save_tensors', 'load_tensors', 'SaveState', 'Resume', 'read_state', 'History',
-           'read_history', 'fit_run', 'multi_label_loss', 'attribute_accuracy', 'Accuracy', 'part_learner', 'few_rows',
-           'fingerprint', 'versions', 'run_config', 'save_run', 'load_run']
+           'keep_memory', 'rng_state', 'set_rng_state', 'save_tensors', 'load_tensors', 'SaveState', 'Resume',
+           'read_state', 'History', 'read_history', 'fit_run', 'multi_label_loss', 'attribute_accuracy', 'Accuracy',
+           'part_learner', 'few_rows', 'fingerprint', 'versions', 'run_config', 'save_run', 'load_run']
 
 # %% ../nbs/04_training.ipynb #a727c64f
-import hashlib, math, platform, random
+import ctypes, hashlib, math, platform, random
 from functools import partial
 from pathlib import Path
 
@@ -106,6 +106,12 @@ def seed_everything(
     "Seed Python, NumPy and PyTorch"
     random.seed(seed); np.random.seed(seed % 2**32); torch.manual_seed(seed)
     torch.use_deterministic_algorithms(deterministic, warn_only=True)
+
+def keep_memory():
+    "Let glibc keep freed memory for the next step, instead of giving it back and faulting it in again"
+    try: libc = ctypes.CDLL('libc.so.6')
+    except OSError: return # another C library
+    for option,value in ((-4,0), (-1,2**31-1), (-2,2**26)): libc.mallopt(option, value) # M_MMAP_MAX, M_TRIM_THRESHOLD, M_TOP_PAD
 
 def rng_state()->dict:
     "All random states, as plain tensors and numbers"
@@ -234,6 +240,7 @@ def fit_run(
     clip:float|None=None, # Largest norm of the gradient
 ):
     "Train a learner with PyTorch's optimiser and a schedule per step; returns the learner"
+    keep_memory()
     learn.opt_func,learn.wd_bn_bias,learn.train_bn = torch_opt(optimizer, **(options or {})),True,False
     lrs = list(lr)[-len(learn.splitter(learn.model)):]
     state = read_state(run) if resume and run else None
@@ -336,6 +343,7 @@ def load_run(
     workers:int=0, # Processes that decode images
 )->PartLearner:
     "A learner that predicts as the one that was saved; nothing is unpickled, nothing is downloaded"
+    keep_memory()
     run = Path(run)
     if not (run/'config.json').exists(): raise CheckpointError(run, 'no config.json', 'a folder written by `interp-parts train`')
     config = read_json(run/'config.json')
