@@ -71,6 +71,7 @@ class Backbone(nn.Module):
         if weights is not None: load_weights(self.net, weights)
         self.stats = tuple(self.net.default_cfg['mean']),tuple(self.net.default_cfg['std'])
         self._cut(self.net.feature_info, stride, name)
+        _save_copies(self.net)
         self.early = self._early() if freeze_early else []
         still = [*self.bns()*freeze_bn, *self.early]
         for m in still: m.requires_grad_(False)
@@ -105,6 +106,11 @@ class Backbone(nn.Module):
     def forward(self, x):
         if self.stage != 'final': return self.net.forward_intermediates(x, indices=[self.index], intermediates_only=True, output_fmt='NCHW')[0]
         return _as_map(self.net, self.net.forward_features(x), x)
+
+def _save_copies(net):
+    "Only ReLU gains by working in place: any other activation must keep a copy of its input for the backward pass"
+    for m in net.modules():
+        if getattr(m, 'inplace', False) and not isinstance(m, nn.ReLU): m.inplace = False
 
 def _as_map(net, f, x):
     "Features of any layout as (B,C,h,w)"

@@ -146,7 +146,7 @@ def recipes(
     all_ = {k:dict(method=m, **r) for m in method_names for k,r in get_method(m).recipes.items()}
     shown = {name:pick(name, all_, 'recipe')} if name else all_
     if json_: print(json.dumps(shown, indent=1))
-    else: print('\n'.join(f'{k:22} {r["method"]:18} {r["model"]["backbone"]}, {r["model"]["n_parts"]} parts, {r["data"]} at {r["size"]} px, '
+    else: print('\n'.join(f'{k:22} {r["method"]:30} {r["model"]["backbone"]}, {r["model"]["n_parts"]} parts, {r["data"]} at {r["size"]} px, '
                           f'{r["fit"]["epochs"]} epochs of {r["bs"]}' for k,r in shown.items()))
 
 @command()

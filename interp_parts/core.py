@@ -172,6 +172,7 @@ def eval_mode(
 class PartModel(nn.Module):
     "Base class of all methods: `forward(x)` returns an object with `.logits`; `_parts` makes `Parts`"
     needs_grad = False # Does `_parts` differentiate?
+    classifies = True # Are the logits those of classes, or attributes, of an image?
     def __init__(self,
         **config # JSON-able constructor arguments of the subclass, stored with a run
     ):
@@ -229,7 +230,8 @@ class Method:
     scores:object=None # `(learner, table, protocol) -> dict`: its own published measures
 
 methods = {}
-method_names = ['classifier', 'region_grouping']
+method_names = ['classifier', 'region_grouping', 'contrastive_reconstruction', 'visual_words', 'activation_diversity',
+                'classification_specific_parts']
 
 def register(
     learner, # Factory `NAME_learner(dls, **options)`

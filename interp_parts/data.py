@@ -276,7 +276,7 @@ class NormalizeImages(Transform):
     def decodes(self, x:TensorImage): return denormalize(x, self.stats)
 
 # %% ../nbs/01_data.ipynb #cbba60d5
-def _split_rows(df, n=200):
+def _split_rows(df, n=128):
     "Training rows, rows to watch, and whether the latter are training rows too"
     train,valid = df[df.split=='train'],df[df.split=='valid']
     if not len(train): raise DataError(df.attrs.get('name'), 'no row of split train', 'training images')

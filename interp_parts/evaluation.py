@@ -119,7 +119,7 @@ def evaluate(
         view = dict(trim=16) if protocol == 'paper' else {}
         items = [learner.parts(s, **view) for s in sets]
         parted = evaluate_parts(items[0], _watch(items[1], seen), df.attrs, protocol, use_mask, seed)
-    if protocol != 'interpretability' and {'label','labels'} & set(df):
+    if protocol != 'interpretability' and learner.model.classifies and {'label','labels'} & set(df):
         train = df[df.split == 'train']
         answers = _seen_logits(seen, rows) or learner.logits(rows, flip=flip)
         scored = evaluate_accuracy(*answers, _targets(train) if len(train) else None, protocol, df.attrs.get('attributes', ()))

@@ -156,13 +156,13 @@ class StackedLinear(nn.Module):
         bias:bool=True, # Add a bias?
     ):
         super().__init__()
-        self.weight = nn.Parameter(torch.empty(heads, cout, cin))
+        self.weight = nn.Parameter(torch.empty(heads, cin, cout)) # this way round both products of the backward pass are fast too
         self.bias = nn.Parameter(torch.empty(heads, cout).uniform_(-1,1)/math.sqrt(cin)) if bias else None
         nn.init.normal_(self.weight, std=math.sqrt(2/cout))
 
     def forward(self, x):
-        if x.ndim == 2: y = F.linear(x, self.weight.flatten(0,1)).unflatten(1, self.weight.shape[:2])
-        else: y = torch.bmm(x.transpose(0,1), self.weight.transpose(1,2)).transpose(0,1)
+        x = x.expand(len(self.weight), *x.shape) if x.ndim == 2 else x.transpose(0,1)
+        y = torch.bmm(x, self.weight).transpose(0,1)
         return y if self.bias is None else y + self.bias
 
 class StackedNorm(nn.BatchNorm1d):
@@ -421,7 +421,7 @@ def original_views(
 def _unstack(model, top, key, v):
     "A stacked tensor as the original's many: one per attribute"
     n,module = model.head.weight.shape[0],model.get_submodule(key.rpartition('.')[0])
-    rest,many = key.partition('.')[2],v if v.ndim == 0 else v.view(n, -1) if isinstance(module, StackedNorm) else v
+    rest,many = key.partition('.')[2],v if v.ndim == 0 else v.view(n, -1) if isinstance(module, StackedNorm) else v.mT if v.ndim == 3 else v
     one = lambda i: many if v.ndim == 0 else many[i][...,None,None] if many.ndim == 3 and top != 'mylinear' else many[i]
     return {f'{top}.{i}.{rest}':one(i) for i in range(n)}
 

@@ -17,12 +17,13 @@ from .data import *
 from .backbones import *
 from .training import *
 from .readers import read_data
+from .masks import add_grabcut_masks
 from .evaluation import *
 from .visualization import *
 from .report import *
 
 # %% ../nbs/30a_runs.ipynb #862ad9ce
-settings_defaults = dict(data=None, path=None, protocol=None, init=None, backbone='resnet50', weights=None, pretrained=True, freeze_bn=False, n_parts=8,
+settings_defaults = dict(data=None, path=None, protocol=None, masks=None, init=None, backbone='resnet50', weights=None, pretrained=True, freeze_bn=False, n_parts=8,
                          epochs=12, bs=32, size=224, resize='short', flip=.5, brightness=.1, seed=0, workers=2, device='auto',
                          deterministic=False, compat=False, model={}, fit={}, reader={})
 
@@ -103,10 +104,14 @@ def _prepare(run, method, s, resume, overwrite):
 
 def read_rows(
     s:dict, # Settings or a stored config's data section: data, path, protocol
+    method:str=None, # Registered name: does it need masks?
+    run=None, # Folder of the run, where masks are kept unless the settings say otherwise
 )->pd.DataFrame:
-    "The table that the settings name"
+    "The table that the settings name; with masks made from its boxes if the method needs masks and there are none"
     opts = {**s.get('reader', {}), **(dict(protocol=s['protocol']) if s.get('protocol') else {})}
-    return read_data(s['data'], s['path'], **opts)
+    df = read_data(s['data'], s['path'], **opts)
+    if method is None or 'mask' not in get_method(method).extra or 'mask' in df or 'box' not in df: return df
+    return add_grabcut_masks(df, s.get('masks') or Path(run)/'masks')
 
 def make_learner(
     method:str, # Registered name
@@ -142,7 +147,7 @@ def train_run(
     return run
 
 def _train(method, run, s, resume, say):
-    start,df = time.time(),read_rows(s)
+    start,df = time.time(),read_rows(s, method, run)
     learn = make_learner(method, s, df)
     d = learn.dls
     say(f"{method}: {len(d.train.dataset)} training images, {d.c} {'attributes' if d.multi else 'classes'}, "
@@ -160,10 +165,11 @@ def _train(method, run, s, resume, say):
 def run_rows(
     config:dict, # Of a run
     path=None, # Another folder of the same data
+    run=None, # Folder of the run; None: no masks are made
 )->pd.DataFrame:
     "The table a run was trained on"
     t = config['training']
-    return read_rows(dict(t, path=path or t['path']))
+    return read_rows(dict(t, path=path or t['path']), run and config['method'], run)
 
 def _untrained(learn, run):
     "The learner with the weights before its first step"
@@ -183,7 +189,7 @@ def evaluate_run(
 )->dict:
     "Score a run, write RUN/metrics.json and return it"
     learn = load_run(run, pick_device(device), workers=workers)
-    df = run_rows(learn.config, path)
+    df = run_rows(learn.config, path, run)
     own = get_method(learn.config['method']).scores
     res = {**evaluate(learn, df, protocol, test=split), **(own(learn, df, protocol) if own else {})}
     if baselines and 'keypoint_error' in res or baselines and 'fg_nmi' in res:
@@ -230,9 +236,11 @@ def image_files(
 def _answer(learn, p, path):
     "What the model says about one image, as JSON can hold it"
     vocab,multi = learn.dls.vocab,learn.dls.multi
+    parts = [dict(part=k, presence=round(v, 4)) for k,v in enumerate(p.presence[0].tolist())]
+    if p.contribution is not None: [d.update(contribution=round(v, 4)) for d,v in zip(parts, p.contribution[0].tolist())]
+    if p.logits is None: return dict(image=str(path), parts=parts)
     prob = p.logits[0].sigmoid() if multi else p.logits[0].softmax(0)
     said = {n:round(v, 4) for n,v in zip(vocab, prob.tolist()) if v > .5} if multi else vocab[prob.argmax()]
-    parts = [dict(part=k, presence=round(p.presence[0,k].item(), 4), contribution=round(p.contribution[0,k].item(), 4)) for k in range(p.n_parts)]
     return dict(image=str(path), **({'attributes':said} if multi else {'class':said, 'probability':round(prob.max().item(), 4)}),
                 explains=vocab[p.target[0]], contribution_kind=p.contribution_kind, parts=parts)
 

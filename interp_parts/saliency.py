@@ -174,8 +174,8 @@ def otsu(
     "Otsu's threshold (B,): between two groups of values that differ most; scikit-image's convention"
     v = q.flatten(1).double(); lo,hi = v.amin(1, keepdim=True),v.amax(1, keepdim=True)
     step = ((hi-lo)/bins).clamp_min(1e-300)
-    at = ((v-lo)/step).long().clamp_(0, bins-1)
-    n = torch.zeros(len(v), bins, dtype=v.dtype, device=v.device).scatter_add_(1, at, torch.ones_like(v))
+    at = ((v-lo)/step).int().clamp_(0, bins-1) + bins*torch.arange(len(v), device=v.device, dtype=torch.int32)[:,None]
+    n = torch.bincount(at.flatten(), minlength=bins*len(v)).view(-1, bins).to(v.dtype)
     mid = lo + step*(torch.arange(bins, device=v.device)+.5)
     w1,s1,w2,s2 = n.cumsum(1),(n*mid).cumsum(1),n.flip(1).cumsum(1).flip(1),(n*mid).flip(1).cumsum(1).flip(1)
     between = w1[:,:-1]*w2[:,1:]*(s1/w1.clamp_min(1))[:,:-1].sub((s2/w2.clamp_min(1))[:,1:]).square()
