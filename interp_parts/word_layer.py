@@ -202,7 +202,7 @@ def attention_loss(
     attention:torch.Tensor, # (B,H,W) in 0..1 at full size, or (B,h',w') from a base model
     size=None, # Height and width to compare at; default: those of `attention`
     corners:bool=False, # Align the corners instead of the centres of cells?
-    chunk:int=8, # Images at a time
+    chunk:int=2, # Images at a time
 )->torch.Tensor:
     "Mean squared difference of the words' joint, normalised map and the attention (LVW)"
     size = tuple(int(s) for s in (size or attention.shape[1:]))
