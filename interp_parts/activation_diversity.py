@@ -96,8 +96,8 @@ class ActivationDiversity(PartModel):
         self.n_filters = channels[-1] if base else filters
         self.response = nn.Identity() if base else Hypercolumn(channels, filters, proj)
         self.drop = nn.Dropout(dropout)
-        self.head = CosineHead(self.n_filters, n_classes, scale) if margin != 'none' else nn.Linear(self.n_filters,
-                n_classes)
+        cosine = margin != 'none'
+        self.head = CosineHead(self.n_filters, n_classes, scale) if cosine else nn.Linear(self.n_filters, n_classes)
         init_faces(self.head)
         self.register_buffer('group', torch.arange(2*self.n_filters) % self.n_filters*n_parts//self.n_filters)
         self.register_buffer('usual', torch.zeros(n_parts))
@@ -162,8 +162,8 @@ class ActivationDiversity(PartModel):
         if tuple(seen) == tuple(x.shape[2:]): return maps
         (h,w),(sh,sw) = x.shape[2:],seen
         size = (len(x), maps.shape[1], round(maps.shape[2]*h/sh), round(maps.shape[3]*w/sw))
-        grid = F.affine_grid(torch.tensor([[w/sw,0,0],[0,h/sh,0]], dtype=maps.dtype, device=x.device).expand(len(x),2,
-                3), size, align_corners=False)
+        theta = torch.tensor([[w/sw,0,0],[0,h/sh,0]], dtype=maps.dtype, device=x.device)
+        grid = F.affine_grid(theta.expand(len(x), 2, 3), size, align_corners=False)
         return F.grid_sample(maps, grid, align_corners=False).clamp(0,1)
 
 # %% ../nbs/13_activation_diversity.ipynb #14cc93bd
@@ -194,8 +194,8 @@ def group_filters(
     if k < len(np.unique(xy, axis=0)): group = KMeans(k, n_init=3, random_state=seed).fit(xy).labels_
     else: group = np.arange(len(xy)) % min(k, len(xy))
     model.group.copy_(torch.from_numpy(group.astype(np.int64)))
-    with eval_mode(model): levels = [model.group_maps(model.see(model.middle(b[0].to(model.group.device))))[1].mean((2,
-            3)).mean(0) for b in batches]
+    level = lambda x: model.group_maps(model.see(model.middle(x.to(model.group.device))))[1].mean((2,3)).mean(0)
+    with eval_mode(model): levels = [level(b[0]) for b in batches]
     model.usual.copy_(.5*torch.stack(levels).mean(0)) # below half of the usual a part counts as less present
     return loc
 
@@ -248,11 +248,12 @@ class RandomCrop(Callback):
         x,s = self.xb[0],self.size
         h,w = (d-s for d in x.shape[2:])
         if min(h, w) < 0: raise ConfigError('crop', s, f'at most the images, {x.shape[3]}x{x.shape[2]}', 'raise --size')
-        at = torch.stack([torch.randint(d+1, (len(x),)) for d in (h,w)],
-                         1) if self.training else torch.tensor([[h//2,w//2]]).expand(len(x), 2)
+        if self.training: at = torch.stack([torch.randint(d+1, (len(x),)) for d in (h,w)], 1)
+        else: at = torch.tensor([[h//2,w//2]]).expand(len(x), 2)
         self.learn.xb = (torch.stack([im[:,i:i+s,j:j+s] for im,(i,j) in zip(x, at.tolist())]),)
-        if len(self.learn.extra) > 1: self.learn.extra = (self.learn.extra[0]-at.flip(1)[:,
-                None].to(self.learn.extra[0]), *self.learn.extra[1:])
+        if len(self.learn.extra) > 1:
+            points,*rest = self.learn.extra
+            self.learn.extra = (points - at.flip(1)[:,None].to(points), *rest)
 
 class GroupFilters(Callback):
     "Group the filters when the last epoch is over, before its state is saved"
@@ -341,13 +342,12 @@ def activation_diversity_learner(
 )->PartLearner:
     "A learner for interpretable face recognition (Yin et al., ICCV 2019)"
     identity_classes(dls)
-    if not dls.c: raise ConfigError('table', 'no classes', 'labels or identities',
-                                    'read it with a reader that gives people')
+    if not dls.c:
+        raise ConfigError('table', 'no classes', 'labels or identities', 'read it with a reader that gives people')
     if freeze_early is None: freeze_early = bool(pretrained or weights)
     n = known_people(dls)
     model = ActivationDiversity(n, n_parts, backbone, dls.multi, mode, margin=margin, crop=crop, pretrained=pretrained,
-                                weights=weights,
-                                freeze_early=freeze_early, **options)
+                                weights=weights, freeze_early=freeze_early, **options)
     if init: load_trunk(model, init, statistics=not compat)
     occluder = Occluder(tuple(window), not model.per_image, _training_mesh(dls, crop or dls.view.size), dls.stats)
     mine = [*([RandomCrop(crop)] if crop else []), Diversity(mode, sad_filter, sad, fad, occluder), GroupFilters()]
@@ -357,8 +357,8 @@ def activation_diversity_learner(
                        metrics=metrics, cbs=[*mine, *(cbs or [])])
 
 _casia = dict(data='casia', size=110, resize='short', bs=64, flip=0., brightness=0., pretrained=False, epochs=1000,
-              fit=dict(optimizer='adam_hat', lr=(1e-3,1e-3), schedule='constant', options=dict(betas=(.5,.999)),
-                       epochs=1000),
+              fit=dict(optimizer='adam_hat', lr=(1e-3,1e-3), schedule='constant',
+                       options=dict(betas=(.5,.999)), epochs=1000),
               note='epochs is the published upper bound; when the published model was stopped is not known')
 recipes = dict(casia_96_base=dict(_casia, model=dict(backbone='casia_net', n_parts=8, crop=96, mode='base')),
                casia_96_spatial=dict(_casia, model=dict(backbone='casia_net', n_parts=8, crop=96, mode='spatial')),
@@ -395,6 +395,7 @@ def load_original(
     views = original_views(model)
     fits = lambda k: k in views and k in state and tuple(views[k].shape) == tuple(state[k].shape)
     wrong = sorted(k for k in views.keys() | state.keys() if not fits(k))
-    if wrong: raise CheckpointError('checkpoint', f'{len(wrong)} variables do not fit ({", ".join(wrong[:3])})',
-                                    'the same widths and people')
+    if wrong:
+        raise CheckpointError('checkpoint', f'{len(wrong)} variables do not fit ({", ".join(wrong[:3])})',
+                              'the same widths and people')
     with torch.no_grad(): [v.copy_(torch.as_tensor(state[k])) for k,v in views.items()]

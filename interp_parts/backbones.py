@@ -23,7 +23,8 @@ def check_backbone(
     "`name` if timm has it; otherwise an error with the nearest names"
     if timm.is_model(name): return name
     known = timm.list_models()
-    raise ConfigError('--backbone', repr(name), 'a timm model', f"did you mean {', '.join(nearest(name.split('.')[0], known))}?")
+    like = ', '.join(nearest(name.split('.')[0], known))
+    raise ConfigError('--backbone', repr(name), 'a timm model', f'did you mean {like}?')
 
 def _create(name, pretrained, **options):
     "The timm model with those of `options` that it takes"
@@ -46,8 +47,8 @@ def weights_about(
     return dict(file=cfg.hf_hub_id or cfg.url or name, licence=cfg.license or 'not stated by timm')
 
 def _no_download(name, e):
-    return CheckpointError(f'pretrained weights of {name}', f'could not be had ({type(e).__name__})', 'a network connection',
-                           'pass --weights FILE.safetensors or --no-pretrained')
+    return CheckpointError(f'pretrained weights of {name}', f'could not be had ({type(e).__name__})',
+                           'a network connection', 'pass --weights FILE.safetensors or --no-pretrained')
 
 # %% ../nbs/03_backbones.ipynb #b0209981
 STAGES = ('stride', 'last', 'final')
@@ -104,7 +105,9 @@ class Backbone(nn.Module):
         return self
 
     def forward(self, x):
-        if self.stage != 'final': return self.net.forward_intermediates(x, indices=[self.index], intermediates_only=True, output_fmt='NCHW')[0]
+        if self.stage != 'final':
+            asked = dict(indices=[self.index], intermediates_only=True, output_fmt='NCHW')
+            return self.net.forward_intermediates(x, **asked)[0]
         return _as_map(self.net, self.net.forward_features(x), x)
 
 def _save_copies(net):
@@ -127,14 +130,16 @@ def read_weights(
     "The tensors of a safetensors file; a file that is missing or of another kind is named"
     if not Path(path).is_file(): raise CheckpointError(path, 'no such file', 'a .safetensors file', 'check --weights')
     try: return load_file(path)
-    except (SafetensorError, ValueError, OSError) as e: raise CheckpointError(path, f'not a safetensors file ({e})') from None
+    except (SafetensorError, ValueError, OSError) as e:
+        raise CheckpointError(path, f'not a safetensors file ({e})') from None
 
 def _torchvision_order(keys, name):
     "Names of the torchvision model that has exactly `keys`, in the order of its layers; None if there is none"
     known = [n for n in torchvision.models.list_models(module=torchvision.models) if 'regnet' not in n] # not on 'meta'
     for tv in nearest(name.split('.')[0], known, 8):
         with torch.device('meta'): sd = torchvision.models.get_model(tv, weights=None).state_dict()
-        if set(sd) - {k for k in sd if k.endswith('num_batches_tracked')} <= set(keys) <= set(sd): return [k for k in sd if k in keys]
+        needed = {k for k in sd if not k.endswith('num_batches_tracked')}
+        if needed <= set(keys) <= set(sd): return [k for k in sd if k in keys]
 
 def _named_like(net, sd, path):
     "`sd` under timm's names"
@@ -142,15 +147,19 @@ def _named_like(net, sd, path):
     if len(set(mine) & set(sd)) > len(mine)//2: return sd
     order = _torchvision_order(sd, net.default_cfg['architecture'])
     if order is None: raise _mismatch(path, mine, sd)
-    names = [k for k in mine if k in sd or not k.endswith('num_batches_tracked') or any(o.endswith('num_batches_tracked') for o in order)]
+    counts = lambda k: k.endswith('num_batches_tracked')
+    names = [k for k in mine if k in sd or not counts(k) or any(map(counts, order))]
     return dict(zip(names, (sd[k] for k in order))) if len(names) == len(order) else sd
 
-def _some(keys): return ', '.join(sorted(keys)[:3]) + (f' and {len(keys)-3} more' if len(keys) > 3 else '') if keys else 'none'
+def _some(keys):
+    more = f' and {len(keys)-3} more' if len(keys) > 3 else ''
+    return ', '.join(sorted(keys)[:3]) + more if keys else 'none'
 
 def _mismatch(path, mine, sd):
     bad = [k for k in mine if k in sd and mine[k].shape != sd[k].shape]
-    return CheckpointError(path, f'weights of another model (missing: {_some(set(mine)-set(sd))}; unexpected: {_some(set(sd)-set(mine))}; '
-                           f'other shape: {_some(bad)})', 'the weights of --backbone')
+    missing,more = _some(set(mine)-set(sd)),_some(set(sd)-set(mine))
+    got = f'weights of another model (missing: {missing}; unexpected: {more}; other shape: {_some(bad)})'
+    return CheckpointError(path, got, 'the weights of --backbone')
 
 def load_weights(
     net:nn.Module, # A full timm model

@@ -63,10 +63,11 @@ def region_grouping_cases()->dict:
     x,labels,attrs = torch.randn(8,3,128,128),torch.randint(0, 200, (8,)),torch.randint(0, 2, (8,40))
     plain = lambda n: timm.create_model('resnet50', num_classes=n)
     from interp_parts.training import multi_label_loss
-    return {'CUB R50, N=8, 128 px, K=5': dict(limit=.95, original=1.24, plain=train_step(plain(200), nn.functional.cross_entropy, x, labels),
-                                              ours=_region_grouping_step(200, 5, False, x, labels)),
-            'CelebA R50, N=8, 128 px, K=9': dict(limit=1.5, original=2.11, plain=train_step(plain(40), multi_label_loss, x, attrs),
-                                                 ours=_region_grouping_step(40, 9, True, x, attrs))}
+    birds = dict(limit=.95, original=1.24, plain=train_step(plain(200), nn.functional.cross_entropy, x, labels),
+                 ours=_region_grouping_step(200, 5, False, x, labels))
+    faces = dict(limit=1.5, original=2.11, plain=train_step(plain(40), multi_label_loss, x, attrs),
+                 ours=_region_grouping_step(40, 9, True, x, attrs))
+    return {'CUB R50, N=8, 128 px, K=5': birds, 'CelebA R50, N=8, 128 px, K=9': faces}
 
 # %% ../nbs/22_benchmark.ipynb #0c37e827
 def _sgd_step(params, loss, clip=None):
@@ -87,28 +88,31 @@ def contrastive_reconstruction_cases(
     "A full step of contrastive reconstruction beside a plain step of its network"
     from interp_parts import contrastive_reconstruction as cr, perceptual, reconstruction_losses as losses, warps
     x,mask,y = torch.rand(b,3,size,size),(torch.rand(b,1,size,size) > .3).float(),torch.randint(0, k, (b,size,size))
-    phi,warper,jitter,(one,two) = perceptual.VGGTaps(),cr.RandomWarp(),cr.ColorJitter(),(cr.DeepLab(k).train() for _ in range(2))
+    phi,warper,jitter = perceptual.VGGTaps(),cr.RandomWarp(),cr.ColorJitter()
+    one,two = (cr.DeepLab(k).train() for _ in range(2))
     weights = dict(equivariance=5.7e3, semantic=30., visual=30., contrast=2.3e3)
     def plain(): return nn.functional.cross_entropy(losses.upsample_logits(one(x), (size,size)), y)
     def full():
         v = cr.Views(mask, phi(x), cr.rgb_to_lab(x), warper.grid(mask), losses.draw_positives(b, k))
         terms,_ = cr.reconstruction_terms(two(jitter(x)-.5), two(warps.warp(jitter(x)-.5, v.grid)), v)
         return sum(w*terms[n].mean() for n,w in weights.items())
-    return {f'DeepLab50, B={b}, {size} px, K={k}': dict(limit=2.7, original=4.74, plain=_sgd_step(one.parameters(), plain, 5.),
-                                                        ours=_sgd_step(two.parameters(), full, 5.))}
+    steps = dict(plain=_sgd_step(one.parameters(), plain, 5.), ours=_sgd_step(two.parameters(), full, 5.))
+    return {f'DeepLab50, B={b}, {size} px, K={k}': dict(limit=2.7, original=4.74, **steps)}
 
 # %% ../nbs/22_benchmark.ipynb #f68f8eb7
 def visual_words_cases()->dict:
-    "Words, their losses and gradients beside a plain step of the whole network; the original's ratio is of its whole step"
+    "Words, their losses and gradients beside a plain step of the network; the original's ratio is of its whole step"
     from interp_parts.visual_words import VisualWords
     from interp_parts import word_layer as w
-    x,y,f,a = torch.randn(4,3,224,224),torch.randint(0, 37, (4,)),torch.randn(4,512,7,7).relu().requires_grad_(),torch.rand(4,7,7)
+    x,y = torch.randn(4,3,224,224),torch.randint(0, 37, (4,))
+    f,a = torch.randn(4,512,7,7).relu().requires_grad_(),torch.rand(4,7,7)
     m = VisualWords(37, 185, 'resnet34')
     def head():
         z = m.add_on(f)
         d = w.word_distances(z, m.words)
         attend = w.attention_loss(w.nearest_maps(z, m.words, d, 10), a, (224,224))
-        return nn.functional.cross_entropy(m.last(w.log_similarity(d.least)), y) + .8*w.cluster_loss(d.least) + 1e-4*w.weight_norm(m.last.weight) + 10*attend
+        loss = nn.functional.cross_entropy(m.last(w.log_similarity(d.least)), y)
+        return loss + .8*w.cluster_loss(d.least) + 1e-4*w.weight_norm(m.last.weight) + 10*attend
     return {'R34, B=4, 224 px, P=185, head and losses': dict(limit=.03, original=1.31, ours=lambda: head().backward(),
             plain=train_step(timm.create_model('resnet34', num_classes=37), nn.functional.cross_entropy, x, y))}
 
@@ -130,12 +134,16 @@ def activation_diversity_cases(
     both = lambda o,y: identity(o.logits, y) + identity(o.covered.logits, y)
     def step():
         net = _Covered(people)
-        own = lambda o: 100*ad.filter_diversity(net.model.response.out.conv.weight) + ad.response_diversity(o.maps) + ad.response_diversity(o.covered.maps) + .1*o.change
+        def own(o):
+            filters = ad.filter_diversity(net.model.response.out.conv.weight)
+            maps,covered = ad.response_diversity(o.maps),ad.response_diversity(o.covered.maps)
+            return 100*filters + maps + covered + .1*o.change
         return train_step(net, lambda o,y: both(o, y) + own(o), x, y)
     name,full = f'CASIA trunk, B=4, 96 px, {people} people',step()
-    return {f'{name}, over the plain trunk': dict(limit=4., original=4.89, ours=full,
-                plain=train_step(timm.create_model('casia_net', num_classes=people), nn.functional.cross_entropy, x, y)),
-            f'{name}, over two passes': dict(limit=1.2, original=None, ours=full, plain=train_step(_Covered(people), both, x, y))}
+    trunk = train_step(timm.create_model('casia_net', num_classes=people), nn.functional.cross_entropy, x, y)
+    twice = train_step(_Covered(people), both, x, y)
+    return {f'{name}, over the plain trunk': dict(limit=4., original=4.89, ours=full, plain=trunk),
+            f'{name}, over two passes': dict(limit=1.2, original=None, ours=full, plain=twice)}
 
 # %% ../nbs/22_benchmark.ipynb #43e6e4fe
 def classification_specific_parts_cases()->dict:
@@ -145,11 +153,15 @@ def classification_specific_parts_cases()->dict:
     x,w = torch.randn(2,3,299,299),(torch.rand(2,2,2048) > .5).float()
     def forward():
         with torch.no_grad(): net(x)
-    return {'InceptionV3, B=2, 299 px, saliency': dict(limit=3.5, original=12.7, plain=forward, ours=lambda: input_gradients(net, x, w))}
+    steps = dict(plain=forward, ours=lambda: input_gradients(net, x, w))
+    return {'InceptionV3, B=2, 299 px, saliency': dict(limit=3.5, original=12.7, **steps)}
 
 # %% ../nbs/22_benchmark.ipynb #b3a023c8
-cost_cases = dict(region_grouping=region_grouping_cases, contrastive_reconstruction=contrastive_reconstruction_cases, visual_words=visual_words_cases,
-                  activation_diversity=activation_diversity_cases, classification_specific_parts=classification_specific_parts_cases)
+cost_cases = dict(region_grouping=region_grouping_cases,
+                  contrastive_reconstruction=contrastive_reconstruction_cases,
+                  visual_words=visual_words_cases,
+                  activation_diversity=activation_diversity_cases,
+                  classification_specific_parts=classification_specific_parts_cases)
 
 def benchmark_cost(
     method:str, # One of `cost_cases`
@@ -161,6 +173,7 @@ def benchmark_cost(
     with one_thread():
         for case,c in pick(method, cost_cases, 'method')().items():
             t = time_in_turn(dict(plain=c['plain'], ours=c['ours']), repeats)
-            out.append(dict(method=method, case=case, plain_ms=round(1e3*t['plain'], 1), ours_ms=round(1e3*t['ours'], 1),
+            out.append(dict(method=method, case=case,
+                            plain_ms=round(1e3*t['plain'], 1), ours_ms=round(1e3*t['ours'], 1),
                             ratio=round(t['ours']/t['plain'], 3), limit=c['limit'], original=c['original']))
     return out

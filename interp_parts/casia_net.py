@@ -130,8 +130,9 @@ def casia_net(
     **options # Of `CasiaNet`
 )->CasiaNet:
     "The face trunk, for `timm.create_model('casia_net')`"
-    if pretrained: raise ConfigError('casia_net', 'pretrained', 'no pretraining: there are no public weights',
-                                     'pass --no-pretrained')
+    if pretrained:
+        raise ConfigError('casia_net', 'pretrained', 'no pretraining: there are no public weights',
+                          'pass --no-pretrained')
     return CasiaNet(**options)
 
 # %% ../nbs/13a_casia_net.ipynb #695f5acb

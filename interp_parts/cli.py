@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['app', 'benchmark_app', 'command', 'parse_set', 'train', 'evaluate', 'visualize', 'predict', 'features', 'recipes',
-           'data', 'synthesize', 'cost', 'demo', 'run_command', 'main']
+           'data', 'synthesize', 'cost', 'table', 'demo', 'run_command', 'main']
 
 # %% ../nbs/30_cli.ipynb #3117c5d8
 import inspect, json, sys, warnings
@@ -60,11 +60,11 @@ def train(
     recipe:str=None, # Published settings by name: see `interp-parts recipes`
     config:str=None, # JSON file with settings
     init:str=None, # RUN of a base model or trunk to start from, for methods that have one
-    backbone:str=None, # timm's name; default resnet50
+    backbone:str=None, # timm's name; default: the method's own, such as resnet50
     weights:str=None, # Backbone weights: a .safetensors file with timm's or torchvision's names
     pretrained:bool=None, # Download timm's weights? Default: yes
     freeze_bn:bool=None, # Keep the backbone's batch norm statistics?
-    n_parts:int=None, # Parts, the background included
+    n_parts:int=None, # Parts, the background included; default: the method's own
     epochs:int=None, # Passes over the training images
     bs:int=None, # Images in a batch
     size:int=None, # Side, or shorter side, of the network input in pixels
@@ -79,7 +79,8 @@ def train(
     set_:list[str]=[], # key=value: any further option of the method or the training; data.key=value: of the reader
 ):
     "Train a method; writes the folder --out"
-    options = {k:v for k,v in locals().items() if k not in ('method','out','recipe','config','resume','overwrite','set_')}
+    options = {k:v for k,v in locals().items()
+               if k not in ('method','out','recipe','config','resume','overwrite','set_')}
     from interp_parts.core import read_json
     from interp_parts.runs import make_settings, train_run
     settings = make_settings(method, recipe, read_json(config) if config else None, options, parse_set(set_))
@@ -146,8 +147,9 @@ def recipes(
     all_ = {k:dict(method=m, **r) for m in method_names for k,r in get_method(m).recipes.items()}
     shown = {name:pick(name, all_, 'recipe')} if name else all_
     if json_: print(json.dumps(shown, indent=1))
-    else: print('\n'.join(f'{k:22} {r["method"]:30} {r["model"]["backbone"]}, {r["model"]["n_parts"]} parts, {r["data"]} at {r["size"]} px, '
-                          f'{r["fit"]["epochs"]} epochs of {r["bs"]}' for k,r in shown.items()))
+    else: print('\n'.join(f'{k:22} {r["method"]:30} {r["model"]["backbone"]}, {r["model"]["n_parts"]} parts, '
+                          f'{r["data"]} at {r["size"]} px, {r["fit"]["epochs"]} epochs of {r["bs"]}'
+                          for k,r in shown.items()))
 
 @command()
 def data(
@@ -182,6 +184,35 @@ def cost(
     "Time of a training step over that of the plain network, on one thread"
     from interp_parts.benchmark import benchmark_cost
     for line in benchmark_cost(method, repeats): print(json.dumps(line), flush=True)
+
+@command(benchmark_app)
+def table(
+    data:str=None, # Reader's name, such as cub
+    path:str=None, # Folder or file of the data
+    out:str='table', # Folder of the table
+    methods:str='all', # Names, separated by commas
+    seeds:int=3, # Trainings of each method
+    backbone:str='resnet50', # timm's name
+    weights:str=None, # Backbone weights: a .safetensors file with timm's or torchvision's names
+    pretrained:bool=None, # Download timm's weights? Default: yes
+    freeze_bn:bool=None, # Keep the backbone's batch norm statistics?
+    epochs:int=None, # Passes over the training images
+    bs:int=None, # Images in a batch
+    size:int=None, # Side, or shorter side, of the network input in pixels
+    resize:str=None, # short, squash or pad
+    workers:int=None, # Processes that decode images
+    device:str=None, # auto, cpu, cuda or cuda:N
+    set_:list[str]=[], # METHOD.key=value: a further option of one method; key=value: of all
+):
+    "Train and score every method on the same images; goes on where it was. Writes table.csv, table.md, report.html"
+    options = {k:v for k,v in locals().items() if k not in ('out','methods','seeds','set_')}
+    from interp_parts.core import method_names
+    from interp_parts.table import make_table, table_text
+    own = {m:{} for m in method_names}
+    for k,v in parse_set(set_).items():
+        m,dot,key = k.partition('.')
+        for name in [m] if m in own else own: own[name][key if m in own else k] = v
+    print(table_text(make_table(out, options, methods.split(','), seeds, own)))
 
 @command()
 def demo(

@@ -23,9 +23,12 @@ def small_settings(
     **options # Settings that win over the small ones
 )->dict:
     "Settings of a training of seconds"
-    own = dict(region_grouping=dict(pad=True), contrastive_reconstruction=dict(phi='test_resnet', phi_taps=(1,2), dilations=(1,2), kmeans=2),
-               visual_words=dict(n_parts=12, last_epochs=2), activation_diversity=dict(crop=48))
-    common = dict(data='cub', path=str(path), backbone='test_resnet', pretrained=False, n_parts=4, size=64, resize='squash', bs=8, epochs=2, workers=0, device='cpu')
+    own = dict(region_grouping=dict(pad=True),
+               contrastive_reconstruction=dict(phi='test_resnet', phi_taps=(1,2), dilations=(1,2), kmeans=2),
+               visual_words=dict(n_parts=12, last_epochs=2),
+               activation_diversity=dict(crop=48))
+    common = dict(data='cub', path=str(path), backbone='test_resnet', pretrained=False, n_parts=4,
+                  size=64, resize='squash', bs=8, epochs=2, workers=0, device='cpu')
     return make_settings(method, options={**common, **options}, extra=own.get(method, {}))
 
 # %% ../nbs/30c_contract.ipynb #43686ccf
@@ -36,13 +39,16 @@ def check_model(
     "`model.parts(x)` if it keeps the promises; a `TrainingError` says which one it does not"
     was,state = [m.training for m in model.modules()],torch.get_rng_state()
     p,one = check_parts(model.parts(x)),check_parts(model.parts(x[:1]))
-    if [m.training for m in model.modules()] != was: raise TrainingError('parts', 'another mode', 'the mode the model was in')
+    if [m.training for m in model.modules()] != was:
+        raise TrainingError('parts', 'another mode', 'the mode the model was in')
     if not torch.equal(torch.get_rng_state(), state): raise TrainingError('parts', 'random numbers were drawn', 'none')
-    if any(v.requires_grad for v in vars(p).values() if isinstance(v, torch.Tensor)): raise TrainingError('parts', 'on the graph', 'cut off it')
+    if any(v.requires_grad for v in vars(p).values() if isinstance(v, torch.Tensor)):
+        raise TrainingError('parts', 'on the graph', 'cut off it')
     if model.classifies and p.logits is None: raise TrainingError('parts', 'no logits', 'those of the classes')
     for k in ('maps','presence','logits'):
         a,b = getattr(p, k),getattr(one, k)
-        if a is not None and not torch.allclose(a[:1], b, atol=1e-4): raise TrainingError(f'parts: {k}', 'depend on the other images', 'the same for an image alone')
+        if a is not None and not torch.allclose(a[:1], b, atol=1e-4):
+            raise TrainingError(f'parts: {k}', 'depend on the other images', 'the same for an image alone')
     return p
 
 # %% ../nbs/30c_contract.ipynb #eef6a842

@@ -43,15 +43,18 @@ def load_image(
     try:
         with Image.open(path) as im:
             im = ImageOps.exif_transpose(im)
-            if im.mode.startswith('I'): im = Image.fromarray((np.asarray(im, dtype=np.int64)//256).clip(0,255).astype('uint8'))
+            if im.mode.startswith('I'):
+                deep = np.asarray(im, dtype=np.int64)
+                im = Image.fromarray((deep//256).clip(0,255).astype('uint8'))
             return im.convert('RGB')
     except FileNotFoundError: raise DataError(path, 'no such file') from None
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as e:
-        raise DataError(path, f'unreadable image ({e})', 'a complete image file', 'replace it or take its row out') from None
+        why = f'unreadable image ({e})'
+        raise DataError(path, why, 'a complete image file', 'replace it or take its row out') from None
 
 # %% ../nbs/01_data.ipynb #ed7957f1
-_magic = {b'\xff\xd8\xff':b'\xff\xd9', b'\x89PNG\r\n\x1a\n':b'IEND', b'GIF8':b'\x3b', b'BM':b'', b'RIFF':b'', b'II*\x00':b'',
-          b'MM\x00*':b'', **{f'P{i}'.encode():b'' for i in range(1,7)}}
+_magic = {b'\xff\xd8\xff':b'\xff\xd9', b'\x89PNG\r\n\x1a\n':b'IEND', b'GIF8':b'\x3b', b'BM':b'', b'RIFF':b'',
+          b'II*\x00':b'', b'MM\x00*':b'', **{f'P{i}'.encode():b'' for i in range(1,7)}}
 
 def broken(
     path, # Image file
@@ -82,8 +85,9 @@ def _bad_rows(df, col, ok):
     if rows: raise DataError(f"{df.attrs['name']}: column {col}", f'row {_first(rows)}: {df[col].iloc[rows[0]]}',
                              _column_doc[col].format(**{k:len(v) for k,v in df.attrs.items() if isinstance(v, list)}))
 
-_column_doc = dict(split=f'one of {SPLITS}', label='a whole number below {classes}', labels='{attributes} values 0 or 1',
-                   box='four numbers x, y, w, h with w and h above 0', keypoints='{keypoints} rows x, y, visible')
+_column_doc = dict(split=f'one of {SPLITS}', label='a whole number below {classes}',
+                   labels='{attributes} values 0 or 1', box='four numbers x, y, w, h with w and h above 0',
+                   keypoints='{keypoints} rows x, y, visible')
 
 def _column_checks(a):
     "Test of one value, by column, given the table's attrs"
@@ -101,13 +105,16 @@ def check_table(
     name = df.attrs.get('name', 'table')
     if not len(df): raise DataError(name, 'no image', 'at least one row', 'check the path')
     for col in ('image', 'split'):
-        if col not in df: raise DataError(name, f'no column {col!r}', f'columns image, split, ...; got {list(df.columns)}')
+        want = f'columns image, split, ...; got {list(df.columns)}'
+        if col not in df: raise DataError(name, f'no column {col!r}', want)
     for col,ok in _column_checks(df.attrs).items():
         if col in df: _bad_rows(df, col, ok)
     both = sorted(set(df.image[df.split=='train']) & set(df.image[df.split.isin(['test','eval'])]))
-    if both: raise DataError(name, f'{len(both)} test images are training images too: {_first(both)}', 'disjoint splits')
+    if both:
+        raise DataError(name, f'{len(both)} test images are training images too: {_first(both)}', 'disjoint splits')
     bad = find_broken(df.image.unique()) if files else []
-    if bad: raise DataError(name, f'{len(bad)} unusable files: {_first([f"{p} ({why})" for p,why in bad])}', 'complete images',
+    broken = [f'{p} ({why})' for p,why in bad]
+    if bad: raise DataError(name, f'{len(bad)} unusable files: {_first(broken)}', 'complete images',
                             'restore them or take their rows out')
     return df
 
@@ -147,13 +154,13 @@ class View:
     def place(self, w, h, where=(.5,.5), flip=False):
         "Placement of a `w` x `h` image; `where` in [0,1] says which crop"
         pick(self.resize, RESIZES, '--resize')
+        short = self.resize == 'short' and self.whole
         if self.resize == 'squash': scaled = canvas = (self.size,self.size)
         else:
             side = max(w,h) if self.resize == 'pad' else min(w,h)
             scaled = tuple(max(1, s*self.size//side) for s in (w,h))
-            canvas = tuple(max(self.trim, s-s%self.trim) for s in scaled) if self.resize == 'short' and self.whole else (self.size,)*2
-        if self.resize == 'short' and self.whole: where = (.5,.5)
-        elif self.resize == 'pad': where = (.5,.5)
+            canvas = tuple(max(self.trim, s-s%self.trim) for s in scaled) if short else (self.size,)*2
+        if short or self.resize == 'pad': where = (.5,.5)
         room = [c-s for c,s in zip(canvas, scaled)]
         offset = tuple(-int(-r*p) if r < 0 else r//2 for r,p in zip(room, where))
         return Placement(scaled, offset, canvas, (w,h), flip)
@@ -193,7 +200,8 @@ class PartDataset:
 
     def __getitem__(self, i):
         im = load_image(self.cols['image'][i])
-        place = self.view.place(*im.size, (random.random(),random.random()) if self.train else (.5,.5), random.random() < self.flip)
+        where = (random.random(),random.random()) if self.train else (.5,.5)
+        place = self.view.place(*im.size, where, random.random() < self.flip)
         x = place.image(im)
         if self.brightness: x = ImageEnhance.Brightness(x).enhance(random.uniform(1-self.brightness, 1+self.brightness))
         x = TensorImage(torch.from_numpy(np.asarray(x).copy()).permute(2,0,1).contiguous())
@@ -228,7 +236,8 @@ class PartDataset:
     def _grey(self, col, i, place):
         "An image of one channel, as large as the row's image"
         im = load_image(self.cols[col][i]).convert('L')
-        if im.size != place.original: raise DataError(self.cols[col][i], f'{im.size} pixels', f'{place.original} as its image')
+        if im.size != place.original:
+            raise DataError(self.cols[col][i], f'{im.size} pixels', f'{place.original} as its image')
         return im
 
     def _index(self, i, place):
@@ -301,7 +310,8 @@ def part_dls(
     if not 0 < bs <= len(train): raise ConfigError('--bs', bs, f'1 to {len(train)}, the number of training images')
     view = View(size, resize)
     dss = PartDataset(train, view, extra, train=True, flip=flip, brightness=brightness),PartDataset(valid, view, extra)
-    dls = DataLoaders.from_dsets(*dss, bs=bs, num_workers=workers, after_batch=[NormalizeImages(stats)], device=device or default_device())
+    dls = DataLoaders.from_dsets(*dss, bs=bs, num_workers=workers, after_batch=[NormalizeImages(stats)],
+                                 device=device or default_device())
     dls.train.rng,dls.valid.rng = random.Random(seed),random.Random(seed+1)
     dls.view,dls.stats,dls.table,dls.valid_is_train = view,stats,df,same
     dls.multi = 'labels' in df
@@ -311,8 +321,9 @@ def part_dls(
 
 # %% ../nbs/01_data.ipynb #2b6f87cc
 def _stack(items):
-    "Items of one size stacked, and the types of their extras; in the worker, since each tensor sent costs a file descriptor"
-    return [torch.stack([i.as_subclass(torch.Tensor) for i in col]) for col in zip(*items)],[type(t) for t in items[0][2:]]
+    "Items of one size stacked, and the types of their extras; in the worker: each tensor sent costs a file descriptor"
+    columns = zip(*items)
+    return [torch.stack([i.as_subclass(torch.Tensor) for i in col]) for col in columns],[type(t) for t in items[0][2:]]
 
 def _to_batch(items, df):
     "Images and a `Batch` from what `_stack` made"
@@ -322,8 +333,9 @@ def _to_batch(items, df):
     n,b = (0 if seen is None else seen.shape[1]),len(x)
     corners = None if pts is None or 'box' not in df else pts[:,n:]
     box = None if corners is None else torch.cat([corners.amin(1), corners.amax(1)-corners.amin(1)], 1)
-    return x, Batch(idx[:,0], df.image.loc[idx[:,0].tolist()].tolist(), torch.tensor(x.shape[-2:]).expand(b,2), idx[:,1:],
-                    y if _targets(df)[0] else None, pts[:,:n] if n else None, seen if n else None, box,
+    if not _targets(df)[0]: y = None
+    path,size = df.image.loc[idx[:,0].tolist()].tolist(),torch.tensor(x.shape[-2:]).expand(b,2)
+    return x, Batch(idx[:,0], path, size, idx[:,1:], y, pts[:,:n] if n else None, seen if n else None, box,
                     None if mask is None else mask.bool(), parts)
 
 class PartBatches:
@@ -352,7 +364,8 @@ class PartBatches:
     def __len__(self): return len(self.groups)
 
     def __iter__(self):
-        dl = torch.utils.data.DataLoader(self.ds, batch_sampler=self.groups, num_workers=self.workers, collate_fn=_stack)
+        dl = torch.utils.data.DataLoader(self.ds, batch_sampler=self.groups, num_workers=self.workers,
+                                         collate_fn=_stack)
         for items in dl:
             x,b = _to_batch(items, self.df)
             yield normalize(x, self.stats),b
@@ -374,7 +387,8 @@ def batches(self:PartLearner,
     "Batches of `data` as this learner's model was trained to see them"
     if not isinstance(data, pd.DataFrame): return data
     d = self.dls
-    return PartBatches(data, **{**dict(size=d.view.size, resize=d.view.resize, bs=d.bs, stats=d.stats, workers=d.num_workers), **view})
+    own = dict(size=d.view.size, resize=d.view.resize, bs=d.bs, stats=d.stats, workers=d.num_workers)
+    return PartBatches(data, **{**own, **view})
 
 @patch
 def parts(self:PartLearner,
@@ -406,7 +420,8 @@ def predict(self:PartLearner,
     item, # File, PIL image or (H,W,3) uint8 array
 )->tuple:
     "Name, number and probabilities, as fastai's `predict`"
-    im = item if isinstance(item, Image.Image) else Image.fromarray(item) if isinstance(item, np.ndarray) else load_image(item)
+    im = Image.fromarray(item) if isinstance(item, np.ndarray) else item
+    if not isinstance(im, Image.Image): im = load_image(im)
     x = np.asarray(self.dls.view.place(*im.size).image(im.convert('RGB'))).copy()
     x = normalize(torch.from_numpy(x).permute(2,0,1)[None].to(self.dls.device), self.dls.stats)
     with eval_mode(self.model), torch.no_grad(): l = self.model(x).logits[0].float().cpu()

@@ -122,7 +122,8 @@ def evaluate(
     if protocol != 'interpretability' and learner.model.classifies and {'label','labels'} & set(df):
         train = df[df.split == 'train']
         answers = _seen_logits(seen, rows) or learner.logits(rows, flip=flip)
-        scored = evaluate_accuracy(*answers, _targets(train) if len(train) else None, protocol, df.attrs.get('attributes', ()))
+        targets = _targets(train) if len(train) else None
+        scored = evaluate_accuracy(*answers, targets, protocol, df.attrs.get('attributes', ()))
     return dict(scored, **parted, protocol=protocol, n_images=len(rows), views=2 if flip else 1, seed=seed)
 
 def _watch(items, seen):

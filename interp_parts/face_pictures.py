@@ -55,8 +55,8 @@ def _dots(ax, m, s, face, scale):
     back = np.full((h,w,3), 200.) if face is None else to_rgb(face)
     ax.imshow(back.astype(np.uint8), extent=(0,w,h,0), alpha=.6)
     ax.set(xlim=(0,w), ylim=(h,0)); ax.set_axis_off()
-    return ax.scatter(*m.center[s].T, c=m.deviation[s], s=7, cmap='coolwarm', vmin=scale[0], vmax=scale[1],
-                      linewidths=0)
+    lo,hi = scale
+    return ax.scatter(*m.center[s].T, c=m.deviation[s], s=7, cmap='coolwarm', vmin=lo, vmax=hi, linewidths=0)
 
 # %% ../nbs/13d_face_pictures.ipynb #4fe02d6c
 def strongest_filters(

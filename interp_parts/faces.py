@@ -73,8 +73,8 @@ def _within(n):
 def _products(va, vb, a, b, k):
     "Similarities of all images of templates `a` to those of `b`, pair by pair, in one flat array"
     s,ends = np.empty(k.sum()),np.cumsum(k)
-    for i,j,lo,hi in zip(a.tolist(), b.tolist(), (ends-k).tolist(), ends.tolist()): np.dot(va[i], vb[j].T,
-            out=s[lo:hi].reshape(len(va[i]), len(vb[j])))
+    for i,j,lo,hi in zip(a.tolist(), b.tolist(), (ends-k).tolist(), ends.tolist()):
+        np.dot(va[i], vb[j].T, out=s[lo:hi].reshape(len(va[i]), len(vb[j])))
     return s
 
 def _set_scores(s, n, m):
@@ -264,8 +264,9 @@ def pooled_distances(
 )->np.ndarray:
     "Cosine distances (P,) of pairs; NaN where a side is empty"
     q,a,b = pooled if other is None else other,np.asarray(a),np.asarray(b)
-    return np.concatenate([1-np.einsum('pc,pc->p', pooled[a[i:i+block]], q[b[i:i+block]]) for i in range(0, len(a),
-            block)] or [np.zeros(0)])
+    blocks = [slice(i, i+block) for i in range(0, len(a), block)]
+    dist = [1-np.einsum('pc,pc->p', pooled[a[s]], q[b[s]]) for s in blocks]
+    return np.concatenate(dist or [np.zeros(0)])
 
 def pooled_search(
     probes:np.ndarray, # (P,C) from `pool_templates`
@@ -351,8 +352,8 @@ def occlusion_scores(
         d,same = all_pairs(subjects, clean, b)
         out[f'eer{name}'],out[f'tar{name}'] = eer(d, same),float(tar_at_far(d, same, (far,))[0])
     lost = out['tar']-out['tar_occluded']
-    return dict(out, tar_lost=lost, tar_lost_relative=lost/out['tar'] if out['tar'] else float('nan'), far=far,
-                pairs=len(d))
+    relative = lost/out['tar'] if out['tar'] else float('nan')
+    return dict(out, tar_lost=lost, tar_lost_relative=relative, far=far, pairs=len(d))
 
 # %% ../nbs/20g_faces.ipynb #1667d59d
 def _write(path, arrays, text):
@@ -363,9 +364,9 @@ def _write(path, arrays, text):
     with atomic_path(path) as tmp:
         if kind == '.npz': np.savez_compressed(tmp, **arrays)
         elif kind == '.txt': np.savetxt(tmp, text(), fmt='%.8g')
-        else: save_file({k:torch.from_numpy(np.ascontiguousarray(v)) for k,v in arrays.items() if v.dtype.kind != 'U'},
-                        tmp,
-                        {'image':'\n'.join(arrays['image'].tolist())})
+        else:
+            tensors = {k:torch.from_numpy(np.ascontiguousarray(v)) for k,v in arrays.items() if v.dtype.kind != 'U'}
+            save_file(tensors, tmp, {'image':'\n'.join(arrays['image'].tolist())})
 
 def save_features(
     path, # File to write: .npz, .safetensors or .txt

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['BASELINES', 'upsample', 'winner', 'parts_at', 'PartClustering', 'best_union_iou', 'mean_part_iou', 'PixelClustering',
-           'peaks', 'Pointing', 'KeypointError', 'evaluate_parts']
+           'peaks', 'Pointing', 'KeypointError', 'keypoint_unit', 'evaluate_parts']
 
 # %% ../nbs/20d_part_scores.ipynb #71f6800a
 import torch
@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from .baselines import XYKMeans, constant_parts, image_box, strip_parts, xy_parts
 from .clustering import Contingency, ari, nmi
 from .core import Batch, Parts, pick
-from .landmarks import (KeypointRegression, clamp_box, eye_frame, keypoint_errors, mean_error, part_centers,
-                                    to_frame)
+from .landmarks import (KeypointRegression, clamp_box, eye_frame, keypoint_errors, mean_error,
+                                    part_centers, to_frame)
 
 # %% ../nbs/20d_part_scores.ipynb #a7c2909a
 def upsample(
@@ -212,8 +212,10 @@ BASELINES = {'keypoint_error':('mean_predictor','constant_parts'), 'pointing':('
              'pixel_nmi':_by_place, 'pixel_ari':_by_place, 'fg_pixel_nmi':_by_place, 'fg_pixel_ari':_by_place,
              'part_iou':_by_place, 'named_part_iou':_by_place}
 
-def _norm(attrs):
-    "`norm` and `eyes` of `KeypointError` for a table's `attrs`"
+def keypoint_unit(
+    attrs:dict, # Of a table
+)->dict:
+    "Arguments `norm` and `eyes` of `KeypointError` for a table"
     eyes = [i for i,n in enumerate(attrs.get('keypoints', ())) if 'eye' in str(n).lower()][:2]
     faces = str(attrs.get('name', '')).lower().startswith('celeba') and len(eyes) == 2
     norm = attrs.get('keypoint_norm', 'eyes' if faces else 'box')
@@ -236,7 +238,7 @@ def evaluate_parts(
     seed:int=0, # Of the k-means baseline
 )->dict:
     "Every localisation number that the annotations allow, each with its baselines"
-    points,xy,suite,n = KeypointError(**_norm(attrs or {}), compat=protocol == 'paper'),XYKMeans(),{},0
+    points,xy,suite,n = KeypointError(**keypoint_unit(attrs or {}), compat=protocol == 'paper'),XYKMeans(),{},0
     for p,b in fit: points.update(p, b, fit=True); xy.update(b)
     for p,b in test:
         points.update(p, b)

@@ -48,7 +48,8 @@ class Taps(nn.Module):
     ):
         super().__init__()
         self.gains,self.norm = tuple(gains),norm
-        for k,v in zip(('mean','std'), stats): self.register_buffer(k, torch.tensor(v, dtype=torch.float32)[:,None,None])
+        for k,v in zip(('mean','std'), stats):
+            self.register_buffer(k, torch.tensor(v, dtype=torch.float32)[:,None,None])
 
     def freeze(self):
         "No gradient, and evaluation mode for ever"
@@ -114,7 +115,8 @@ class TimmTaps(Taps):
         net = _create(check_backbone(name), pretrained and weights is None, dynamic_img_size=True)
         if weights is not None: load_weights(net, weights)
         at = tuple(default_taps(net.feature_info) if taps is None else taps)
-        if not set(at) <= set(range(len(net.feature_info))): raise ConfigError('phi_taps', at, f'numbers from 0 to {len(net.feature_info)-1} for {name}')
+        n = len(net.feature_info)
+        if not set(at) <= set(range(n)): raise ConfigError('phi_taps', at, f'numbers from 0 to {n-1} for {name}')
         super().__init__((net.default_cfg['mean'],net.default_cfg['std']), gains or [.33]*(len(at)-1)+[1.], norm)
         net.prune_intermediate_layers(list(at), prune_norm=True, prune_head=True)
         self.at,self.net = at,net
@@ -131,8 +133,9 @@ def _load_vgg(net, sd, path):
     sd = {k.removeprefix('features.'):v.float() for k,v in sd.items() if not k.endswith('num_batches_tracked')}
     need = [k for k in mine if not k.endswith('num_batches_tracked')]
     bad = [f'features.{k}' for k in need if k not in sd or sd[k].shape != mine[k].shape]
-    if bad: raise CheckpointError(path, f'{len(bad)} tensors missing or of another shape ({", ".join(bad[:3])})', f'weights of {net.name}',
-                                  'choose taps that the file reaches')
+    if bad:
+        raise CheckpointError(path, f'{len(bad)} tensors missing or of another shape ({", ".join(bad[:3])})',
+                              f'weights of {net.name}', 'choose taps that the file reaches')
     net.features.load_state_dict({k:sd[k] for k in need}, strict=False)
     return net
 

@@ -37,7 +37,8 @@ def read_list(
         raise DataError(path, f'{len(df)} rows', f'{count[0]}, as its first line says', 'restore the file')
     return df.set_axis(cols, axis=1) if header and len(cols) == df.shape[1] else df
 
-def _absent(path): return DataError(path, 'no such file', 'all lists of the data set', 'unpack it again, or check --path')
+def _absent(path):
+    return DataError(path, 'no such file', 'all lists of the data set', 'unpack it again, or check --path')
 
 def _check_list(path, df, n, unique):
     "Complain about text, missing numbers and double ids"
@@ -81,19 +82,23 @@ def _rows(path, ids, n=None):
 
 # %% ../nbs/01a_readers.ipynb #3977e567
 _about = dict(
-    cub=dict(licence='CUB-200-2011: non-commercial research and education, terms of its owners',
-        citation='@techreport{WahCUB_200_2011, title={The Caltech-UCSD Birds-200-2011 Dataset}, author={Wah, '
-                 'C. and Branson, S. and Welinder, P. and Perona, P. and Belongie, S.}, year={2011}, '
+    cub=dict(
+        licence='CUB-200-2011: non-commercial research and education, terms of its owners',
+        citation='@techreport{WahCUB_200_2011, title={The Caltech-UCSD Birds-200-2011 Dataset}, '
+                 'author={Wah, C. and Branson, S. and Welinder, P. and Perona, P. and Belongie, S.}, year={2011}, '
                  'institution={California Institute of Technology}, number={CNS-TR-2011-001}}'),
-    celeba=dict(licence='CelebA: non-commercial research, no redistribution of images',
+    celeba=dict(
+        licence='CelebA: non-commercial research, no redistribution of images',
         citation='@inproceedings{liu2015faceattributes, title={Deep Learning Face Attributes in the Wild}, '
                  'author={Liu, Ziwei and Luo, Ping and Wang, Xiaogang and Tang, Xiaoou}, '
                  'booktitle={Proceedings of International Conference on Computer Vision (ICCV)}, '
                  'month={December}, year={2015}}'),
-    inaturalist=dict(licence='iNaturalist 2017: non-commercial research and education, images under their own licences',
-        citation='@inproceedings{vanhorn2018inaturalist, title={The iNaturalist Species Classification and '
-                 'Detection Dataset}, author={Van Horn, Grant and Mac Aodha, Oisin and Song, Yang and Cui, Yin '
-                 'and Sun, Chen and Shepard, Alex and Adam, Hartwig and Perona, Pietro and Belongie, Serge}, '
+    inaturalist=dict(
+        licence='iNaturalist 2017: non-commercial research and education, images under their own licences',
+        citation='@inproceedings{vanhorn2018inaturalist, '
+                 'title={The iNaturalist Species Classification and Detection Dataset}, '
+                 'author={Van Horn, Grant and Mac Aodha, Oisin and Song, Yang and Cui, Yin and Sun, Chen '
+                 'and Shepard, Alex and Adam, Hartwig and Perona, Pietro and Belongie, Serge}, '
                  'booktitle={CVPR}, year={2018}}'))
 
 # %% ../nbs/01a_readers.ipynb #12ed8ade
@@ -143,8 +148,9 @@ def read_cub(
 
 def _part_masks(root, files):
     "A column of part masks and the parts' names, for a folder that has them (rendered birds do)"
-    if not (root/'part_masks').is_dir(): return {},{}
-    return dict(part_mask=_masks(root/'part_masks', files)),dict(parts=list(read_names(root/'part_masks'/'parts.txt').values()))
+    folder = root/'part_masks'
+    if not folder.is_dir(): return {},{}
+    return dict(part_mask=_masks(folder, files)),dict(parts=list(read_names(folder/'parts.txt').values()))
 
 def _check_cub(df):
     "The complete set has 5994 training and 5794 test images"
@@ -201,7 +207,8 @@ def _partition(path):
         if split.isna().any():
             raise DataError(f, f'part of {split.index[split.isna()][0]}', '0, 1 or 2', 'restore the file')
         return split
-    names = dict(train=('celebA_training_full.txt','celebA_training.txt'), valid=('celebA_validating.txt',),
+    names = dict(train=('celebA_training_full.txt','celebA_training.txt'),
+                 valid=('celebA_validating.txt',),
                  test=('celebA_testing.txt',))
     if not _find(path, *names['train'], subs=_celeba_subs): _need(path, 'list_eval_partition.txt', do=_celeba_page)
     ids = {s:read_list(_need(path, *f, subs=_celeba_subs, do=_original_page)).index for s,f in names.items()}

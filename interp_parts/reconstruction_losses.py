@@ -75,7 +75,8 @@ class Moments:
 
     def whole(self)->'Moments':
         "Moments of all parts together, as of one part"
-        return Moments(self.mass.sum(1, keepdim=True), self.first.sum(1, keepdim=True), self.second.sum(1, keepdim=True), self.center)
+        mass,first,second = (v.sum(1, keepdim=True) for v in (self.mass, self.first, self.second))
+        return Moments(mass, first, second, self.center)
 
 def part_moments(
     q:torch.Tensor, # (B,K,H,W) assignment, 0 outside of the object

@@ -81,10 +81,15 @@ def part_sheet(
 def _sheet_row(axs, x, p, b, n):
     q = masked_parts(p.maps, x.shape[1:], None if b is None or b.mask is None else b.mask[0])
     (h,w),xy,colors = q.shape[1:],trainer_centers(q[None])[0].numpy(),part_colors(len(q))
-    for ax,im in zip(axs, (to_rgb(x).astype(np.uint8), blended(x, q), *heat_images(q)[:n])): ax.imshow(im, interpolation='nearest')
+    shown = to_rgb(x).astype(np.uint8),blended(x, q),*heat_images(q)[:n]
+    for ax,im in zip(axs, shown): ax.imshow(im, interpolation='nearest')
     for k in range(len(q)):
-        if q[k].sum() >= 1: axs[1].plot(*(xy[k]*[w,h]), '+', color='k', ms=9, mew=3); axs[1].plot(*(xy[k]*[w,h]), '+', color=colors[k], ms=7, mew=1.5)
-    if b is not None and b.keypoints is not None: axs[0].plot(*b.keypoints[0][b.visible[0].bool()].T.numpy(), 'o', mfc='none', mec='w', ms=3, mew=.8)
+        if q[k].sum() < 1: continue
+        for color,ms,mew in (('k',9,3), (colors[k],7,1.5)):
+            axs[1].plot(*(xy[k]*[w,h]), '+', color=color, ms=ms, mew=mew)
+    if b is not None and b.keypoints is not None:
+        points = b.keypoints[0][b.visible[0].bool()].T.numpy()
+        axs[0].plot(*points, 'o', mfc='none', mec='w', ms=3, mew=.8)
 
 # %% ../nbs/11g_reconstruction_pictures.ipynb #3cfa9f4f
 def warp_sheet(
@@ -102,7 +107,9 @@ def warp_sheet(
     a,b = big(parts(x)),big(parts(y))
     want,got = winners_of(warp(a, grid)),winners_of(b)
     same = ((want == got) & sure).sum()/sure.sum().clamp_min(1)
-    return _pair_figure([denormalize(v, stats) for v in (x,y)], [winners_of(a)*(on[:,0] > .5), got*sure, want*sure], (want != got) & sure, a.shape[1]),same.item()
+    hard = [winners_of(a)*(on[:,0] > .5), got*sure, want*sure]
+    fig = _pair_figure([denormalize(v, stats) for v in (x,y)], hard, (want != got) & sure, a.shape[1])
+    return fig,same.item()
 
 def winners_of(
     q:torch.Tensor, # (B,K,H,W)
@@ -115,7 +122,9 @@ def _pair_figure(images, hard, wrong, k):
     axs,colors = fig.subplots(len(wrong), 6, squeeze=False),np.concatenate([np.zeros((1,3)), part_colors(k)])
     names = 'image', 'its parts', 'warped image', 'its parts', 'warped parts', 'unlike'
     for i,row in enumerate(axs):
-        shown = images[0][i].permute(1,2,0),colors[hard[0][i]],images[1][i].permute(1,2,0),colors[hard[1][i]],colors[hard[2][i]],colormaps['gray'](wrong[i].float())[...,:3]
+        ims,labels = [v[i].permute(1,2,0) for v in images],[colors[v[i]] for v in hard]
+        unlike = colormaps['gray'](wrong[i].float())[...,:3]
+        shown = ims[0],labels[0],ims[1],labels[1],labels[2],unlike
         for ax,im,name in zip(row, shown, names):
             ax.imshow(np.asarray(im), interpolation='nearest'); ax.set_axis_off()
             if i == 0: ax.set_title(name, fontsize=8)

@@ -27,8 +27,8 @@ from .backbones import *
 from .training import *
 
 # %% ../nbs/10_region_grouping.ipynb #675eb7b5
-_all_ = ['PartLearner', 'create_learner', 'part_table', 'check_table', 'part_dls', 'load_image', 'PartBatches', 'fit_run', 'seed_everything',
-         'run_config', 'save_run', 'load_run']
+_all_ = ['PartLearner', 'create_learner', 'part_table', 'check_table', 'part_dls', 'load_image', 'PartBatches',
+         'fit_run', 'seed_everything', 'run_config', 'save_run', 'load_run']
 
 # %% ../nbs/10_region_grouping.ipynb #454bd1c9
 def assign_pixels(
@@ -58,7 +58,8 @@ class GroupingUnit(nn.Module):
         scale:float=1., # Distances are divided by this
     ):
         super().__init__()
-        self.weight,self.smooth_factor,self.scale = nn.Parameter(torch.empty(n_parts, channels, 1, 1)),nn.Parameter(torch.zeros(n_parts)),scale
+        self.weight,self.scale = nn.Parameter(torch.empty(n_parts, channels, 1, 1)),scale
+        self.smooth_factor = nn.Parameter(torch.zeros(n_parts))
         with torch.no_grad(): nn.init.kaiming_normal_(self.weight).clamp_(min=1e-5)
 
     def forward(self, x):
@@ -87,8 +88,8 @@ def occurrence(
     if not radius: return q.flatten(2).max(2).values # a tied maximum's gradient goes to one pixel, not to all
     side = 2*radius+1
     if not pad and min(q.shape[2:]) < side:
-        raise ConfigError('--size', f'a {q.shape[2]}x{q.shape[3]} part map', f'at least {side}x{side} for blur radius {radius}',
-                          'raise --size or pass --set pad=true')
+        raise ConfigError('--size', f'a {q.shape[2]}x{q.shape[3]} part map',
+                          f'at least {side}x{side} for blur radius {radius}', 'raise --size or pass --set pad=true')
     k = blur_kernel(radius, std).to(q).expand(q.shape[1], 1, side, side)
     return F.conv2d(q, k, groups=q.shape[1], padding=radius*pad).flatten(2).max(2).values
 
@@ -156,7 +157,7 @@ class StackedLinear(nn.Module):
         bias:bool=True, # Add a bias?
     ):
         super().__init__()
-        self.weight = nn.Parameter(torch.empty(heads, cin, cout)) # this way round both products of the backward pass are fast too
+        self.weight = nn.Parameter(torch.empty(heads, cin, cout)) # so both products of the backward pass are fast too
         self.bias = nn.Parameter(torch.empty(heads, cout).uniform_(-1,1)/math.sqrt(cin)) if bias else None
         nn.init.normal_(self.weight, std=math.sqrt(2/cout))
 
@@ -198,7 +199,8 @@ def stacked_attention(
 )->nn.Sequential:
     "Attention logits of a multi-label model: (N,C) to (N,A,1), non-negative"
     dims = [channels, *mids, 1]
-    return nn.Sequential(*(l for i,o in zip(dims, dims[1:]) for l in (StackedLinear(heads, i, o), StackedNorm(heads, o), nn.ReLU())))
+    layers = ((StackedLinear(heads, i, o), StackedNorm(heads, o), nn.ReLU()) for i,o in zip(dims, dims[1:]))
+    return nn.Sequential(*(l for block in layers for l in block))
 
 # %% ../nbs/10_region_grouping.ipynb #d78c4222
 class SharedNorm(nn.Module):
@@ -209,10 +211,12 @@ class SharedNorm(nn.Module):
         compat:bool=False, # One running average, updated A times a step, as published?
     ):
         super().__init__()
-        self.weight,self.bias,self.compat,self.momentum = nn.Parameter(torch.ones(channels)),nn.Parameter(torch.zeros(channels)),compat,0.1
+        self.weight,self.bias = nn.Parameter(torch.ones(channels)),nn.Parameter(torch.zeros(channels))
+        self.compat,self.momentum = compat,0.1
         shape = (channels,) if compat else (heads,channels)
-        for name,v in dict(running_mean=torch.zeros(shape), running_var=torch.ones(shape), num_batches_tracked=torch.tensor(0)).items():
-            self.register_buffer(name, v)
+        self.register_buffer('running_mean', torch.zeros(shape))
+        self.register_buffer('running_var', torch.ones(shape))
+        self.register_buffer('num_batches_tracked', torch.tensor(0))
 
     def forward(self, x):
         mean,var = self.running_mean,self.running_var
@@ -262,16 +266,19 @@ class RegionGrouping(PartModel):
         weights:str=None, # Backbone weights in a local file
         features:nn.Module=None, # A module with `.channels` instead of a timm backbone
     ):
-        config = {k:v for k,v in locals().items() if k not in ('self', '__class__', 'pretrained', 'weights', 'features')}
+        config = {k:v for k,v in locals().items()
+                  if k not in ('self', '__class__', 'pretrained', 'weights', 'features')}
         super().__init__(**config)
         if n_parts < 1 + background: raise ConfigError('--n-parts', n_parts, f'at least {1+background}')
         self.multi,self.background,self.blur = multi,background,dict(radius=radius, std=std, pad=pad)
-        self.backbone = features or Backbone(backbone, stride, stage or ('stride' if published else 'last'), pretrained, weights, freeze_bn, freeze_early)
+        stage = stage or ('stride' if published else 'last')
+        self.backbone = features or Backbone(backbone, stride, stage, pretrained, weights, freeze_bn, freeze_early)
         c = self.backbone.channels
         z,att = width or 2*c,max(1, c//4)
         self.scaler = nn.Identity() if published else nn.BatchNorm2d(c, affine=False)
         self.grouping = GroupingUnit(n_parts, c, 1. if published else c/8)
-        self.post = nn.Sequential(*(Bottleneck(c if i == 0 else z, z//4, z) for i in range(blocks or (4 if published else 1))))
+        blocks = blocks or (4 if published else 1)
+        self.post = nn.Sequential(*(Bottleneck(c if i == 0 else z, z//4, z) for i in range(blocks)))
         self._head(n_classes, c, z, att, compat)
 
     def _head(self, n, c, z, att, compat):
@@ -300,13 +307,18 @@ class RegionGrouping(PartModel):
     def _parts(self, x, target):
         o = self(x)
         target = o.logits.argmax(1) if target is None else target
-        common = dict(maps=o.assignment.clamp(0,1), presence=occurrence(o.assignment, **self.blur).clamp(0,1), logits=o.logits,
-                      background=o.assignment.shape[1]-1 if self.background else None, target=target)
-        if self.multi: return Parts(**common, contribution=o.attention[torch.arange(len(x)), target], contribution_kind='attention')
+        common = dict(maps=o.assignment.clamp(0,1),
+                      presence=occurrence(o.assignment, **self.blur).clamp(0,1),
+                      logits=o.logits,
+                      background=o.assignment.shape[1]-1 if self.background else None,
+                      target=target)
+        if self.multi:
+            chosen = o.attention[torch.arange(len(x)), target]
+            return Parts(**common, contribution=chosen, contribution_kind='attention')
         return Parts(**common, **self._shares(o, target), contribution_kind='logit')
 
     def _shares(self, o, target):
-        "What each part adds to the target's logit; exact, since everything after the attention is linear in evaluation mode"
+        "What each part adds to the target's logit; exact: after the attention, evaluation mode is linear"
         n,w = self.norm,self.head.weight[target]
         gain = n.weight*(n.running_var+n.eps).rsqrt()
         shares = o.attention*(o.regions@(w*gain)[...,None])[...,0]
@@ -347,7 +359,8 @@ class OccurrencePrior(LossTerms):
 
     def terms(self):
         model = self.learn.model
-        return dict(occurrence=self.coeff*occurrence_loss(occurrence(self.learn.out.assignment, **model.blur), *self.prior))
+        t = occurrence(self.learn.out.assignment, **model.blur)
+        return dict(occurrence=self.coeff*occurrence_loss(t, *self.prior))
 
 class Regroup(Callback):
     "Start the prototypes from k-means again, once the features of a random backbone mean something"
@@ -378,8 +391,8 @@ def region_grouping_learner(
 )->PartLearner:
     "A learner for region grouping (Huang & Li, CVPR 2020)"
     if freeze_early is None: freeze_early = bool(pretrained or weights) and not published
-    model = RegionGrouping(dls.c, n_parts, backbone, dls.multi, published, compat, pretrained=pretrained, weights=weights,
-                           freeze_early=freeze_early, **options)
+    model = RegionGrouping(dls.c, n_parts, backbone, dls.multi, published, compat, pretrained=pretrained,
+                           weights=weights, freeze_early=freeze_early, **options)
     side = -(-dls.view.size//model.backbone.stride)
     occurrence(torch.zeros(1, 1, side, side), **model.blur) # says so if the map is too small
     own = [OccurrencePrior(coeff, alpha, beta), *([Regroup(regroup)] if regroup else [])]
@@ -388,21 +401,30 @@ def region_grouping_learner(
     return learn
 
 _sgd = dict(optimizer='sgd', options=dict(momentum=.9, weight_decay=1e-4))
-_celeba = dict(data='celeba', protocol='interpretability', size=256, resize='squash', bs=32,
-               model=dict(n_parts=9, coeff=.1, published=True), fit=dict(_sgd, epochs=10, lr=(5e-3,.1), schedule='half_step'))
+_celeba = dict(
+    data='celeba', protocol='interpretability', size=256, resize='squash', bs=32,
+    model=dict(n_parts=9, coeff=.1, published=True),
+    fit=dict(_sgd, epochs=10, lr=(5e-3,.1), schedule='half_step'))
 recipes = dict(
     celeba_res50_p9=dict(_celeba, model=dict(_celeba['model'], backbone='resnet50.tv_in1k')),
     celeba_res101_p9=dict(_celeba, model=dict(_celeba['model'], backbone='resnet101.tv_in1k')),
-    cub_res101_p5=dict(data='cub', size=448, resize='short', bs=16, model=dict(n_parts=5, coeff=.5, published=True, backbone='resnet101.tv_in1k'),
-        fit=dict(epochs=150, lr=(5e-4,1e-2), schedule='cosine', optimizer='sgd', options=dict(momentum=.9, weight_decay=5e-4))),
-    inaturalist_res101_p8=dict(data='inaturalist', size=448, resize='short', bs=16,
+    cub_res101_p5=dict(
+        data='cub', size=448, resize='short', bs=16,
+        model=dict(n_parts=5, coeff=.5, published=True, backbone='resnet101.tv_in1k'),
+        fit=dict(epochs=150, lr=(5e-4,1e-2), schedule='cosine',
+                 optimizer='sgd', options=dict(momentum=.9, weight_decay=5e-4))),
+    inaturalist_res101_p8=dict(
+        data='inaturalist', size=448, resize='short', bs=16,
         model=dict(n_parts=8, coeff=.5, alpha=2e-3, beta=1e-3, published=True, backbone='resnet101.tv_in1k'),
-        fit=dict(epochs=75, lr=(5e-4,1e-2), schedule='cosine', optimizer='sgd', options=dict(momentum=.9, weight_decay=5e-4)),
-        note='no code was released: only the prior is from the paper, and unverified; the other settings are those of CUB'))
+        fit=dict(epochs=75, lr=(5e-4,1e-2), schedule='cosine',
+                 optimizer='sgd', options=dict(momentum=.9, weight_decay=5e-4)),
+        note='no code was released: only the prior is from the paper, and unverified; '
+             'the other settings are those of CUB'))
 register(region_grouping_learner, RegionGrouping, recipes, 'part prototypes group the pixels (Huang & Li, CVPR 2020)')
 
 # %% ../nbs/10_region_grouping.ipynb #7e0df7d2
-_theirs = dict(grouping='grouping', post='post_block', norm='groupingbn', refine='nonlinear', attention='attconv', head='mylinear')
+_theirs = dict(grouping='grouping', post='post_block', norm='groupingbn',
+               refine='nonlinear', attention='attconv', head='mylinear')
 
 def original_views(
     model:RegionGrouping, # Published architecture
@@ -421,8 +443,11 @@ def original_views(
 def _unstack(model, top, key, v):
     "A stacked tensor as the original's many: one per attribute"
     n,module = model.head.weight.shape[0],model.get_submodule(key.rpartition('.')[0])
-    rest,many = key.partition('.')[2],v if v.ndim == 0 else v.view(n, -1) if isinstance(module, StackedNorm) else v.mT if v.ndim == 3 else v
-    one = lambda i: many if v.ndim == 0 else many[i][...,None,None] if many.ndim == 3 and top != 'mylinear' else many[i]
+    rest,many = key.partition('.')[2],v
+    if v.ndim and isinstance(module, StackedNorm): many = v.view(n, -1)
+    elif v.ndim == 3: many = v.mT
+    conv = many.ndim == 3 and top != 'mylinear'
+    one = lambda i: many if v.ndim == 0 else many[i][...,None,None] if conv else many[i]
     return {f'{top}.{i}.{rest}':one(i) for i in range(n)}
 
 def load_original(
@@ -432,7 +457,9 @@ def load_original(
     "Load a checkpoint of the original code"
     state = {k.removeprefix('module.'):v for k,v in state.items()}
     views = original_views(model)
-    wrong = sorted(k for k in views.keys() | state.keys() if k not in views or k not in state or views[k].shape != state[k].shape)
-    if wrong: raise CheckpointError('checkpoint', f'{len(wrong)} tensors do not fit ({", ".join(wrong[:3])})', 'the same backbone and n_parts',
-                                    'for attributes pass compat=True')
+    misfit = lambda k: k not in views or k not in state or views[k].shape != state[k].shape
+    wrong = sorted(k for k in views.keys() | state.keys() if misfit(k))
+    if wrong:
+        raise CheckpointError('checkpoint', f'{len(wrong)} tensors do not fit ({", ".join(wrong[:3])})',
+                              'the same backbone and n_parts', 'for attributes pass compat=True')
     with torch.no_grad(): [v.copy_(state[k]) for k,v in views.items()]

@@ -23,9 +23,11 @@ from .visualization import *
 from .report import *
 
 # %% ../nbs/30a_runs.ipynb #862ad9ce
-settings_defaults = dict(data=None, path=None, protocol=None, masks=None, init=None, backbone='resnet50', weights=None, pretrained=True, freeze_bn=False, n_parts=8,
-                         epochs=12, bs=32, size=224, resize='short', flip=.5, brightness=.1, seed=0, workers=2, device='auto',
-                         deterministic=False, compat=False, model={}, fit={}, reader={})
+settings_defaults = dict(data=None, path=None, protocol=None, masks=None, init=None,
+                         backbone=None, weights=None, pretrained=True, freeze_bn=False, n_parts=None,
+                         epochs=12, bs=32, size=224, resize='short', flip=.5, brightness=.1,
+                         seed=0, workers=2, device='auto', deterministic=False, compat=False,
+                         model={}, fit={}, reader={})
 
 def _signature(*fs): return {p for f in fs for p in inspect.signature(f).parameters}
 
@@ -41,11 +43,11 @@ def _place(settings, method, key, value):
     "Put one option where it belongs; `data.NAME` is the reader's"
     if key.startswith('data.'): settings['reader'][key[5:]] = value; return
     model,fit = known_options(method)
-    flat = set(settings) - {'model','fit','reader'}
+    flat,optim = set(settings) - {'model','fit','reader'},{'weight_decay','momentum','betas'}
     if key in flat: settings[key] = value
     elif key in fit: settings['fit'][key] = value
-    elif key in ('weight_decay','momentum','betas'): settings['fit'].setdefault('options', {})[key] = value
-    else: settings['model'][pick(key, sorted(model | fit | flat | {'weight_decay','momentum','betas'}) , '--set') ] = value
+    elif key in optim: settings['fit'].setdefault('options', {})[key] = value
+    else: settings['model'][pick(key, sorted(model | fit | flat | optim), '--set')] = value
 
 def make_settings(
     method:str, # Registered name
@@ -63,7 +65,8 @@ def make_settings(
             if k == 'reader': s[k] |= v
             elif k in ('model','fit'): [_place(s, method, a, b) for a,b in v.items()]
             else: _place(s, method, k, v)
-    return s
+    own = inspect.signature(get_method(method).learner).parameters
+    return {**s, **{k:own[k].default for k in ('backbone','n_parts') if s[k] is None and k in own}}
 
 # %% ../nbs/30a_runs.ipynb #55b6f14d
 def pick_device(
@@ -71,24 +74,31 @@ def pick_device(
 )->torch.device:
     "The device, if this machine has it"
     if name == 'auto': return torch.device('cuda' if torch.cuda.is_available() else 'cpu')
-    if name != 'cpu' and not name.startswith('cuda'): raise ConfigError('--device', repr(name), 'auto, cpu, cuda or cuda:N')
-    if name.startswith('cuda') and not torch.cuda.is_available(): raise ConfigError('--device', name, 'a CUDA device', 'this machine has none: --device cpu')
+    known = 'auto, cpu, cuda or cuda:N'
+    if name != 'cpu' and not name.startswith('cuda'): raise ConfigError('--device', repr(name), known)
+    if name.startswith('cuda') and not torch.cuda.is_available():
+        raise ConfigError('--device', name, 'a CUDA device', 'this machine has none: --device cpu')
     try: return torch.device(name)
-    except RuntimeError: raise ConfigError('--device', repr(name), 'auto, cpu, cuda or cuda:N') from None
+    except RuntimeError: raise ConfigError('--device', repr(name), known) from None
 
 def check_settings(
     s:dict, # From `make_settings`
 ):
     "Raise for settings that cannot be"
-    if s['data'] is None or s['path'] is None: raise ConfigError('--data and --path', 'missing', 'what to train on', '--data folder --path DIR')
+    if s['data'] is None or s['path'] is None:
+        raise ConfigError('--data and --path', 'missing', 'what to train on', '--data folder --path DIR')
     check_backbone(s['backbone']); pick_device(s['device']); pick(s['resize'], RESIZES, '--resize')
     for k,least in dict(n_parts=1, epochs=1, bs=1, size=1, workers=0).items():
-        if s[k] < least: raise ConfigError(f"--{k.replace('_','-')}", s[k], f'at least {least}')
-    if s['init'] and not (Path(s['init'])/'model.safetensors').is_file(): raise ConfigError('--init', s['init'], 'the folder of a finished run')
-    if s['weights'] and not Path(s['weights']).is_file(): raise CheckpointError(s['weights'], 'no such file', 'a .safetensors file', 'check --weights')
+        if s[k] is not None and s[k] < least: raise ConfigError(f"--{k.replace('_','-')}", s[k], f'at least {least}')
+    if s['init'] and not (Path(s['init'])/'model.safetensors').is_file():
+        raise ConfigError('--init', s['init'], 'the folder of a finished run')
+    if s['weights'] and not Path(s['weights']).is_file():
+        raise CheckpointError(s['weights'], 'no such file', 'a .safetensors file', 'check --weights')
 
 # %% ../nbs/30a_runs.ipynb #fdd8ef57
-def _identity(method, s): return json.loads(json.dumps(dict(method=method, **{k:v for k,v in s.items() if k not in ('workers','device')}), default=str))
+def _identity(method, s):
+    kept = {k:v for k,v in s.items() if k not in ('workers','device')}
+    return json.loads(json.dumps(dict(method=method, **kept), default=str))
 
 def _prepare(run, method, s, resume, overwrite):
     "True if the run is finished already; errors for a run that exists and is not meant"
@@ -99,7 +109,9 @@ def _prepare(run, method, s, resume, overwrite):
     if not f.exists(): return False
     old,new = read_json(f),_identity(method, s)
     diff = sorted(k for k in old.keys() | new.keys() if old.get(k) != new.get(k))
-    if diff: raise ConfigError(run, f'was trained with another {", ".join(diff)}', 'the same settings', 'use another --out, or --overwrite')
+    if diff:
+        raise ConfigError(run, f'was trained with another {", ".join(diff)}', 'the same settings',
+                          'use another --out, or --overwrite')
     return (run/'model.safetensors').exists()
 
 def read_rows(
@@ -120,10 +132,12 @@ def make_learner(
 )->PartLearner:
     "The learner that the settings describe, not trained yet"
     seed_everything(s['seed'], s['deterministic'])
-    dls = part_dls(df, s['size'], s['resize'], s['bs'], flip=s['flip'], brightness=s['brightness'], stats=backbone_stats(s['backbone']),
-                   workers=s['workers'], seed=s['seed'], device=pick_device(s['device']), extra=get_method(method).extra)
+    dls = part_dls(df, s['size'], s['resize'], s['bs'], flip=s['flip'], brightness=s['brightness'],
+                   stats=backbone_stats(s['backbone']), workers=s['workers'], seed=s['seed'],
+                   device=pick_device(s['device']), extra=get_method(method).extra)
     names = _signature(get_method(method).learner, get_method(method).model)
-    if s['init'] and 'init' not in names: raise ConfigError('--init', f'{method} starts from no other run', 'a training without it')
+    if s['init'] and 'init' not in names:
+        raise ConfigError('--init', f'{method} starts from no other run', 'a training without it')
     common = {k:s[k] for k in ('init','backbone','weights','pretrained','freeze_bn','n_parts','compat') if k in names}
     return create_learner(method, dls, **common, **s['model'])
 
@@ -198,7 +212,8 @@ def evaluate_run(
     if baselines and _untrained(learn, run): res['untrained'] = evaluate(learn, df, protocol, test=split)
     old = Path(run)/'metrics.json'
     kept = {k:v for k,v in (read_json(old) if old.exists() else {}).items() if k == 'plain_classifier'}
-    res = dict(res, **kept, seed=learn.config['training'].get('seed'), same_data=fingerprint(df) == learn.config['data']['fingerprint'])
+    res = dict(res, **kept, seed=learn.config['training'].get('seed'),
+               same_data=fingerprint(df) == learn.config['data']['fingerprint'])
     write_json(old, res); write_model_card(run)
     if (Path(run)/'report.html').exists(): write_report(run)
     return res
@@ -230,19 +245,22 @@ def image_files(
     for p in map(Path, paths):
         if not p.exists(): raise DataError(p, 'no such file or folder', 'an image or a folder of images')
         out += sorted(f for f in p.rglob('*') if f.suffix.lower() in _endings) if p.is_dir() else [p]
-    if not out: raise DataError(', '.join(map(str, paths)), 'no image in it', f"files ending in {' '.join(sorted(_endings))}")
+    if not out:
+        raise DataError(', '.join(map(str, paths)), 'no image in it', f"files ending in {' '.join(sorted(_endings))}")
     return out
 
 def _answer(learn, p, path):
     "What the model says about one image, as JSON can hold it"
     vocab,multi = learn.dls.vocab,learn.dls.multi
     parts = [dict(part=k, presence=round(v, 4)) for k,v in enumerate(p.presence[0].tolist())]
-    if p.contribution is not None: [d.update(contribution=round(v, 4)) for d,v in zip(parts, p.contribution[0].tolist())]
+    if p.contribution is not None:
+        for d,v in zip(parts, p.contribution[0].tolist()): d['contribution'] = round(v, 4)
     if p.logits is None: return dict(image=str(path), parts=parts)
     prob = p.logits[0].sigmoid() if multi else p.logits[0].softmax(0)
     said = {n:round(v, 4) for n,v in zip(vocab, prob.tolist()) if v > .5} if multi else vocab[prob.argmax()]
-    return dict(image=str(path), **({'attributes':said} if multi else {'class':said, 'probability':round(prob.max().item(), 4)}),
-                explains=vocab[p.target[0]], contribution_kind=p.contribution_kind, parts=parts)
+    answer = {'attributes':said} if multi else {'class':said, 'probability':round(prob.max().item(), 4)}
+    return dict(image=str(path), **answer, explains=vocab[p.target[0]], contribution_kind=p.contribution_kind,
+                parts=parts)
 
 def predict_run(
     run, # Folder of a run

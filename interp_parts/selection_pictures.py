@@ -43,7 +43,8 @@ def _bars(ax, names, vals, colors, title):
     bars = ax.barh(range(len(vals)), vals, color=colors)
     ax.bar_label(bars, [f'{v:+.2f}' for v in vals], padding=2, fontsize=8)
     ax.set_yticks(range(len(vals)), names, fontsize=8); ax.invert_yaxis(); ax.set_title(title, fontsize=9)
-    ax.spines[['top','right','bottom']].set_visible(False); ax.set_xticks([]); ax.margins(x=.3); ax.axvline(0, color='black', lw=.6)
+    ax.spines[['top','right','bottom']].set_visible(False)
+    ax.set_xticks([]); ax.margins(x=.3); ax.axvline(0, color='black', lw=.6)
 
 def explain_selection(
     model, # A `ClassificationSpecificParts`, after its six steps
@@ -67,10 +68,13 @@ def explain_selection(
     axs[3].plot(*o.found.starts[0].cpu().flip(1).T, 'kx', ms=5)
     which,vals = feature_shares(model, f[0].cpu(), c)
     cells = low.subplots(1, k+2, width_ratios=[1]*k+[1.5,1.5])
-    for i,crop in enumerate(input_crops(torch.from_numpy(to_rgb(image)).permute(2,0,1)[None].float(), o.found.boxes[:1].cpu(), 96)[0]):
+    pixels = torch.from_numpy(to_rgb(image)).permute(2,0,1)[None].float()
+    for i,crop in enumerate(input_crops(pixels, o.found.boxes[:1].cpu(), 96)[0]):
         _panel(cells[i], crop.permute(1,2,0).byte(), f'part {i}: {p.contribution[0,i]:+.2f}')
-    _bars(cells[k], [*(f'part {i}' for i in range(k)),'image, bias'], [*p.contribution[0].tolist(), p.constant[0].item()], [*colors,(.6,.6,.6)], f'decision {p.logits[0,c]:+.2f} =')
-    _bars(cells[k+1], [f'feature {i}' for i in which], vals, 'tab:blue', f'{int((model.select_coef[c] != 0).sum())} features selected')
+    _bars(cells[k], [*(f'part {i}' for i in range(k)),'image, bias'],
+          [*p.contribution[0].tolist(), p.constant[0].item()], [*colors,(.6,.6,.6)], f'decision {p.logits[0,c]:+.2f} =')
+    selected = int((model.select_coef[c] != 0).sum())
+    _bars(cells[k+1], [f'feature {i}' for i in which], vals, 'tab:blue', f'{selected} features selected')
     fig.suptitle(f'{name(c)}: which features, which pixels, which parts', fontsize=11, weight='bold')
     return fig
 
@@ -82,7 +86,9 @@ def show_selection(
     m = select.selected.cpu().numpy()
     fig = Picture(figsize=(8,2.6), layout='constrained')
     axs = fig.subplots(1, 3, width_ratios=(2,1,1))
-    axs[0].imshow(m, aspect='auto', cmap='Greys', interpolation='nearest'); axs[0].set(xlabel='feature', ylabel='class', title='selected')
-    axs[1].plot(np.sort(m.sum(0))[::-1], '.', ms=3); axs[1].set(xlabel='feature, sorted', title='classes that select it')
+    axs[0].imshow(m, aspect='auto', cmap='Greys', interpolation='nearest')
+    axs[0].set(xlabel='feature', ylabel='class', title='selected')
+    axs[1].plot(np.sort(m.sum(0))[::-1], '.', ms=3)
+    axs[1].set(xlabel='feature, sorted', title='classes that select it')
     axs[2].bar(range(len(m)), m.sum(1)); axs[2].set(xlabel='class', title='features it selects')
     return fig

@@ -289,7 +289,8 @@ def _write_face_lists(root, drawn, who, part, mafl):
     put('list_landmarks_celeba.txt', [p.ravel() for p in wild], n, points)
     put('identity_CelebA.txt', [(w+1,) for w in who])
     put('list_eval_partition.txt', [(p,) for p in part])
-    for k,file in ((1,'MAFL_training.txt'),(2,'MAFL_testing.txt')): write(file, [f for f,m in zip(name, mafl) if m == k])
+    for k,file in ((1,'MAFL_training.txt'),(2,'MAFL_testing.txt')):
+        write(file, [f for f,m in zip(name, mafl) if m == k])
 
 def synthetic_faces(
     path, # Folder to be made, in CelebA's layout

@@ -111,7 +111,8 @@ def keep_memory():
     "Let glibc keep freed memory for the next step, instead of giving it back and faulting it in again"
     try: libc = ctypes.CDLL('libc.so.6')
     except OSError: return # another C library
-    for option,value in ((-4,0), (-1,2**31-1), (-2,2**26)): libc.mallopt(option, value) # M_MMAP_MAX, M_TRIM_THRESHOLD, M_TOP_PAD
+    M_MMAP_MAX,M_TRIM_THRESHOLD,M_TOP_PAD = -4,-1,-2 # their numbers in malloc.h
+    for option,value in ((M_MMAP_MAX,0), (M_TRIM_THRESHOLD,2**31-1), (M_TOP_PAD,2**26)): libc.mallopt(option, value)
 
 def rng_state()->dict:
     "All random states, as plain tensors and numbers"
@@ -137,7 +138,8 @@ def save_tensors(
     model, # Module whose state is written
 ):
     "Write a model's state dict atomically"
-    with atomic_path(path) as tmp: save_file({k:v.detach().cpu().contiguous() for k,v in model.state_dict().items()}, tmp)
+    sd = {k:v.detach().cpu().contiguous() for k,v in model.state_dict().items()}
+    with atomic_path(path) as tmp: save_file(sd, tmp)
 
 def load_tensors(
     path, # safetensors file
@@ -146,10 +148,14 @@ def load_tensors(
     "Load a state dict that fits exactly, or change nothing and say what is wrong"
     try: sd = load_file(path)
     except FileNotFoundError: raise CheckpointError(path, 'no such file') from None
-    except (SafetensorError, ValueError, OSError) as e: raise CheckpointError(path, f'damaged ({e})', '', 'train again, or --resume') from None
+    except (SafetensorError, ValueError, OSError) as e:
+        raise CheckpointError(path, f'damaged ({e})', '', 'train again, or --resume') from None
     mine = {k:v.shape for k,v in model.state_dict().items()}
-    wrong = sorted({k for k in mine.keys() ^ sd.keys()} | {k for k in mine.keys() & sd.keys() if mine[k] != sd[k].shape})
-    if wrong: raise CheckpointError(path, f'{len(wrong)} tensors do not fit ({", ".join(wrong[:3])})', 'the weights of this model')
+    differs = lambda k: k not in mine or k not in sd or mine[k] != sd[k].shape
+    wrong = sorted(k for k in mine.keys() | sd.keys() if differs(k))
+    if wrong:
+        some = ', '.join(wrong[:3])
+        raise CheckpointError(path, f'{len(wrong)} tensors do not fit ({some})', 'the weights of this model')
     model.load_state_dict(sd)
 
 class SaveState(Callback):
@@ -166,7 +172,8 @@ class SaveState(Callback):
         files = dict(model=f'model-{epoch}.safetensors', loop=f'loop-{epoch}.pt')
         save_tensors(self.dir/files['model'], self.learn.model)
         smooth = self.learn.recorder.smooth_loss
-        state = dict(opt=self.learn.opt.state_dict(), rng=rng_state(), smooth=[smooth.val, smooth.count], dls=[dl.rng.getstate()[1] for dl in self.dls.loaders])
+        state = dict(opt=self.learn.opt.state_dict(), rng=rng_state(), smooth=[smooth.val, smooth.count],
+                     dls=[dl.rng.getstate()[1] for dl in self.dls.loaders])
         with atomic_path(self.dir/files['loop']) as tmp: torch.save(state, tmp)
         write_json(self.dir/'state.json', dict(schema=SCHEMA, epoch=epoch, step=step, files=files))
         for f in self.dir.glob('*-*'):
@@ -183,8 +190,9 @@ class Resume(Callback):
         s = read_state(self.dir.parent)
         if s is None or self.epoch != s['epoch']: return
         load_tensors(self.dir/s['files']['model'], self.learn.model)
-        try: loop = torch.load(self.dir/s['files']['loop'], weights_only=True)
-        except Exception as e: raise CheckpointError(self.dir/s['files']['loop'], f'damaged ({type(e).__name__})', '', '--overwrite') from None
+        f = self.dir/s['files']['loop']
+        try: loop = torch.load(f, weights_only=True)
+        except Exception as e: raise CheckpointError(f, f'damaged ({type(e).__name__})', '', '--overwrite') from None
         self.learn.opt.load_state_dict(loop['opt'])
         set_rng_state(loop['rng'])
         self.learn.recorder.smooth_loss.val,self.learn.recorder.smooth_loss.count = loop['smooth']
@@ -197,7 +205,9 @@ def read_state(
     f = Path(run)/'state'/'state.json'
     if not f.exists(): return None
     s = read_json(f)
-    if s.get('schema') != SCHEMA: raise CheckpointError(f, f"schema {s.get('schema')}", f'schema {SCHEMA}', 'use the interp_parts that wrote it')
+    got = s.get('schema')
+    if got != SCHEMA:
+        raise CheckpointError(f, f'schema {got}', f'schema {SCHEMA}', 'use the interp_parts that wrote it')
     return s
 
 # %% ../nbs/04_training.ipynb #ddaa0c8d
@@ -298,7 +308,8 @@ def fingerprint(
     "Short hash of which images, splits and labels a table holds; independent of where it lies"
     h = hashlib.sha256()
     label = next((df[c] for c in ('label','labels','identity') if c in df), df.split)
-    for p,s,l in zip(df.image, df.split, label): h.update(f"{'/'.join(Path(p).parts[-2:])} {Path(p).stat().st_size} {s} {l}\n".encode())
+    for p,s,l in zip(df.image, df.split, label):
+        h.update(f"{'/'.join(Path(p).parts[-2:])} {Path(p).stat().st_size} {s} {l}\n".encode())
     return h.hexdigest()[:16]
 
 def versions()->dict:
@@ -316,9 +327,10 @@ def run_config(
     d = learn.dls
     data = {k:v for k,v in d.table.attrs.items() if k != 'citation'}
     return dict(schema=SCHEMA, method=method, model=learn.model.config, vocab=list(d.vocab), multi=d.multi,
-                view=dict(size=d.view.size, resize=d.view.resize), stats=d.stats, data=dict(data, fingerprint=fingerprint(d.table)),
-                citation=d.table.attrs.get('citation', ''), n_train=len(d.train.dataset), valid_is_train=d.valid_is_train,
-                training=settings, versions=versions())
+                view=dict(size=d.view.size, resize=d.view.resize), stats=d.stats,
+                data=dict(data, fingerprint=fingerprint(d.table)),
+                citation=d.table.attrs.get('citation', ''), n_train=len(d.train.dataset),
+                valid_is_train=d.valid_is_train, training=settings, versions=versions())
 
 def save_run(
     learn, # A trained `PartLearner`
@@ -332,8 +344,10 @@ def save_run(
 def _blank_dls(config, device, bs, workers):
     "DataLoaders without images that know how images are to be seen"
     ds = PartDataset(pd.DataFrame(dict(image=[], split=[])), View(**config['view']))
-    dls = DataLoaders(*[TfmdDL(ds, bs=bs, num_workers=workers, device=device, after_batch=[NormalizeImages(config['stats'])]) for _ in range(2)])
-    dls.view,dls.stats,dls.vocab,dls.multi,dls.c = View(**config['view']),config['stats'],config['vocab'],config['multi'],len(config['vocab'])
+    dl = lambda: TfmdDL(ds, bs=bs, num_workers=workers, device=device, after_batch=[NormalizeImages(config['stats'])])
+    dls = DataLoaders(dl(), dl())
+    dls.view,dls.stats = View(**config['view']),config['stats']
+    dls.vocab,dls.multi,dls.c = config['vocab'],config['multi'],len(config['vocab'])
     return dls
 
 def load_run(
@@ -345,11 +359,14 @@ def load_run(
     "A learner that predicts as the one that was saved; nothing is unpickled, nothing is downloaded"
     keep_memory()
     run = Path(run)
-    if not (run/'config.json').exists(): raise CheckpointError(run, 'no config.json', 'a folder written by `interp-parts train`')
-    config = read_json(run/'config.json')
-    if config.get('schema') != SCHEMA: raise CheckpointError(run/'config.json', f"schema {config.get('schema')}", f'schema {SCHEMA}')
+    file = run/'config.json'
+    if not file.exists(): raise CheckpointError(run, 'no config.json', 'a folder written by `interp-parts train`')
+    config = read_json(file)
+    got = config.get('schema')
+    if got != SCHEMA: raise CheckpointError(file, f'schema {got}', f'schema {SCHEMA}')
     model = get_method(config['method']).model(**config['model'])
     load_tensors(run/'model.safetensors', model)
-    learn = PartLearner(_blank_dls(config, device, bs, workers), model.to(device), loss_func=torch.nn.functional.cross_entropy)
+    dls = _blank_dls(config, device, bs, workers)
+    learn = PartLearner(dls, model.to(device), loss_func=torch.nn.functional.cross_entropy)
     learn.config = config
     return learn

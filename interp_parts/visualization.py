@@ -207,7 +207,8 @@ def assignment_grid(
     items = list(items)
     if not items: raise ConfigError('images', 0, 'at least one image')
     keys,width,foot = _legend(items[0][1], min(ncols, len(items)))
-    fig = _sheet([parts_overlay(x, p, soft) for x,p,_ in items], [caption(p, b, classes) for _,p,b in items], ncols, foot)
+    overlays,captions = [parts_overlay(x, p, soft) for x,p,_ in items],[caption(p, b, classes) for _,p,b in items]
+    fig = _sheet(overlays, captions, ncols, foot)
     style = dict(loc='outside lower center', fontsize=8, frameon=False, handlelength=1)
     if keys: fig.legend(handles=keys, ncols=width, **style)
     return fig

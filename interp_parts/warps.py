@@ -87,7 +87,8 @@ def random_similarity(
 )->torch.Tensor:
     "Random matrices (n,2,3); NumPy's random state, angles first, then scales, then shifts"
     u = np.random.uniform
-    return similarity(np.radians(u(-degrees, degrees, n)), u(1/scale[1], 1/scale[0], n), u(-shift, shift, n), u(-shift, shift, n))
+    angle,zoom = np.radians(u(-degrees, degrees, n)),u(1/scale[1], 1/scale[0], n)
+    return similarity(angle, zoom, u(-shift, shift, n), u(-shift, shift, n))
 
 def move_points(
     points:torch.Tensor, # (...,N,2)
@@ -140,7 +141,8 @@ class RandomWarp(nn.Module):
     ):
         super().__init__()
         self.sigma,self.mirror,self.padding = sigma,mirror,padding
-        draw = dict(affine=lambda n: random_similarity(n, degrees, scale, shift), projective=lambda n: random_projective(n, degrees, scale=scale))
+        draw = dict(affine=lambda n: random_similarity(n, degrees, scale, shift),
+                    projective=lambda n: random_projective(n, degrees, scale=scale))
         self.draw = pick(mode, draw, 'warp mode')
 
     def source(self, n):
@@ -157,7 +159,9 @@ class RandomWarp(nn.Module):
         return out if len(out) > 1 else out[0]
 
 # %% ../nbs/11a_warps.ipynb #987a246e
-def _grey(x): return (x*torch.tensor([.2989,.587,.114], dtype=x.dtype, device=x.device)[:,None,None]).sum(1, keepdim=True)
+def _grey(x):
+    weights = torch.tensor([.2989,.587,.114], dtype=x.dtype, device=x.device)
+    return (x*weights[:,None,None]).sum(1, keepdim=True)
 def _blend(x, y, f): return torch.lerp(y, x, f).clamp(0,1)
 
 def adjust_hue(
