@@ -75,6 +75,8 @@ def part_images(
     return (upsample(maps, size).numpy()*255).astype(np.uint8)
 
 # %% ../nbs/21_overlays.ipynb #4db9fab6
+_nothing = .02 # A pixel at which no map is above this has no part
+
 def assignment_overlay(
     image, # Image, anything `to_rgb` takes
     maps:torch.Tensor, # (K,h,w) or (1,K,h,w) part maps
@@ -89,7 +91,7 @@ def assignment_overlay(
     opacity = np.full(k, alpha)
     if soft and presence is not None: opacity = opacity*presence.reshape(-1).numpy()
     if background is not None: opacity[background] = 0
-    a = (opacity[hard]*(val if soft else 1))[...,None]
+    a = (opacity[hard]*(val if soft else val > _nothing))[...,None] # no part is where all maps are zero
     return ((1-a)*rgb + a*(part_colors(k, background)*255)[hard]).astype(np.uint8)
 
 # %% ../nbs/21_overlays.ipynb #5ba9cb6e
