@@ -107,6 +107,7 @@ def evaluate(
     flip:bool=None, # Add the logits of the mirror image? Default: for classes under 'paper'
     use_mask:bool=False, # See `PartClustering`
     seed:int=0, # Of the k-means baseline
+    ridge:bool=False, # Also `ridge_keypoint_error`, fair for any number of parts?
 )->dict:
     "All numbers that the annotations of the table allow"
     pick(protocol, PROTOCOLS, '--protocol')
@@ -118,7 +119,7 @@ def evaluate(
         sets = [split_rows(df, s) for s in ((fit,) if fit else ('fit','train'), own)]
         view = dict(trim=16) if protocol == 'paper' else {}
         items = [learner.parts(s, **view) for s in sets]
-        parted = evaluate_parts(items[0], _watch(items[1], seen), df.attrs, protocol, use_mask, seed)
+        parted = evaluate_parts(items[0], _watch(items[1], seen), df.attrs, protocol, use_mask, seed, ridge)
     if protocol != 'interpretability' and learner.model.classifies and {'label','labels'} & set(df):
         train = df[df.split == 'train']
         answers = _seen_logits(seen, rows) or learner.logits(rows, flip=flip)

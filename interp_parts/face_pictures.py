@@ -151,6 +151,6 @@ def _shares(ax, pair, order, colors):
     names = [f'filter {k}' for k in order]+[f'{len(pair.shares)-len(order)} others']
     bars = ax.barh(names, vals+[rest], color=[*colors,(.8,.8,.8)])
     ax.bar_label(bars, [f'{v:+.3f}' for v in vals+[rest]], fontsize=7, padding=2)
-    ax.invert_yaxis(); ax.tick_params(labelsize=7); ax.margins(x=.25)
+    ax.invert_yaxis(); ax.tick_params(labelsize=7); ax.margins(x=.35)
     for side in ('top','right','bottom'): ax.spines[side].set_visible(False)
     ax.set_xticks([]); ax.set_title(f'similarity {pair.similarity:.3f} is the sum', fontsize=8)

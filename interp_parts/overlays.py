@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['to_rgb', 'part_colors', 'upsample', 'hard_assignment', 'part_images', 'assignment_overlay', 'draw_boxes',
            'parts_overlay', 'attention_map', 'heat_scale', 'attention_overlay', 'part_window', 'part_region', 'Picture',
-           'png_bytes', 'save_picture']
+           'png_bytes', 'save_picture', 'clip_lines']
 
 # %% ../nbs/21_overlays.ipynb #cb1f1b29
 import colorsys, io
@@ -243,3 +243,11 @@ def save_picture(
     "Write the figure in one piece and return its path"
     with atomic_path(path) as tmp: tmp.write_bytes(png_bytes(fig, title, text))
     return Path(path)
+
+# %% ../nbs/21_overlays.ipynb #39449f43
+def clip_lines(
+    text:str, # One line or several
+    n:int=22, # Characters a line, at most
+)->str:
+    "The text with an ellipsis at the end of each line that was longer"
+    return '\n'.join(t if len(t) <= n else f'{t[:n-1]}…' for t in text.split('\n'))

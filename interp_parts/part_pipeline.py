@@ -314,9 +314,10 @@ def final(self:PartPipeline)->LinearSVM:
         x,alone = self.rows_of(f, s.shuffle),self.rows_of(f[:,-1:])
         grid = (s.c_final,) if s.c_final else C_GRID
         scores = lambda v: cross_validate(v, y, self.n_classes, grid, seed=s.seed)
-        cv = dict(parts=scores(x), alone=scores(alone)) if s.gate or not s.c_final else None
-        closed = s.gate and max(cv['alone'].values()) >= max(cv['parts'].values())
-        C = choose_c(cv['alone' if closed else 'parts']) if cv else s.c_final
+        cv = scores(x) if s.gate or not s.c_final else None
+        other = scores(alone) if s.gate else {None:-1.}
+        closed = s.gate and max(other.values()) >= max(cv.values())
+        C = choose_c(other if closed else cv) if cv else s.c_final
         svm = _fit(s, alone if closed else x, y, self.n_classes, 'l2', C)
         if closed: svm.coef = torch.cat([svm.coef.new_zeros(self.n_classes, x.shape[1]-svm.coef.shape[1]), svm.coef], 1)
         return dict(_arrays(svm, 'final'), C=C, closed=closed)

@@ -164,8 +164,9 @@ class KeypointError:
         norm:str='box', # Unit: 'box' (the image if there is none) or 'eyes'
         eyes=(0,1), # Numbers of the two keypoints that are eyes
         compat:bool=False, # Centres and boxes as published?
+        ridge:bool=False, # Also by ridge regression, for models with other numbers of parts?
     ):
-        self.norm,self.eyes,self.compat = pick(norm, ('box','eyes'), 'keypoint_norm'),eyes,compat
+        self.ridge,self.norm,self.eyes,self.compat = ridge,pick(norm, ('box','eyes'), 'keypoint_norm'),eyes,compat
         self.rows = {},{} # Test and fitting images, by row of the table
 
     def _frame(self, batch):
@@ -197,12 +198,14 @@ class KeypointError:
         reg = KeypointRegression().fit(x0, y0, v0)
         preds = dict(keypoint_error=reg.predict(x), keypoint_error_mean_predictor=reg.mean(len(x)),
                      keypoint_error_constant_parts=KeypointRegression().fit(m0, y0, v0).predict(m))
+        if self.ridge: preds['ridge_keypoint_error'] = KeypointRegression(ridge=True).fit(x0, y0, v0).predict(x)
         return {k: keypoint_errors(p, y, v) for k,p in preds.items()}
 
     def result(self):
-        "keypoint_error, with _mean_predictor and _constant_parts, as fractions of the unit"
+        "keypoint_error, _mean_predictor, _constant_parts as fractions of the unit; with `ridge` also predictors"
         if not all(self.rows): return {}
-        return {k: e for k,v in self.errors().items() if (e := mean_error(v)) == e}
+        res = {k: e for k,v in self.errors().items() if (e := mean_error(v)) == e}
+        return dict(res, predictors=self._arrays(True)[0][0].size) if self.ridge else res
 
 # %% ../nbs/20d_part_scores.ipynb #2c82e1d8
 _by_place = 'strips','xy_kmeans'
@@ -236,9 +239,11 @@ def evaluate_parts(
     protocol:str='fixed', # 'paper': centres and boxes as published
     use_mask:bool=False, # See `PartClustering`
     seed:int=0, # Of the k-means baseline
+    ridge:bool=False, # Also ridge_keypoint_error and the number of its predictors?
 )->dict:
     "Every localisation number that the annotations allow, each with its baselines"
-    points,xy,suite,n = KeypointError(**keypoint_unit(attrs or {}), compat=protocol == 'paper'),XYKMeans(),{},0
+    points = KeypointError(**keypoint_unit(attrs or {}), compat=protocol == 'paper', ridge=ridge)
+    xy,suite,n = XYKMeans(),{},0
     for p,b in fit: points.update(p, b, fit=True); xy.update(b)
     for p,b in test:
         points.update(p, b)

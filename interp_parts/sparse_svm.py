@@ -273,6 +273,13 @@ def _newton_class(K, y, f, a, C, steps):
         if t == 0 or t == 1 and torch.equal((y*f < 1).nonzero()[:,0], on): break
     return a
 
+def _row_weights(K, Y, C, steps=100, start=None):
+    "Weights (C,N) of the rows for all classes with labels `Y` (C,N); `start` is a guess, by default all rows active"
+    if start is None: # one factorisation for all classes
+        eye = torch.eye(len(K), dtype=K.dtype, device=K.device)
+        start = torch.cholesky_solve(Y.T, torch.linalg.cholesky(K + eye/(2*C))).T
+    return torch.stack([_newton_class(K, *yfa, C, steps) for yfa in zip(Y, start@K, start)])
+
 def fit_l2(
     x:torch.Tensor, # (N,D) features
     y, # (N,) class numbers
@@ -284,10 +291,7 @@ def fit_l2(
     "L2-SVM of all classes by Newton steps on the rows' inner products"
     X = with_one(x.double())
     K,Y = X@X.T if gram is None else gram,signs(y, n_classes).to(x.device)
-    eye = torch.eye(len(K), dtype=K.dtype, device=K.device)
-    a = torch.cholesky_solve(Y.T, torch.linalg.cholesky(K + eye/(2*C))).T  # all rows active: one factorisation for all
-    f = a@K
-    a = torch.stack([_newton_class(K, Y[k], f[k], a[k], C, max_iter) for k in range(n_classes)])
+    a = _row_weights(K, Y, C, max_iter)
     v = a@X
     slack = (1-Y*(a@K)).clamp_min(0)
     objective = (a*(a@K)).sum(1)/2 + C*slack.square().sum(1)
@@ -316,13 +320,14 @@ def cross_validate(
     seed:int=0, # Of the folds
 )->dict:
     "Accuracy on held-out training rows for each C of the L2-SVM"
-    y,part,X = torch.as_tensor(y),folds(y, n, seed).to(x.device),with_one(x.double())
+    y,part,X = torch.as_tensor(y).to(x.device),folds(y, n, seed).to(x.device),with_one(x.double())
     K,right = X@X.T,dict.fromkeys(cs, 0)
     for k in range(n):
-        fit,test = part != k,part == k
-        for C in cs:
-            svm = fit_l2(x[fit], y[fit], n_classes, C, gram=K[fit][:,fit])
-            right[C] += svm.predict(x[test]).eq(y[test]).sum().item()
+        fit,test,a = part != k,part == k,None
+        Kf,Y = K[fit][:,fit],signs(y[fit], n_classes).to(x.device)
+        for C in sorted(cs):
+            a = _row_weights(Kf, Y, C, start=a)
+            right[C] += (a@K[fit][:,test]).argmax(0).eq(y[test]).sum().item()
     return {C:r/len(y) for C,r in right.items()}
 
 def choose_c(

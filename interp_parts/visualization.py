@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['explain_words', 'explain_title', 'explain', 'shown', 'caption', 'assignment_grid', 'attention_grid', 'Gallery',
            'gallery', 'save_visualization', 'to_rgb', 'part_colors', 'upsample', 'hard_assignment', 'part_images',
-           'assignment_overlay', 'draw_boxes', 'parts_overlay', 'attention_map', 'heat_scale', 'attention_overlay',
-           'part_window', 'part_region', 'Picture', 'png_bytes', 'save_picture']
+           'assignment_overlay', 'draw_boxes', 'parts_overlay', 'clip_lines', 'attention_map', 'heat_scale',
+           'attention_overlay', 'part_window', 'part_region', 'Picture', 'png_bytes', 'save_picture']
 
 # %% ../nbs/21_visualization.ipynb #77bad343
 import math, random, textwrap
@@ -25,7 +25,7 @@ from .overlays import *
 
 # %% ../nbs/21_visualization.ipynb #eacf961f
 _all_ = ['to_rgb', 'part_colors', 'upsample', 'hard_assignment', 'part_images', 'assignment_overlay', 'draw_boxes',
-         'parts_overlay', 'attention_map', 'heat_scale', 'attention_overlay', 'part_window', 'part_region',
+         'parts_overlay', 'clip_lines', 'attention_map', 'heat_scale', 'attention_overlay', 'part_window', 'part_region',
          'Picture', 'png_bytes', 'save_picture']
 
 # %% ../nbs/21_visualization.ipynb #fd6b51a8
@@ -185,8 +185,7 @@ def _sheet(pictures, captions, ncols, foot=0., side=1.5):
     axs = list(fig.subplots(rows, ncols, squeeze=False).flat)
     for ax in axs: ax.set_axis_off()
     for ax,im,(text,ok) in zip(axs, pictures, captions):
-        text = '\n'.join(t if len(t) <= 22 else f'{t[:21]}…' for t in text.split('\n'))
-        _image(ax, im, text, 'crimson' if ok is False else 'black', 8)
+        _image(ax, im, clip_lines(text), 'crimson' if ok is False else 'black', 8)
     return fig
 
 def _legend(parts, ncols, most=16):

@@ -16,7 +16,7 @@ from PIL import Image
 
 from .core import *
 from .data import load_image
-from .overlays import Picture, draw_boxes, save_picture
+from .overlays import Picture, clip_lines, draw_boxes, save_picture
 from .word_layer import LOUDEST, log_similarity, resize_maps
 from .word_projection import Nearest, activation_boxes, nearest_patches, receptive_boxes
 
@@ -187,7 +187,7 @@ def _explain_word(ax, r, image, sim, source, images):
     ax[0].set_title(f'word {r.word}\n{r.similarity:.1f} x {r.weight:+.2f} = {r.contribution:+.2f}', fontsize=8)
     if row >= 0: ax[2].imshow(_boxed(images[row], (y*h//gh, -(-(y+1)*h//gh), x*w//gw, -(-(x+1)*w//gw)), 112))
     text = f'from {r.source}' + (f'\nalso {r.also}' if r.also else '')
-    ax[2].text(.5, -.04, text, transform=ax[2].transAxes, ha='center', va='top', fontsize=7, wrap=True)
+    ax[2].text(.5, -.04, clip_lines(text), transform=ax[2].transAxes, ha='center', va='top', fontsize=7, wrap=True)
 
 @patch
 def explain_words(self:PartLearner,
