@@ -7,7 +7,6 @@ __all__ = ['as_map', 'grad_cam', 'BaseModel', 'load_base', 'base_attention', 're
            'TensorAttention', 'crop_map', 'AttendedDataset', 'attended_dls']
 
 # %% ../nbs/12b_base_model.ipynb #21c2f117
-import random
 from pathlib import Path
 
 import numpy as np, torch
@@ -119,9 +118,8 @@ def read_attention(
     rows, # Rows of the table it belongs to
 )->dict:
     "Maps by row of the table, read when needed"
-    try: a = np.load(path, mmap_mode='r', allow_pickle=False)
-    except (OSError, ValueError, EOFError) as e:
-        raise DataError(path, f'not an array ({e})', 'a .npy file of numbers') from None
+    with reading(path, 'a .npy file of numbers'): a = np.load(path, mmap_mode='r', allow_pickle=False)
+    if not isinstance(a, np.ndarray): raise DataError(path, 'several arrays', 'a .npy file of numbers')
     if a.ndim != 3 or a.dtype.kind != 'f': raise DataError(path, f'{a.dtype} {a.shape}', 'floats (N,H,W)')
     if len(a) != len(rows): raise DataError(path, f'{len(a)} maps', f'{len(rows)}, one for each image of the split')
     order = sorted(rows.index, key=lambda r: Path(rows.image[r]).parts[-2:])
@@ -181,7 +179,7 @@ class AttendedDataset(PartDataset):
     def _index(self, i, place):
         m = self.maps[self.rows[i]]
         if self.view.resize == 'short': m = crop_map(m, place, self.cells)
-        flip = random.random() < self.flip if self.compat and self.train else place.flip
+        flip = self.chance.random() < self.flip if self.compat and self.train else place.flip
         m = np.array(m[:,::-1] if flip else m, dtype=np.float32)
         return (*super()._index(i, place), TensorAttention(torch.from_numpy(m)))
 

@@ -31,6 +31,7 @@ from .classifier import Classifier
 from .saliency import *
 from .part_boxes import *
 from .part_files import *
+from .part_order import *
 from .part_pipeline import *
 from .sparse_svm import *
 from .selection_pictures import *
@@ -84,6 +85,7 @@ class ClassificationSpecificParts(Classifier):
         normalize:bool=False, # Each part's features to length 1?
         gate:bool=False, # The whole image alone where parts do not help on held-out training images?
         whole:bool=False, # One more part, for all salient pixels?
+        align:bool=False, # Parts in the same order in every image, by their features?
         solver:str='torch', # 'torch', or 'liblinear' as published
         small:int=None, # Side that the network sees, if its input is larger
         compat:bool=False, # InceptionV3 with the original's pooling and norms?
@@ -102,13 +104,14 @@ class ClassificationSpecificParts(Classifier):
         if compat and backbone.startswith('inception_v3') and features is None: published_inception(self.backbone.net)
         if small: self.backbone = SmallView(self.backbone, small)
         own = ('n_parts','mode','selection','crops','sigma','gamma','c_select','c_final',
-               'cross_fit','normalize','gate','whole','solver')
+               'cross_fit','normalize','gate','whole','align','solver')
         self.settings = PartSettings(source='input', **{k:config[k] for k in own})
         self._linear(n_classes, self.backbone.channels)
 
     def _linear(self, n, d):
         "The linear classifiers of the steps, empty until they have run"
         sizes = dict(select_coef=(n,d), select_bias=(n,), part_coef=(n,(self.settings.slots+1)*d), part_bias=(n,))
+        if self.settings.align: sizes['slots'] = (self.settings.n_parts+1,d)
         for k,s in sizes.items(): self.register_buffer(k, torch.zeros(s))
         self.register_buffer('ready', torch.tensor(False))
 
@@ -116,10 +119,12 @@ class ClassificationSpecificParts(Classifier):
     def set_classifiers(self,
         select:LinearSVM, # L1-SVM on pooled features
         final:LinearSVM, # L2-SVM on the features of all parts and of the image
+        slots:torch.Tensor=None, # (K+1,D) what gives the parts their order, if they are to have one
     ):
         "Move the linear classifiers of the six steps in: from now on the model answers by parts"
-        for own,v in ((self.select_coef,select.coef), (self.select_bias,select.intercept),
-                      (self.part_coef,final.coef), (self.part_bias,final.intercept)):
+        given = [(self.select_coef,select.coef), (self.select_bias,select.intercept),
+                 (self.part_coef,final.coef), (self.part_bias,final.intercept)]
+        for own,v in given + ([(self.slots,slots)] if slots is not None else []):
             if own.shape != v.shape: raise ConfigError('classifier', tuple(v.shape), tuple(own.shape))
             own.copy_(v)
         self.ready.fill_(True)
@@ -175,6 +180,9 @@ def describe(self:ClassificationSpecificParts,
     with frozen(self.backbone), torch.no_grad():
         p = pooled(self.backbone, crops.flatten(0,1)).view(len(x), -1, f.shape[1])
     feats = torch.cat([p, f[:,None]], 1).float()
+    if self.settings.align and self.ready:
+        order = slot_order(feats[:,:self.settings.n_parts], self.slots)
+        feats,found = in_order(feats, order),reorder(found, order)
     if self.settings.normalize: feats = feats/feats.norm(dim=2, keepdim=True).clamp_min(1e-12)
     logits = feats.flatten(1)@self.part_coef.T + self.part_bias if self.ready else self.head(f).detach()
     return Described(logits, feats, found, q, classes, empty)
@@ -201,7 +209,7 @@ def fit_parts(
     pipe = PartPipeline(model.backbone, rows, model.settings, folder, d.view.size, d.view.resize, d.stats, d.bs,
                         d.device, d.num_workers, say=say)
     final = pipe.final()
-    model.set_classifiers(pipe.classifiers()[0], final)
+    model.set_classifiers(pipe.classifiers()[0], final, pipe.slots() if model.settings.align else None)
     return pipe
 
 class SixSteps(Callback):
@@ -228,7 +236,7 @@ def classification_specific_parts_learner(
     "A learner that fine-tunes a classifier and then finds its parts (Korsch et al., GCPR 2019)"
     if dls.multi: raise ConfigError('--data', 'attributes', 'one class an image', 'use region_grouping for attributes')
     if freeze_early is None: freeze_early = bool(pretrained or weights) and not compat
-    options = {**(published_settings if compat else {}), **options}
+    options = {**(published_settings if compat else dict(align=True)), **options}
     model = ClassificationSpecificParts(dls.c, n_parts, backbone, compat=compat, pretrained=pretrained,
                                         weights=weights, freeze_early=freeze_early, **options)
     learn = part_learner(dls, model, cbs=[LossTerms(), SixSteps(), *(cbs or [])])
@@ -236,7 +244,7 @@ def classification_specific_parts_learner(
     return learn
 
 # %% ../nbs/14_classification_specific_parts.ipynb #853066c6
-published_settings = dict(mode='paper2019', crops='short', solver='liblinear')
+published_settings = dict(mode='paper2019', crops='short', solver='liblinear', align=False)
 
 def _published(data, backbone, size, **model):
     "Settings of the paper for one data set"

@@ -74,7 +74,9 @@ def train(
     device:str=None, # auto, cpu, cuda or cuda:N
     resume:bool=False, # Continue a run that exists?
     overwrite:bool=False, # Replace a run that exists?
+    save_every:int=None, # Also save the training state after so many steps, not only after each epoch
     deterministic:bool=None, # Only deterministic kernels? Slower on a GPU
+    on_bad_image:str=None, # error (the default), skip, or replace by the next of the same class and split
     compat:bool=None, # The original's quirks too?
     set_:list[str]=[], # key=value: any further option of the method or the training; data.key=value: of the reader
 ):
@@ -230,13 +232,21 @@ def run_command(
     args=None, # Words of the command; default the shell's
 )->int:
     "Run a command and return its exit code"
-    if not sys.warnoptions: warnings.simplefilter('ignore', FutureWarning) # of libraries, not for users
-    try: return app(args, standalone_mode=False) or 0
-    except KeyboardInterrupt: return _fail('stopped; the same command with --resume continues', 130)
+    with warnings.catch_warnings():
+        warnings.showwarning = lambda said, *a, **k: _fail(f'warning: {" ".join(str(said).split())}')
+        if not sys.warnoptions: # of libraries, not for users
+            for kind in (FutureWarning, DeprecationWarning): warnings.simplefilter('ignore', kind)
+        return _run(args)
+
+def _run(args):
+    try: code = app(args, standalone_mode=False) or 0
+    except KeyboardInterrupt: code = 130 # Typer returns this number itself
     except Exception as e:
         if hasattr(e, 'format_message'): return _fail(f'{e.format_message().rstrip(".")}; see interp-parts --help')
         if any(c.__name__ == 'InterpPartsError' for c in type(e).__mro__): return _fail(e)
+        if isinstance(e, OSError) and e.strerror: return _fail(f'{e.filename or "system"}: {e.strerror}')
         raise
+    return _fail('stopped; the same command with --resume continues', code) if code == 130 else code
 
 def main():
     "Entry point of the command `interp-parts`"

@@ -27,6 +27,7 @@ from .backbones import *
 from .backbones import _create
 from .training import *
 from .training import SCHEMA
+from .distributed import gather_rows, n_processes, same_everywhere
 from .masks import add_grabcut_masks
 from .warps import *
 from .perceptual import *
@@ -118,7 +119,7 @@ class Views:
     maps:list # Feature maps of the frozen network
     colors:torch.Tensor # (B,3,H,W) Lab image
     grid:torch.Tensor # (B,H,W,2) of the warp
-    which:torch.Tensor # (B*K,) draw of `draw_positives`
+    which:torch.Tensor # (B*K,) draw of `draw_positives`, for the images of all processes
 
 def reconstruction_terms(
     logits:torch.Tensor, # (B,K,h,w) of the first view
@@ -131,19 +132,20 @@ def reconstruction_terms(
 )->tuple:
     "The four losses without weights (semantic: one value an image), and the parts' moments"
     size = v.mask.shape[2:]
-    big,again = (upsample_logits(l.float(), size) for l in (logits, warped))
+    wide = lambda l: l if l.dtype == torch.float64 else l.float()
+    big,again = (upsample_logits(wide(l), size) for l in (logits, warped))
     q,area = big.softmax(1)*v.mask,v.mask.sum((1,2,3))
     m = part_moments(q, v.maps)
     parts = m.mean() if last < 0 else m.mean()[...,-last:]
     eqv = equivariance_loss(warp(big.detach(), v.grid), again, warp(v.mask, v.grid), symmetric)
     semantic,visual = (consistency(o, area, relative=relative) for o in (m, part_moments(q, [v.colors])))
     return dict(equivariance=eqv, semantic=semantic, visual=visual.mean(),
-                contrast=contrastive_loss(parts, v.which, tau)), m
+                contrast=contrastive_loss(gather_rows(parts), v.which, tau)), m
 
 # %% ../nbs/11_contrastive_reconstruction.ipynb #7b8d0adc
 class Reconstruction(LossTerms):
     "Adds the four losses to a step; draws the views that they need"
-    names = ('equivariance','semantic','visual','contrast')
+    names,keeps = ('equivariance','semantic','visual','contrast'),('mass',)
     def __init__(self,
         phi:nn.Module, # Frozen network, from `perceptual`
         equivariance:float=5.7e3, # Weight
@@ -176,7 +178,7 @@ class Reconstruction(LossTerms):
             raise ConfigError('DataLoaders', 'no masks', 'the foreground of each image',
                               'make the learner with contrastive_reconstruction_learner')
         x = denormalize(self.learn.xb[0], self.dls.stats)
-        self.clean,self.mask = x,masks[0].as_subclass(torch.Tensor)[:,None].float()
+        self.clean,self.mask = x,masks[0].as_subclass(torch.Tensor)[:,None].to(x)
         first,self.second = (self.jitter(x) if self.training else x for _ in range(2))
         self.learn.xb = (self._normal(first),)
 
@@ -187,7 +189,7 @@ class Reconstruction(LossTerms):
     def views(self, k):
         "Targets and draws for the batch at hand"
         colors = rgb_to_lab(self.clean) if self.lab else self.clean*255 - 128
-        which = draw_positives(len(self.mask), k, self.skip_first, self.mask.device)
+        which = same_everywhere(draw_positives(len(self.mask)*n_processes(), k, self.skip_first, self.mask.device))
         return Views(self.mask, self.phi(self.clean), colors, self.warp.grid(self.mask), which)
 
     def terms(self):
@@ -197,7 +199,8 @@ class Reconstruction(LossTerms):
         with torch.autocast(logits.device.type, enabled=False):
             terms,m = reconstruction_terms(logits, warped, v, **self.kw)
         self._count(m.mass.detach().sum(0))
-        terms['semantic'] = terms['semantic'].sum()/6 if self.batch_sum else terms['semantic'].mean()
+        n = n_processes()
+        terms['semantic'] = terms['semantic'].sum()*n/6 if self.batch_sum else terms['semantic'].mean()
         return {n:self.weights[n]*t for n,t in terms.items()}
 
     def _count(self, mass): self.mass = mass if self.mass is None else self.mass + mass
@@ -352,7 +355,9 @@ def import_original(
     except Exception as e:
         got = f'cannot be read without unpickling ({type(e).__name__})'
         raise CheckpointError(path, got, 'a file of tensors') from None
-    state = {k.removeprefix('module.'):v for k,v in ckpt.get('model_state_dict', ckpt).items()}
+    with reading(path, 'tensors by name', error=CheckpointError):
+        state = {k.removeprefix('module.'):v for k,v in ckpt.get('model_state_dict', ckpt).items()}
+        if not all(isinstance(v, torch.Tensor) for v in state.values()): raise ValueError('not all are tensors')
     model = load_original(ContrastiveReconstruction(**original_net(state), compat=True), state)
     save_tensors(Path(out)/'model.safetensors', model)
     training = dict(data=data, path=str(Path(data_path).resolve()), protocol='paper', imported=Path(path).name)

@@ -6,7 +6,7 @@
 __all__ = ['KINDS', 'methods', 'method_names', 'InterpPartsError', 'DataError', 'ConfigError', 'CheckpointError', 'TrainingError',
            'nearest', 'pick', 'Parts', 'check_parts', 'cat_batches', 'Batch', 'eval_mode', 'PartModel', 'PickLogits',
            'SplitTargets', 'PartLearner', 'Method', 'register', 'get_method', 'create_learner', 'atomic_path',
-           'write_text', 'write_json', 'read_json']
+           'write_text', 'write_json', 'read_json', 'reading']
 
 # %% ../nbs/00_core.ipynb #92466f41
 import difflib, importlib, json, os, tempfile
@@ -219,9 +219,33 @@ class PartLearner(Learner):
         cbs=None, # Callbacks of the method and of the user
         **kwargs # fastai's own: loss_func, opt_func, splitter, metrics ...
     ):
-        self.out,self.extra = None,()
+        self.out,self.extra,self.at = None,(),_start
         model = model.to(memory_format=torch.channels_last) # twice as fast for depth-wise convolutions on a CPU
         super().__init__(dls, model, *args, cbs=[PickLogits(), SplitTargets(), *L(cbs)], **kwargs)
+
+    def _do_epoch_train(self):
+        "fastai's; a fit that goes on within a validation gets ready and trains nothing"
+        if self.at[0] != 'valid': return super()._do_epoch_train()
+        self.dl = self.dls.train
+        self('before_train')
+
+    def all_batches(self):
+        "fastai's loop, perhaps from a later batch; `put_back` is called before that, when nothing else is drawn"
+        self.n_iter,(_,done,put_back),self.at = len(self.dl),self.at,_start
+        for i,b in enumerate(_rest(self.dl, done), done):
+            if i == done: put_back()
+            self.one_batch(i, b)
+        if done == self.n_iter: put_back()
+
+_start = 'train',0,lambda: None # Where a fit begins: phase, batches done, and what to do before the next one
+
+def _rest(dl, done):
+    "Batches of a fastai DataLoader but for the first `done`, which are not even read"
+    order = dl.get_idxs
+    if done: dl.get_idxs = lambda: order()[done*(dl.bs or 1):]
+    try: yield from dl
+    finally:
+        if done: dl.get_idxs = order
 
 # %% ../nbs/00_core.ipynb #e4d1b026
 @dataclass
@@ -306,4 +330,19 @@ def read_json(
     "Read a JSON file; one that is missing or damaged is named"
     try: return json.loads(Path(path).read_text(encoding='utf-8'))
     except FileNotFoundError: raise CheckpointError(path, 'no such file') from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as e: raise CheckpointError(path, f'not JSON ({e})') from None
+    except (ValueError, RecursionError, OSError) as e: raise CheckpointError(path, f'not JSON ({e})') from None
+
+@contextmanager
+def reading(
+    path, # File or folder that is read in the block
+    expected:str='', # What it should be
+    do:str='', # What to type or change next
+    error=DataError, # Kind of the error
+):
+    "Whatever a file makes the block raise becomes one error that names the file"
+    try: yield
+    except InterpPartsError: raise
+    except FileNotFoundError as e: raise error(e.filename or path, 'no such file', expected, do) from None
+    except Exception as e:
+        said = ' '.join(str(e).split())[:200]
+        raise error(path, f'cannot be read ({type(e).__name__}: {said})', expected, do) from e

@@ -16,6 +16,7 @@ from torch import nn
 import interp_parts.training as training
 from .core import *
 from .casia_net import *
+from .distributed import gather_rows, mean_weight
 from .faces import all_pairs, eer
 from .training import multi_label_loss
 
@@ -63,7 +64,7 @@ def feature_diversity(
     with torch.autocast(f.device.type, enabled=False):
         keep = keep or max(1, round(260/320*f.shape[1]))
         delta = (at_least_float32(f)-at_least_float32(covered)).abs()
-        if not per_image: delta = delta.mean(0, keepdim=True)
+        if not per_image: delta = gather_rows(delta).mean(0, keepdim=True)
         small = delta.topk(min(keep, f.shape[1]), 1, largest=False).values
         return small.sum(1).mean(),(delta <= small.amax(1, keepdim=True)).to(f.dtype).detach()
 
@@ -114,9 +115,10 @@ class IdentityLoss:
         if self.multi: return self.weight*multi_label_loss(logits, y)
         known = y < self.n
         if not known.all(): logits,y = logits[known],y[known]
+        share = mean_weight(len(y))
         if not len(y): return 0.*logits.sum()
         if self.margin != 'none': logits = add_margin(logits, y, self.margin, scale=self.scale)
-        return self.weight*F.cross_entropy(at_least_float32(logits), y)
+        return self.weight*share*F.cross_entropy(at_least_float32(logits), y)
 
     def activation(self, logits): return logits.sigmoid() if self.multi else logits.softmax(1)
     def decodes(self, logits): return logits > 0 if self.multi else logits.argmax(1)

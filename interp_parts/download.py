@@ -6,7 +6,7 @@
 __all__ = ['sources', 'download', 'extract', 'unpack_7z', 'get_data']
 
 # %% ../nbs/01b_download.ipynb #d86561aa
-import hashlib, http.client, lzma, os, shutil, stat, subprocess, tarfile, tempfile, time, warnings, zipfile, zlib
+import bz2, gzip, hashlib, http.client, lzma, os, shutil, stat, subprocess, tarfile, tempfile, time, warnings, zipfile
 import urllib.error, urllib.request
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
@@ -86,8 +86,11 @@ def download(
 )->Path:
     "Fetch a file, going on where an earlier attempt broke off; a file that is there and right is left alone"
     dest = Path(dest).absolute()
-    if dest.is_dir(): dest = dest/PurePosixPath(urlsplit(url).path).name
     if urlsplit(url).scheme not in ('http','https'): raise ConfigError('url', url, 'http:// or https://')
+    if dest.is_dir():
+        name = PurePosixPath(urlsplit(url).path).name
+        if not name: raise ConfigError('url', url, 'the address of a file')
+        dest = dest/name
     if dest.exists() and not _checked(dest, size, sha256, md5): return dest
     dest.parent.mkdir(parents=True, exist_ok=True)
     part,tag = dest.with_name(f'{dest.name}.part'),dest.with_name(f'{dest.name}.part.tag')
@@ -114,13 +117,23 @@ def _safe_name(name, archive):
 def _special(name, archive, what):
     raise DataError(archive, f'member {name!r} is {what}', 'files and folders', 'do not use this archive')
 
+_packed = {b'\x1f\x8b':gzip.open, b'BZh':bz2.open, b'\xfd7zXZ':lzma.open}
+
+def _to_the_end(f, most=1 << 26):
+    "Read what follows the last member, since a packed file's checksum is at its very end"
+    while n := len(f.read(1 << 20)):
+        if (most := most-n) < 0: raise ValueError('more after the last member')
+
 def _tar_members(path):
-    "Name and open file (None: a folder) of every member"
-    with tarfile.open(path, 'r|*') as tar:
+    "Name and open file (None: a folder) of every member; `tarfile` alone would not look at checksums"
+    with open(path, 'rb') as f: head = f.read(5)
+    opened = next((o for m,o in _packed.items() if head.startswith(m)), open)
+    with opened(path, 'rb') as f, tarfile.open(fileobj=f, mode='r|') as tar:
         while m := tar.next():
             if not (m.isdir() or m.isreg()) or m.issparse(): _special(m.name, path, 'a link, a device or a sparse file')
             yield m.name,None if m.isdir() else tar.extractfile(m)
             tar.members = []
+        _to_the_end(f)
 
 def _zip_members(path):
     "Name and open file (None: a folder) of every member"
@@ -199,8 +212,7 @@ def extract(
         with _unpacking(dest) as tmp:
             for name,f in members(archive): _write_member(f, tmp/_safe_name(name, archive), budget)
     except InterpPartsError: raise
-    except (tarfile.TarError, zipfile.BadZipFile, EOFError, zlib.error, lzma.LZMAError, OSError, RuntimeError,
-            ValueError) as e:
+    except Exception as e: # the modules for archives document none of what torn bytes make them raise
         raise DataError(archive, f'cannot be unpacked ({type(e).__name__}: {e})', 'a complete .zip or .tar file',
                         'download it again') from None
     return Path(dest)

@@ -108,10 +108,13 @@ def random_crop(
     original, # Width and height of the image
     size:int, # Side of the network input, in pixels
     flip:bool=False, # Mirrored?
+    rng=random, # Source of chance, Python's or like it
 )->Crop:
-    "Half to all of the image, 3:4 to 4:3, as for DeepFashion; PyTorch's random state"
+    "Half to all of the image, 3:4 to 4:3, as for DeepFashion"
     w,h = original
-    y,x,ch,cw = RandomResizedCrop.get_params(torch.empty(1,h,w), (.5,1.), (3/4,4/3))
+    with torch.random.fork_rng(devices=[]): # torchvision draws from PyTorch's state, which stays as it was
+        torch.default_generator.manual_seed(rng.getrandbits(60))
+        y,x,ch,cw = RandomResizedCrop.get_params(torch.empty(1,h,w), (.5,1.), (3/4,4/3))
     return Crop((x, y, x+cw-1, y+ch-1), (size,size), tuple(original), flip)
 
 # %% ../nbs/11e_instance_crops.ipynb #a04ad89a
@@ -132,17 +135,14 @@ class InstanceDataset(PartDataset):
         self.crop,self.boxes = pick(crop, CROPS[1:], 'crop'),df.box.tolist() if 'box' in df else [None]*len(df)
         self.view = _Places(self)
 
-    def __getitem__(self, i):
-        self.row = i
-        return super().__getitem__(i)
-
 class _Places:
     "Stands in for a dataset's `View`: the crop of the row that is being read"
     def __init__(self, ds): self.ds,self.size,self.resize = ds,ds.view.size,ds.view.resize
     def place(self, w, h, where=None, flip=False):
         ds = self.ds
-        if ds.crop == 'random' and ds.train: return random_crop((w,h), self.size, flip)
-        return instance_crop(ds.boxes[ds.row] if ds.crop == 'box' else None, (w,h), self.size, .05*ds.train, flip)
+        if ds.crop == 'random' and ds.train: return random_crop((w,h), self.size, flip, ds.chance)
+        box = ds.boxes[ds.row] if ds.crop == 'box' else None
+        return instance_crop(box, (w,h), self.size, .05*ds.train, flip, ds.chance)
 
 def focus(
     dls, # From `part_dls`

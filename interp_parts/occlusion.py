@@ -14,6 +14,7 @@ from scipy.spatial import Delaunay, QhullError
 
 from .core import *
 from .data import *
+from .distributed import same_everywhere
 
 # %% ../nbs/13b_occlusion.ipynb #8f50f5e8
 def border_points(
@@ -168,7 +169,10 @@ class Occluder:
 
     def masks(self, n, size, landmarks=None, generator=None, at=None, device='cpu'):
         "(n,H,W) bool masks; `landmarks` (n,P,2) in pixels of the input, corners `at` instead of random ones"
-        at = draw_windows(1 if self.shared else n, size, self.window, generator) if at is None else np.asarray(at)
+        if at is None:
+            at = draw_windows(1 if self.shared else n, size, self.window, generator)
+            if self.shared: at = same_everywhere(torch.from_numpy(at)).numpy() # one for the batch of all processes
+        at = np.asarray(at)
         wh = scaled_window(size, self.window)
         if self.mesh is None or landmarks is None:
             return fill_windows(np.broadcast_to(at, (n,2)).copy(), wh, size, device)

@@ -117,6 +117,7 @@ class _Cells:
     def __contains__(self, col): return col in self.raw
     def __call__(self, col, f, expected):
         out = []
+        if col not in self.raw: raise DataError(self.path, f'no column {col}', f'it beside {_first(list(self.raw))}')
         for i,v in enumerate(self.raw[col]):
             try: out.append(f(v))
             except (ValueError, TypeError, KeyError, IndexError, AttributeError):
@@ -184,7 +185,7 @@ def _keypoint_columns(cells):
 def _label_column(cells):
     "Numbers from 0, and the classes' names"
     names = cells('label', _text, 'a class')
-    if all(map(_is_whole, names)):
+    if names and all(map(_is_whole, names)) and max(map(int, names)) < max(100_000, 10*len(names)):
         return [int(n) for n in names],[str(i) for i in range(max(map(int, names))+1)]
     classes = sorted(set(names))
     return [classes.index(n) for n in names],classes

@@ -11,7 +11,7 @@ __all__ = ['FEATURES', 'FEW_PEAKS', 'EMPTY', 'FLAT', 'NO_FEATURE', 'searches', '
 from dataclasses import dataclass
 from functools import lru_cache
 
-import numpy as np, torch, torch.nn.functional as F
+import cv2, numpy as np, torch, torch.nn.functional as F
 
 from .core import *
 from .saliency import by_image, minmax, salient
@@ -24,16 +24,19 @@ def find_peaks(
     "Rows and columns (B,k,2) of the strongest local maxima, strongest first, and how many there are (B,)"
     return by_image(lambda q: _peaks(q, k), q)
 
+def _is_top(q):
+    "Which pixels (B,H-2,W-2) inside the border are none smaller than their eight neighbours"
+    if q.device.type != 'cpu': top = F.max_pool2d(q[:,None], 3, 1)[:,0]
+    else: top = torch.from_numpy(np.stack([cv2.dilate(v, np.ones((3,3), np.uint8))[1:-1,1:-1] for v in q.numpy()]))
+    return q[:,1:-1,1:-1] == top
+
 def _peaks(q, k):
-    row = torch.maximum(torch.maximum(q[:,:-2], q[:,1:-1]), q[:,2:])
-    top = torch.maximum(torch.maximum(row[...,:-2], row[...,1:-1]), row[...,2:])
-    mid = q[:,1:-1,1:-1]
-    score = torch.where(mid == top, mid, -torch.inf)
-    rows = score.amax(2).topk(min(k, mid.shape[1]), 1).indices                   # the k best are in the k best rows
-    best = score.gather(1, rows[...,None].expand(-1, -1, mid.shape[2])).flatten(1)
+    score = torch.where(_is_top(q), q[:,1:-1,1:-1], -torch.inf)
+    rows = score.amax(2).topk(min(k, score.shape[1]), 1).indices                   # the k best are in the k best rows
+    best = score.gather(1, rows[...,None].expand(-1, -1, score.shape[2])).flatten(1)
     k0 = min(k, best.shape[1])
     val,at = best.topk(k0, 1)
-    yx = torch.stack([rows.gather(1, at//mid.shape[2])+1, at%mid.shape[2]+1], -1)
+    yx = torch.stack([rows.gather(1, at//score.shape[2])+1, at%score.shape[2]+1], -1)
     return F.pad(yx, (0,0,0,k-k0)),(val > q.amin((1,2))[:,None]).sum(1)
 
 def _more_starts(q, mask, yx, n):
@@ -159,7 +162,8 @@ def row_borders(
 # %% ../nbs/14c_part_boxes.ipynb #0a92c7d9
 def _refill_rows(sums, c, weight, mask):
     "Give empty clusters of one image the pixels that are farthest from their centres; changes `sums` (K,3)"
-    y,x = mask.nonzero()
+    at = np.flatnonzero(mask)                                                  # three times as fast as mask.nonzero()
+    y = at//mask.shape[1]; x = at-y*mask.shape[1]
     far = np.full(len(y), np.inf)
     for a,b in c: np.minimum(far, weight[0]*(y-a)**2 + weight[1]*(x-b)**2, out=far)
     for e in np.flatnonzero(sums[:,0] == 0):

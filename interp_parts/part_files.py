@@ -75,8 +75,8 @@ def read_part_locs(
     path, # Text file
 )->tuple:
     "Identifiers, and boxes (N,K,4); every image has to have as many"
-    try: lines = [l.split() for l in Path(path).read_text().splitlines() if l.strip()]
-    except FileNotFoundError: raise DataError(path, 'no such file') from None
+    with reading(path, 'lines of uuid part x y w h'):
+        lines = [l.split() for l in Path(path).read_text(encoding='utf-8').splitlines() if l.strip()]
     rows = {}
     for n,l in enumerate(lines, 1):
         try: rows.setdefault(l[0], {})[int(l[1])] = [float(v) for v in l[2:6]]
@@ -98,16 +98,20 @@ def write_features(
         out[f'{s}/features'],out[f'{s}/labels'] = np.asarray(f, np.float32),np.asarray(y)
     with atomic_path(path) as tmp: np.savez(tmp, **out)
 
+def _arrays(path, expected, do=''):
+    "All arrays of an npz file; NumPy gives whatever else is in it as bytes"
+    with reading(path, expected, do), np.load(path, allow_pickle=False) as z:
+        out = dict(z)
+        if not all(isinstance(a, np.ndarray) for a in out.values()): raise ValueError('more than arrays')
+        return out
+
 def read_features(
     path, # npz file
     channels:int=None, # Features an image has to have; None: any
     counts:dict=None, # Rows that each split has to have
 )->dict:
     "Features (N,P,D) and labels (N,) of each split; a file of another network or other images is an error"
-    try:
-        with np.load(path, allow_pickle=False) as z: a = dict(z)
-    except FileNotFoundError: raise DataError(path, 'no such file') from None
-    except (ValueError, OSError, EOFError) as e: raise DataError(path, f'not a features file ({e})') from None
+    a = _arrays(path, 'a features file')
     out = {k.split('/')[0]:(a[k], a.get(k.replace('features','labels'))) for k in a if k.endswith('/features')}
     for s,(f,y) in out.items():
         if f.ndim != 3 or y is None or len(y) != len(f):
@@ -123,7 +127,8 @@ def read_features(
 # %% ../nbs/14d_part_files.ipynb #220daa30
 def _lines(folder, name):
     f = Path(folder)/name
-    try: return [l.split(maxsplit=1) for l in f.read_text().splitlines() if l.strip()]
+    try: return [l.split(maxsplit=1) for l in f.read_text(encoding='utf-8').splitlines() if l.strip()]
+    except UnicodeDecodeError as e: raise DataError(f, f'not text ({e.reason})', 'a list') from None
     except FileNotFoundError:
         raise DataError(f, 'no such file', 'images.txt, labels.txt, tr_ID.txt and images/') from None
 
@@ -196,7 +201,7 @@ class Store:
         "The arrays of a step, made by `make()` if there are none that fit; `also(arrays)` writes further files first"
         if (name,key) in self.memory: return self.memory[name,key]
         if self.fits(name, key):
-            with np.load(self._file(name), allow_pickle=False) as z: out = dict(z)
+            out = _arrays(self._file(name), 'arrays of a step', 'remove the file')
         else:
             out = {k:np.asarray(v) for k,v in make().items()}
             self.made.append(name); self.say(name)

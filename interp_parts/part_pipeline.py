@@ -17,6 +17,7 @@ from .core import *
 from .data import *
 from .part_boxes import *
 from .part_files import *
+from .part_order import *
 from .saliency import *
 from .sparse_svm import *
 from .training import fingerprint
@@ -42,6 +43,7 @@ class PartSettings:
     crops:str='squash' # How a crop becomes square: 'squash', 'short' (its middle, as published) or 'pad'
     source:str='file' # Crops from the image 'file', or from the network 'input'
     normalize:bool=False # Each part's features to length 1?
+    align:bool=True # Parts in the same order in every image, by their features?
     shuffle:bool=False # Parts in random order in every image (a baseline)?
     gate:bool=False # Use the global features alone where cross-validation says that parts do not help?
     seed:int=0 # Of folds, random boxes and shuffles
@@ -111,6 +113,7 @@ class PartPipeline:
                     saliency=self._keys(*cls,'selection'),
                     boxes=digest(self._keys(*box), mode),
                     part_features=digest(self._keys(*feat), mode),
+                    slots=digest(self._keys(*feat), mode),
                     final=digest(repr(asdict(self.settings)), self.key, mode))
 
 # %% ../nbs/14e_part_pipeline.ipynb #6da59bb4
@@ -293,11 +296,28 @@ def part_features(self:PartPipeline):
     return torch.cat([torch.from_numpy(stored['f']), f[:,None]], 1)
 
 @patch
+def slots(self:PartPipeline)->torch.Tensor:
+    "Directions that give the K parts their order and, last, the mean of their features (K+1,D); of training rows"
+    k,seed = self.settings.n_parts,self.settings.seed
+    make = lambda: dict(slots=fit_slots(self.part_features()[self.train,:k], seed=seed))
+    return torch.from_numpy(self.store.get('slots', self.keys['slots'], make)['slots'])
+
+@patch
+def order(self:PartPipeline,
+    f:torch.Tensor, # (N,K+1,D)
+)->torch.Tensor:
+    "Which part (N,K) comes first, second, ..."
+    k,given = self.settings.n_parts,self.settings.parts == 'keypoints' # keypoints have an order
+    if given or not self.settings.align: return torch.arange(k).expand(len(f), -1)
+    return slot_order(f[:,:k], self.slots())
+
+@patch
 def rows_of(self:PartPipeline,
     f:torch.Tensor, # (N,K+1,D)
     shuffle:bool=False, # Parts in random order in every image?
 )->torch.Tensor:
     "What the final classifier sees (N,(K+1)D)"
+    if f.shape[1] > 1 and not shuffle: f = in_order(f, self.order(f))
     if self.settings.normalize: f = f/f.norm(dim=2, keepdim=True).clamp_min(1e-12)
     if shuffle:
         seeded = torch.Generator().manual_seed(self.settings.seed)
@@ -327,7 +347,7 @@ def final(self:PartPipeline)->LinearSVM:
 def describe(self:PartPipeline,
     rows:pd.DataFrame, # Rows of any table, with or without labels
 ):
-    "Yield, batch by batch, features (B,K+1,D), what was found, boxes in image pixels (B,K,4), the class that selected"
+    "Yield, batch by batch, features (B,K+1,D), what was found, boxes in image pixels (B,K,4), the class that selected; parts in order"
     select = self.classifiers()[0]
     for x,b in self.batches(rows):
         with frozen(self.net), torch.no_grad(): f = pooled(self.net, x.to(self.device)).float().cpu()
@@ -335,7 +355,10 @@ def describe(self:PartPipeline,
         found = self.locate(*self.maps(x, classes, select), x)
         places = [View(self.size, self.resize).place(*wh.tolist()) for wh in b.original.flip(1)]
         boxes = np.stack([to_image(v, p) for v,p in zip(found.boxes, places)])
-        yield torch.cat([self.crop_features(x, b.path, found.boxes, boxes), f[:,None]], 1),found,boxes,classes
+        f = torch.cat([self.crop_features(x, b.path, found.boxes, boxes), f[:,None]], 1)
+        order = self.order(f)
+        boxes = in_order(torch.as_tensor(boxes), order).numpy()
+        yield in_order(f, order),reorder(found, order),boxes,classes
 
 @patch
 def report(self:PartPipeline)->dict:

@@ -69,6 +69,11 @@ class PartClustering:
         self.full.update(name, full); self.fg.update(name, winner(scores, parts.background))
         return self
 
+    def merge(self, other):
+        "Add what another one has counted, of other images"
+        self.full,self.fg = self.full+other.full,self.fg+other.fg
+        return self
+
     def result(self):
         "nmi, ari (the background may win) and fg_nmi, fg_ari (it may not)"
         if not self.full.table.sum(): return {}
@@ -118,6 +123,12 @@ class PixelClustering:
         self.fg.update(true[on], winner(scores, parts.background)[on])
         return self
 
+    def merge(self, other):
+        "Add what another one has counted, of other images"
+        self.full,self.fg,self.named = self.full+other.full,self.fg+other.fg,self.named or other.named
+        if self.background is None: self.background = other.background
+        return self
+
     def result(self):
         "pixel_nmi, pixel_ari, part_iou; with true parts also fg_pixel_nmi, fg_pixel_ari and named_part_iou"
         if not self.full.table.sum(): return {}
@@ -153,6 +164,11 @@ class Pointing:
 
     def _add(self, i, hit, weight): self.hits[i] += (hit*weight).sum(); self.weight[i] += weight.sum()
 
+    def merge(self, other):
+        "Add what another one has seen, of other images"
+        self.hits,self.weight = self.hits+other.hits,self.weight+other.weight
+        return self
+
     def result(self):
         "pointing (into the box) and pointing_mask, where there are any"
         return {n: (h/w).item() for n,h,w in zip(('pointing','pointing_mask'), self.hits, self.weight) if w}
@@ -186,6 +202,11 @@ class KeypointError:
         middle = batch.size.flip(1)[:,None].double()/2
         data = *[to_frame(v, frame) for v in (xy, middle, batch.keypoints)],batch.visible.bool() & ok[:,None]
         self.rows[fit].update(zip(batch.index.tolist(), zip(*data)))
+        return self
+
+    def merge(self, other):
+        "Add what another one remembers, of other images"
+        for mine,more in zip(self.rows, other.rows): mine.update(more)
         return self
 
     def _arrays(self, fit):

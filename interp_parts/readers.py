@@ -56,6 +56,8 @@ def read_names(
     "Names by id, in the order of the file"
     try: rows = [l.split(maxsplit=1) for l in Path(path).read_text(encoding='utf-8').splitlines() if l.strip()]
     except OSError: raise _absent(path) from None
+    except UnicodeDecodeError as e:
+        raise DataError(path, f'not text ({e.reason})', 'a list', 'restore the file') from None
     try: return {int(i):name.strip() for i,name in rows}
     except ValueError:
         raise DataError(path, 'a row that is not `id name`', 'rows such as `7 left eye`', 'restore the file') from None
@@ -357,4 +359,5 @@ def read_data(
         pick(o, known, f'option of --data {name}')
     if not Path(path).exists():
         raise DataError(path, 'no such file or folder', f'the data of --data {name}', 'check --path')
-    return reader(path, **options)
+    with reading(path, f'the data of --data {name}', 'check --path, or restore the files'):
+        return reader(path, **options)

@@ -25,6 +25,7 @@ from .core import *
 from .data import *
 from .backbones import *
 from .training import *
+from .distributed import gather_rows
 
 # %% ../nbs/10_region_grouping.ipynb #675eb7b5
 _all_ = ['PartLearner', 'create_learner', 'part_table', 'check_table', 'part_dls', 'load_image', 'PartBatches',
@@ -63,9 +64,10 @@ class GroupingUnit(nn.Module):
         with torch.no_grad(): nn.init.kaiming_normal_(self.weight).clamp_(min=1e-5)
 
     def forward(self, x):
+        wide = lambda v: v if v.dtype == torch.float64 else v.float()
         with torch.autocast(x.device.type, enabled=False):
-            p,centers = x.float().flatten(2),self.weight.flatten(1).float()
-            q = assign_pixels(p, centers, self.smooth_factor.float(), self.scale)
+            p,centers = wide(x).flatten(2),wide(self.weight).flatten(1)
+            q = assign_pixels(p, centers, wide(self.smooth_factor), self.scale)
             return describe_parts(p, q, centers),q.unflatten(2, x.shape[2:])
 
 # %% ../nbs/10_region_grouping.ipynb #7a3835b5
@@ -289,6 +291,8 @@ class RegionGrouping(PartModel):
         self.head = StackedLinear(n, z, 1) if self.multi else nn.Linear(z, n)
 
     def forward(self, x):
+        if self.norm.training and len(x) < 2:
+            raise TrainingError('batch', '1 image', 'at least 2, whose variance the norms divide by', 'raise --bs')
         z,q = self.grouping(self.scaler(self.backbone(x)))
         regions = self.post(z.transpose(1,2)[...,None])[...,0].transpose(1,2)
         att = self._attend(z)
@@ -360,7 +364,7 @@ class OccurrencePrior(LossTerms):
     def terms(self):
         model = self.learn.model
         t = occurrence(self.learn.out.assignment, **model.blur)
-        return dict(occurrence=self.coeff*occurrence_loss(t, *self.prior))
+        return dict(occurrence=self.coeff*occurrence_loss(gather_rows(t), *self.prior))
 
 class Regroup(Callback):
     "Start the prototypes from k-means again, once the features of a random backbone mean something"

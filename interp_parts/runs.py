@@ -7,7 +7,8 @@ __all__ = ['settings_defaults', 'known_options', 'make_settings', 'pick_device',
            'train_run', 'run_rows', 'evaluate_run', 'visualize_run', 'image_files', 'predict_run', 'features_run']
 
 # %% ../nbs/30a_runs.ipynb #d88bbbb2
-import copy, inspect, json, shutil, time
+import copy, inspect, json, math, shutil, time
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np, pandas as pd, torch
@@ -25,11 +26,22 @@ from .report import *
 # %% ../nbs/30a_runs.ipynb #862ad9ce
 settings_defaults = dict(data=None, path=None, protocol=None, masks=None, init=None,
                          backbone=None, weights=None, pretrained=True, freeze_bn=False, n_parts=None,
-                         epochs=12, bs=32, size=224, resize='short', flip=.5, brightness=.1,
-                         seed=0, workers=2, device='auto', deterministic=False, compat=False,
+                         epochs=12, bs=32, size=224, resize='short', flip=.5, brightness=.1, on_bad_image='error',
+                         seed=0, workers=2, device='auto', deterministic=False, compat=False, save_every=None,
                          model={}, fit={}, reader={})
 
 def _signature(*fs): return {p for f in fs for p in inspect.signature(f).parameters}
+
+_words = {bool:'true or false', int:'a whole number', float:'a number', str:'a word', dict:'a dictionary'}
+
+def _check_kind(where, v, like, least=-math.inf, most=math.inf):
+    "Complain about a value of another kind than `like`, or out of range"
+    kind = type(like)
+    fits = {bool:bool, int:int, float:(int,float), str:(str,Path), dict:dict}[kind]
+    if not isinstance(v, fits) or isinstance(v, bool) and kind is not bool:
+        raise ConfigError(where, repr(v), _words[kind])
+    if kind in (int,float) and not v >= least: raise ConfigError(where, v, f'at least {least}')
+    if kind in (int,float) and not v <= most: raise ConfigError(where, v, f'at most {most}')
 
 def known_options(
     method:str, # Registered name
@@ -37,7 +49,7 @@ def known_options(
     "Names that `--set` may set: of the method's factory and model, and of `fit_run`"
     m = get_method(method)
     return (_signature(m.learner, m.model) - {'dls','cbs','options','kwargs','features','n_classes','multi'},
-            _signature(fit_run) - {'learn','run','resume','cbs','epochs'})
+            _signature(fit_run) - {'learn','run','resume','cbs','epochs','save_every'})
 
 def _place(settings, method, key, value):
     "Put one option where it belongs; `data.NAME` is the reader's"
@@ -59,9 +71,12 @@ def make_settings(
     "All settings of a training; later sources win"
     s = {**settings_defaults, 'model':{}, 'fit':{}, 'reader':{}}
     r = copy.deepcopy(pick(recipe, get_method(method).recipes, '--recipe')) if recipe else {}
+    if not isinstance(config or {}, dict):
+        raise ConfigError('--config', type(config).__name__, 'a dictionary of settings')
     for source in (r, config or {}, {k:v for k,v in (options or {}).items() if v is not None}, extra or {}):
         for k,v in source.items():
             if k in ('note',): continue
+            if k in ('model','fit','reader'): _check_kind(k, v, {})
             if k == 'reader': s[k] |= v
             elif k in ('model','fit'): [_place(s, method, a, b) for a,b in v.items()]
             else: _place(s, method, k, v)
@@ -81,15 +96,28 @@ def pick_device(
     try: return torch.device(name)
     except RuntimeError: raise ConfigError('--device', repr(name), known) from None
 
+_kinds = {**dict.fromkeys('data path protocol masks init backbone weights'.split(), ''), 'n_parts':1, 'save_every':1}
+_limits = dict(n_parts=(1,), epochs=(1,), bs=(1,), size=(1,8192), workers=(0,1024), save_every=(1,), seed=(0,2**63-1),
+               flip=(0.,1.), brightness=(0.,1.))
+def _check_fit(lr=0., schedule='constant', optimizer='sgd', clip=None, options=None, **rest):
+    "Complain about settings of the training that cannot be"
+    pick(schedule, schedules, 'schedule'); pick(optimizer, ('sgd','adam','adamw'), 'optimizer')
+    for v in lr if isinstance(lr, (list,tuple)) and lr else [lr]: _check_kind('lr', v, 0., 0., 1e6)
+    if clip is not None: _check_kind('clip', clip, 0., 0.)
+    for k,v in (options or {}).items():
+        for x in v if isinstance(v, (list,tuple)) else [v]: _check_kind(k, x, 0., 0., 1e6)
+
 def check_settings(
     s:dict, # From `make_settings`
 ):
     "Raise for settings that cannot be"
     if s['data'] is None or s['path'] is None:
         raise ConfigError('--data and --path', 'missing', 'what to train on', '--data folder --path DIR')
+    for k,like in {**settings_defaults, **_kinds}.items():
+        if s.get(k) is not None: _check_kind(f"--{k.replace('_','-')}", s[k], like, *_limits.get(k, ()))
     check_backbone(s['backbone']); pick_device(s['device']); pick(s['resize'], RESIZES, '--resize')
-    for k,least in dict(n_parts=1, epochs=1, bs=1, size=1, workers=0).items():
-        if s[k] is not None and s[k] < least: raise ConfigError(f"--{k.replace('_','-')}", s[k], f'at least {least}')
+    pick(s['on_bad_image'], BAD_IMAGE, '--on-bad-image')
+    _check_fit(**s['fit'])
     if s['init'] and not (Path(s['init'])/'model.safetensors').is_file():
         raise ConfigError('--init', s['init'], 'the folder of a finished run')
     if s['weights'] and not Path(s['weights']).is_file():
@@ -97,7 +125,7 @@ def check_settings(
 
 # %% ../nbs/30a_runs.ipynb #fdd8ef57
 def _identity(method, s):
-    kept = {k:v for k,v in s.items() if k not in ('workers','device')}
+    kept = {k:v for k,v in s.items() if k not in ('workers','device','save_every')}
     return json.loads(json.dumps(dict(method=method, **kept), default=str))
 
 def _prepare(run, method, s, resume, overwrite):
@@ -108,20 +136,24 @@ def _prepare(run, method, s, resume, overwrite):
     f = run/'settings.json'
     if not f.exists(): return False
     old,new = read_json(f),_identity(method, s)
-    diff = sorted(k for k in old.keys() | new.keys() if old.get(k) != new.get(k))
+    known = lambda d,k: d.get(k, settings_defaults.get(k)) # a run may be older than an option
+    diff = sorted(k for k in old.keys() | new.keys() if known(old, k) != known(new, k))
     if diff:
         raise ConfigError(run, f'was trained with another {", ".join(diff)}', 'the same settings',
                           'use another --out, or --overwrite')
-    return (run/'model.safetensors').exists()
+    for f in run.rglob('.*-????????.*'): f.unlink() # what a killed process was writing
+    return all((run/f).exists() for f in ('model.safetensors','README.md'))
 
 def read_rows(
-    s:dict, # Settings or a stored config's data section: data, path, protocol
+    s:dict, # Settings, or a stored config's training section: data, path, protocol, on_bad_image
     method:str=None, # Registered name: does it need masks?
     run=None, # Folder of the run, where masks are kept unless the settings say otherwise
 )->pd.DataFrame:
     "The table that the settings name; with masks made from its boxes if the method needs masks and there are none"
     opts = {**s.get('reader', {}), **(dict(protocol=s['protocol']) if s.get('protocol') else {})}
-    df = read_data(s['data'], s['path'], **opts)
+    how = s.get('on_bad_image', 'error')
+    with nullcontext() if how == 'error' else files_later(): df = read_data(s['data'], s['path'], **opts)
+    if how != 'error': df = usable_images(df, how)
     if method is None or 'mask' not in get_method(method).extra or 'mask' in df or 'box' not in df: return df
     return add_grabcut_masks(df, s.get('masks') or Path(run)/'masks')
 
@@ -171,9 +203,10 @@ def _train(method, run, s, resume, say):
     if read_state(run) is None:
         save_tensors(run/'state'/'initial.safetensors', learn.model)
         write_json(run/'settings.json', _identity(method, s)); write_json(run/'config.json', config)
-    fit_run(learn, s['epochs'], run, resume, **s['fit'])
+    fit_run(learn, s['epochs'], run, resume, save_every=s['save_every'], **s['fit'])
     save_run(learn, run, dict(config, seconds=round(time.time()-start, 1)))
     write_model_card(run)
+    if line := bad_image_line(df, late_bad_images(d)): say(line)
 
 # %% ../nbs/30a_runs.ipynb #19e3ea80
 def run_rows(
@@ -227,6 +260,7 @@ def visualize_run(
     device='auto', # Where the model goes
 )->Path:
     "Write RUN/visualization and RUN/report.html; returns the page"
+    if n < 1: raise ConfigError('--n', n, 'at least 1')
     learn = load_run(run, pick_device(device))
     df = run_rows(learn.config, path)
     rows = split_rows(df, ('test','eval','valid','train'))
