@@ -27,10 +27,13 @@ small_own = dict(region_grouping=dict(pad=True),
 def small_settings(
     method:str, # Registered name
     path, # Folder of birds in the layout of CUB
+    runs=None, # Folder with a run of the method that this one starts from, if it does, under its name
     **options # Settings that win over the small ones
 )->dict:
     "Settings of a training of seconds"
-    options = {**small_shared, 'n_parts':4, 'path':str(path), **options}
+    base = runs and get_method(method).base
+    init = dict(init=str(Path(runs)/base)) if base else {}
+    options = {**small_shared, 'n_parts':4, 'path':str(path), **init, **options}
     return make_settings(method, options=options, extra=small_own.get(method))
 
 # %% ../nbs/30c_contract.ipynb #43686ccf

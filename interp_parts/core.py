@@ -258,6 +258,7 @@ class Method:
     summary:str='' # One line for listings
     extra:tuple=() # Annotations its training is given, such as 'mask'; no other reaches it
     scores:object=None # `(learner, table, protocol) -> dict`: its own published measures
+    base:str|None=None # Method whose finished run it cannot do without (`--init`)
 
 methods = {}
 method_names = ['classifier', 'region_grouping', 'contrastive_reconstruction', 'visual_words', 'activation_diversity',
@@ -270,10 +271,11 @@ def register(
     summary:str='', # One line for listings
     extra=(), # Annotations its training is given, such as 'mask'; no other reaches it
     scores=None, # `(learner, table, protocol) -> dict`: its own published measures, which `evaluate` adds
+    base:str=None, # Method whose finished run it cannot do without (`--init`)
 )->Method:
     "Add a method to the registry under the name of its learner factory"
     name = learner.__name__.removesuffix('_learner')
-    methods[name] = Method(name, model, learner, recipes or {}, summary, tuple(extra), scores)
+    methods[name] = Method(name, model, learner, recipes or {}, summary, tuple(extra), scores, base)
     return methods[name]
 
 def get_method(

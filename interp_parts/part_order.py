@@ -48,11 +48,11 @@ def fit_slots(
     for i in torch.randperm(len(f), generator=torch.Generator().manual_seed(seed))[:starts]:
         c,last = z[i],-torch.inf
         for _ in range(iters):
-            c = F.normalize(in_order(z, _assign(z, c)).mean(0), dim=-1)
-            sum_ = (in_order(z, _assign(z, c))*c).sum().item()
-            if sum_ <= last + 1e-6*abs(sum_): break
-            last = sum_
-        if sum_ > best: best,slots = sum_,c
+            mean_part = in_order(z, _assign(z, c)).mean(0)
+            c,agree = F.normalize(mean_part, dim=-1),mean_part.norm(dim=-1).sum().item()
+            if agree <= last + 1e-6*abs(last): break
+            last = agree
+        if agree > best: best,slots = agree,c
     return torch.cat([slots, mean[None]])
 
 # %% ../nbs/14g_part_order.ipynb #198f3c2d

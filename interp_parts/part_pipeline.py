@@ -312,12 +312,17 @@ def order(self:PartPipeline,
     return slot_order(f[:,:k], self.slots())
 
 @patch
+def ordered_features(self:PartPipeline)->torch.Tensor:
+    "`part_features` with each image's parts in order"
+    f = self.part_features()
+    return in_order(f, self.order(f))
+
+@patch
 def rows_of(self:PartPipeline,
-    f:torch.Tensor, # (N,K+1,D)
+    f:torch.Tensor, # (N,K+1,D), parts in order
     shuffle:bool=False, # Parts in random order in every image?
 )->torch.Tensor:
     "What the final classifier sees (N,(K+1)D)"
-    if f.shape[1] > 1 and not shuffle: f = in_order(f, self.order(f))
     if self.settings.normalize: f = f/f.norm(dim=2, keepdim=True).clamp_min(1e-12)
     if shuffle:
         seeded = torch.Generator().manual_seed(self.settings.seed)
@@ -330,7 +335,7 @@ def final(self:PartPipeline)->LinearSVM:
     "Step 6: the L2-SVM on parts and whole image; with the gate, parts count only if they help held-out training rows"
     s,y = self.settings,self.labels[self.train]
     def make():
-        f = self.part_features()[self.train]
+        f = self.ordered_features()[self.train]
         x,alone = self.rows_of(f, s.shuffle),self.rows_of(f[:,-1:])
         grid = (s.c_final,) if s.c_final else C_GRID
         scores = lambda v: cross_validate(v, y, self.n_classes, grid, seed=s.seed)
@@ -364,7 +369,7 @@ def describe(self:PartPipeline,
 def report(self:PartPipeline)->dict:
     "Accuracies (fractions) of every classifier on every split, and what happened to the images"
     select,alone = self.classifiers()
-    a,f,svm = self.boxes(),self.part_features(),self.final()
+    a,f,svm = self.boxes(),self.ordered_features(),self.final()
     flags = dict(few_peaks=FEW_PEAKS, empty=EMPTY, flat=FLAT, no_feature=NO_FEATURE)
     out = dict(n_images=len(self.df),
                n_boxes=int(a['boxes'].shape[0]*a['boxes'].shape[1]),

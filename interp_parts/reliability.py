@@ -50,6 +50,11 @@ def by_command(
     if code == 2 and len(lines) == 1: raise ConfigError(lines[0])
     if code: raise RuntimeError(f'exit code {code}: {lines}')
 
+def _made(folder):
+    "The folder, which is there now"
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    return Path(folder)
+
 def _files(folder): return sorted(str(p.relative_to(folder)) for p in Path(folder).rglob('*'))
 
 def hand_in(
@@ -109,7 +114,7 @@ def image_cases(
     "Cases: each image alone, and one among good ones through the command"
     d,cases = Path(folder),[]
     for c,n in (('a','1.png'), ('a','2.png'), ('b','1.png'), ('b','2.png')):
-        (d/'all'/c).mkdir(parents=True, exist_ok=True); (d/'all'/c/n).write_bytes(_encoded('PNG'))
+        (_made(d/'all'/c)/n).write_bytes(_encoded('PNG'))
     for name,(data,says) in bad_images().items():
         if data is not None: (d/name).write_bytes(data)
         cases.append(Case('image', name, lambda f=d/name: load_image(f), f'{name}: {says}' if data is None else says))
@@ -159,8 +164,7 @@ def archive_cases(
     folder, # Where the files are made
 )->list:
     "A case for each archive"
-    d,cases = Path(folder),[]
-    d.mkdir(parents=True, exist_ok=True)
+    d,cases = _made(folder),[]
     for name,(data,says) in bad_archives().items():
         (d/name).write_bytes(data)
         cases.append(Case('archive', name, lambda f=d/name: extract(f, d/'target', max_bytes=1_000_000), says))
@@ -196,8 +200,7 @@ def table_cases(
     folder, # Where the files are made
 )->list:
     "A case for each table, and further ones for what is no CSV"
-    d,cases = Path(folder),[]
-    d.mkdir(parents=True, exist_ok=True)
+    d,cases = _made(folder),[]
     for n in ('a.png','b.png'): (d/n).write_bytes(_encoded('PNG'))
     def use(name, text):
         (d/name).write_bytes(text if isinstance(text, bytes) else text.encode())
@@ -323,8 +326,7 @@ def typed_cases(
     folder, # Where files are made
 )->list:
     "A case for each setting and each line that is typed"
-    d,cases = Path(folder),[]
-    d.mkdir(parents=True, exist_ok=True)
+    d,cases = _made(folder),[]
     images = Path(run).parent/'images'
     t = 'train','classifier','--data','folder','--path',images,'--out',d/'new','--backbone','test_resnet'
     for i,(name,(text,says)) in enumerate(bad_settings().items()):
@@ -362,8 +364,7 @@ def pickle_cases(
     mark, # File that the payload creates
 )->list:
     "A case for each place that takes a file and each container"
-    d,evil,rows = Path(folder),evil_files(mark),pd.DataFrame(dict(image=['a','b']))
-    d.mkdir(parents=True, exist_ok=True)
+    d,evil,rows = _made(folder),evil_files(mark),pd.DataFrame(dict(image=['a','b']))
     readers = {'--weights':lambda f: Backbone('test_resnet', weights=f),
                'imported checkpoint':lambda f: import_original(f, d/'made'),
                'features':read_features, 'attention':lambda f: read_attention(f, rows), 'part boxes':read_part_locs,

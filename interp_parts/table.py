@@ -177,8 +177,9 @@ def table_settings(
     options:dict, # Settings that all methods share
     own:dict=None, # Further settings of this method
 )->dict:
-    "Settings of a training of the table; words explain the classifier of the same seed"
-    init = dict(init=str(Path(out)/'runs'/f"classifier-{options['seed']}")) if method == 'visual_words' else {}
+    "Settings of a training of the table; a method that starts from a run takes that of the same seed"
+    base = get_method(method).base
+    init = dict(init=str(Path(out)/'runs'/f"{base}-{options['seed']}")) if base else {}
     return make_settings(method, options={**options, **init}, extra=own)
 
 def _table_methods(methods):

@@ -208,7 +208,8 @@ _guess = f'settings of Pets; the number of words is our extrapolation; {_state}'
 _others = dict(dogs=120, awa2=50, flowers=102, stl10=10, food101=101)
 recipes = dict(pets_res34=_recipe('pets', 37, f'{_state}; published: 86.21 %, from the name of a checkpoint'),
                **{f'{name}_res34':_recipe(name, k, _guess) for name,k in _others.items()})
-register(visual_words_learner, VisualWords, recipes, 'similarities to patches of training images (LVW; ProtoPNet)')
+register(visual_words_learner, VisualWords, recipes, 'similarities to patches of training images (LVW; ProtoPNet)',
+         base='classifier')
 
 # %% ../nbs/12_visual_words.ipynb #28a67039
 _theirs = dict(backbone='features', add_on='add_on_layers', words='prototype_vectors', last='last_layer')

@@ -119,12 +119,11 @@ def campaign(
     workers:int=2, # Processes that read images in the runs that are killed; the undisturbed one has none
     epochs:int=3, # Of each training
     seed:int=0, # Of the moments
-    init:Path=None, # Run that visual words start from
+    runs:Path=None, # Folder with the runs that methods start from
 )->bool:
     "Kill runs until there were `kills` kills; print a table; True if nothing differs"
     rng = random.Random(f'{seed} {method}')
-    options = dict(epochs=epochs, **(dict(init=str(init)) if method == 'visual_words' else {}))
-    make = lambda **kw: small_settings(method, birds, bs=4, **options, **kw)
+    make = lambda **kw: small_settings(method, birds, runs, bs=4, epochs=epochs, **kw)
     whole,marks = folder/method/'whole',folder/method/'whole.marks'
     t = time.time()
     pid = child(method, whole, make(workers=0), folder/method/'whole.txt', touch(marks))
@@ -189,10 +188,8 @@ def main():
     with tempfile.TemporaryDirectory() as d:
         d = Path(d)
         birds = synthetic_birds(d/'birds', n=a.images, size=64, seed=0)
-        if 'visual_words' in names:
-            quiet,base = open(os.devnull, 'w'),small_settings('classifier', birds)
-            with redirect_stdout(quiet): train_run('classifier', d/'base', base)
-        for name in names: get_method(name)
+        for base in {get_method(n).base for n in names} - {None}:
+            with redirect_stdout(open(os.devnull, 'w')): train_run(base, d/'base'/base, small_settings(base, birds))
         good = [campaign(n, d, birds, a.kills, a.save_every, a.workers, a.epochs, a.seed, d/'base') for n in names]
     sys.exit(not all(good))
 
