@@ -38,14 +38,16 @@ def location_figure(
 )->Picture:
     "Where the filters of several models look, side by side: positive peaks, negative peaks"
     if not models: raise ConfigError('models', 0, 'at least one')
+    shown = [(f'{name} {sign}', m, s) for name,m in models.items() for s,sign in enumerate('+-')
+             if not np.isnan(m.center[s]).all()]                               # filters behind a ReLU are never negative
+    if not shown: raise ConfigError('models', 'no filter ever responds', 'at least one that does')
     dev = np.concatenate([m.deviation.ravel() for m in models.values()])
     lo,hi = scale or (np.nanmin(dev),np.nanmax(dev))
-    fig = Picture(figsize=(2*side*len(models)+.6, side+.45), layout='constrained')
-    axs = fig.subplots(1, 2*len(models), squeeze=False)[0]
-    for i,(name,m) in enumerate(models.items()):
-        for s,sign in enumerate('+-'):
-            dots = _dots(axs[2*i+s], m, s, face, (lo,hi))
-            axs[2*i+s].set_title(f'{name} {sign}  {spreadness(m.center[s:s+1]):.1f} px', fontsize=8)
+    fig = Picture(figsize=(side*len(shown)+.6, side+.45), layout='constrained')
+    axs = fig.subplots(1, len(shown), squeeze=False)[0]
+    for ax,(name,m,s) in zip(axs, shown):
+        dots = _dots(ax, m, s, face, (lo,hi))
+        ax.set_title(f'{name}  {spreadness(m.center[s:s+1]):.1f} px', fontsize=8)
     fig.colorbar(dots, ax=list(axs), label='strays, px', fraction=.03)
     return fig
 

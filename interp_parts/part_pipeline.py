@@ -352,7 +352,7 @@ def final(self:PartPipeline)->LinearSVM:
 def describe(self:PartPipeline,
     rows:pd.DataFrame, # Rows of any table, with or without labels
 ):
-    "Yield, batch by batch, features (B,K+1,D), what was found, boxes in image pixels (B,K,4), the class that selected; parts in order"
+    "Yield by batch: features (B,K+1,D), what was found, boxes in pixels (B,K,4), the class that selected; parts in order"
     select = self.classifiers()[0]
     for x,b in self.batches(rows):
         with frozen(self.net), torch.no_grad(): f = pooled(self.net, x.to(self.device)).float().cpu()

@@ -78,7 +78,7 @@ def _to_reference(mesh, xy, landmarks, strict):
 def spreadness(
     center, # (2,C,2) of `Locations`
 )->float:
-    "Mean distance in pixels of the filters' locations to their centroid, both signs averaged (our definition)"
-    c = np.asarray(center)
-    d = np.linalg.norm(c-np.nanmean(c, 1, keepdims=True), axis=-1)
-    return float(np.nanmean(d, 1).mean())
+    "Mean distance in pixels of the filters' locations to their centroid, averaged over the signs that filters take"
+    c = [s[~np.isnan(s).any(1)] for s in np.asarray(center, float)]
+    d = [np.linalg.norm(s-s.mean(0), axis=1).mean() for s in c if len(s)]
+    return float(np.mean(d)) if d else np.nan

@@ -115,20 +115,20 @@ class WatchParts(Callback):
     order = 79
     def __init__(self,
         n:int=8, # Images that are looked at
-    ): self.n,self.x,self.said = n,None,set()
+    ): self.n,self.images,self.said = n,None,set()
 
     def before_batch(self):
-        if not self.training and self.iter == 0: self.x = self.xb[0][:self.n]
+        if not self.training and self.iter == 0: self.images = self.xb[0][:self.n]
 
     def after_epoch(self):
-        if self.x is None or not getattr(self.learn.model, 'ready', True): return
-        try: found = collapsed(self.learn.model.parts(self.x).cpu())
+        if self.images is None or not getattr(self.learn.model, 'ready', True): return
+        try: found = collapsed(self.learn.model.parts(self.images).cpu())
         except (NotImplementedError, AttributeError): found = []
         for text in found:
             if text[:12] not in self.said:
-                warnings.warn(f'epoch {self.epoch}: {text} ({len(self.x)} images looked at); try fewer parts, '
+                warnings.warn(f'epoch {self.epoch}: {text} ({len(self.images)} images looked at); try fewer parts, '
                               'another learning rate or other weights of the losses', stacklevel=2)
-        self.said.update(t[:12] for t in found); self.x = None
+        self.said.update(t[:12] for t in found); self.images = None
 
 # %% ../nbs/04_training.ipynb #cda72ad0
 _opts = dict(sgd=torch.optim.SGD, adam=torch.optim.Adam, adamw=torch.optim.AdamW)
