@@ -18,19 +18,18 @@ from interp_parts.sparse_svm import svm_objective
 
 def shares(r, name, theirs, ours, least):
     "At least the share `least` of the elements is equal; the self-test changes three times as many as may differ"
-    theirs,ours = np.asarray(theirs).copy(),np.asarray(ours)
-    if r.selftest:
-        n = math.ceil(3*(1-least)*theirs.size)
-        theirs.flat[:n] = np.where(ours.flat[:n] == 0, 1, 0)
-    same = (theirs == ours).mean() if theirs.shape == ours.shape else 0.
-    r.report(name, same >= least, f'{1-same:9.3g}  {1-least:9.3g}')
+    theirs,ours = np.asarray(theirs),np.asarray(ours)
+    def unlike(shift):
+        if theirs.shape != ours.shape: return 1.
+        n,other = shift*math.ceil(3*(1-least)*theirs.size),theirs.copy()
+        other.flat[:n] = np.where(ours.flat[:n] == 0, 1, 0)
+        return (other != ours).mean()
+    r.judge(name, 1-least, unlike)
 
 def no_worse(r, name, theirs, ours, tol):
     "Ours is nowhere more than `tol` above theirs; the self-test lowers theirs to 3 tolerances below ours"
     theirs,ours = np.asarray(theirs, float),np.asarray(ours, float)
-    if r.selftest: theirs = np.minimum(theirs, ours) - 3*tol
-    worst = (ours-theirs).max()
-    r.report(name, worst <= tol, f'{worst:9.3g}  {tol:9.3g}')
+    r.judge(name, tol, lambda shift: (ours - (np.minimum(theirs, ours) - 3*tol if shift else theirs)).max())
 
 def elementwise(r, name, ours, rtol, atol):
     "Tolerance that grows with the recorded value; what is not a number has to be none in both"
@@ -38,8 +37,7 @@ def elementwise(r, name, ours, rtol, atol):
     if (np.isnan(theirs) != np.isnan(ours)).any(): r.fail(f'{name}: not a number in other places')
     theirs,ours = np.nan_to_num(theirs),np.nan_to_num(ours)
     tol = atol + rtol*np.abs(theirs)
-    off = np.abs(ours-theirs-3*tol if r.selftest else ours-theirs)/tol
-    r.report(name, off.max() <= 1, f'{off.max():9.3g}  {1:9.3g}')
+    r.judge(name, 1, lambda shift: (np.abs(ours - theirs - shift*3*tol)/tol).max())
 
 def extract(r):
     "One saliency map to boxes, by the original's search"
@@ -273,8 +271,8 @@ def part_steps(r, kind, s, images, net, size):
     q = correct(s, float(r['sigma']), float(r['gamma']))
     found = find_boxes(q, int(r['K']), threshold='otsu', least=int(r['min_bbox']), search='lbfgs', own_frame=True)
     theirs = r[f'boxes_{kind}']
-    off = np.abs(found.boxes.numpy() - theirs[...,1:] - 6*r.selftest).max(2)
-    r.report(f'boxes_{kind}', (off <= 2).mean() >= .95, f'{(off > 2).mean():9.3g}  {.05:9.3g}')
+    off = lambda shift: np.abs(found.boxes.numpy() - theirs[...,1:] - 6*shift).max(2)
+    r.judge(f'boxes_{kind}', .05, lambda shift: (off(shift) > 2).mean())
     rows = [[[float(v) for v in l.split()[1:]] for l in written('0', b[:,1:]).splitlines()] for b in theirs]
     r.exact(f'locs_{kind}', np.array(rows).astype(np.int64))
     locs = r.arrays[f'locs_{kind}'][...,1:]

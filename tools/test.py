@@ -10,11 +10,10 @@ def steps(
     flags:str, # Flags whose cells run, separated by spaces
 )->dict:
     "Arguments of python by step; later notebooks tend to take longer, so they start first"
-    parity = ['tests/parity.py', 'tests/fixtures/parity']
     names = [str(f.relative_to(ROOT)) for f in reversed(notebooks())]
     test = 'from nbdev.test import nbdev_test; nbdev_test.__wrapped__({!r}, flags={!r}, n_workers=0)'
     checks = ('clean', 'export', 'outputs', 'imports', 'links', 'api', 'cells')
-    return {'pages': ['tools/pages.py'], 'parity': parity, 'parity self-test': [*parity, '--selftest'],
+    return {'pages': ['tools/pages.py'], 'parity': ['tests/parity.py', 'tests/fixtures/parity', '--selftest'],
             **{o:['-c', test.format(o, flags)] for o in names}, 'readme': ['tools/readme.py', '--check'],
             **{o:['tools/check.py', o, '--flags', flags] for o in checks}}
 
@@ -22,7 +21,7 @@ def run(
     name:str, # Of the step
     args:list, # Arguments of python
 )->tuple:
-    "Run one step, print a line about it, and all it said if it failed; returns its success and its last line"
+    "Run one step, print a line about it, and all it said if it failed; returns its success and the lines it said"
     start,pipes = time.time(),dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     try:
         res = subprocess.run([sys.executable, *args], cwd=ROOT, timeout=LIMIT, **pipes)
@@ -30,7 +29,7 @@ def run(
     except subprocess.TimeoutExpired as e: ok,said = False,(e.stdout or b'') + f'\nstopped after {LIMIT} s'.encode()
     said = said.decode(errors='replace').strip()
     print(f"{'ok  ' if ok else 'FAIL'} {time.time()-start:5.0f} s  {name}" + ('' if ok else f'\n{said}'), flush=True)
-    return ok, (said.splitlines() or [''])[-1]
+    return ok, said.splitlines()
 
 def untracked()->set:
     "Files that git neither tracks nor ignores"
@@ -51,7 +50,7 @@ def main():
     print('FAIL' if left else 'ok  ', '        left behind:', ', '.join(left) or 'nothing')
     failed = sum(not ok for ok,_ in results.values()) + bool(left)
     print(f"realdata cells {'run on INTERP_PARTS_DATA' if data else 'are skipped: set INTERP_PARTS_DATA to run them'}")
-    for name in ('parity', 'parity self-test', 'cells'): print(f'{name}: {results[name][1]}')
+    for name,n in dict(parity=2, cells=1).items(): print(f"{name}: {', '.join(results[name][1][-n:])}")
     print(f'{len(todo)+1-failed} passed, {failed} failed')
     sys.exit(failed > 0)
 
