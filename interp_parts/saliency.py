@@ -24,14 +24,12 @@ class LayerMap(nn.Module):
     def __init__(self,
         net:nn.Module, # Any network
         layer:str, # Name of the layer, as in `net.named_modules()`
-        channels:int=None, # Channels D of its output; None: found out with one image
-        size:int=224, # Side of that image
+        size:int=224, # Side of the image that channels and stride of the output are found out with
     ):
         super().__init__()
-        self.net,self.layer,self.stride = net,pick(layer, [n for n,_ in net.named_modules() if n], 'layer'),32
-        if channels is None:
-            with eval_mode(net), torch.no_grad(): channels = self(torch.zeros(1, 3, size, size)).shape[1]
-        self.channels = channels
+        self.net,self.layer = net,pick(layer, [n for n,_ in net.named_modules() if n], 'layer')
+        with eval_mode(net), torch.no_grad(): _,self.channels,h,_ = self(torch.zeros(1, 3, size, size)).shape
+        self.stride = round(size/h)
 
     def forward(self, x):
         got = []

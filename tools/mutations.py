@@ -160,18 +160,33 @@ def importers(
         if any(word.search(s) for s in code): found.append((sum(len(s) for s in code), f))
     return [f for _,f in sorted(found)]
 
+NOTEBOOK = 'import sys; from nbdev.test import nbdev_test; nbdev_test.__wrapped__(sys.argv[1], n_workers=0)'
+
+def tests(
+    root:Path, # A copy of the project
+    nb:Path, # A notebook of it
+    most:int, # Importing notebooks at most
+)->dict:
+    "Arguments of python by test: the notebook, those that import its module, recorded numbers, and the public surface"
+    module = module_of(read_nb(nb))
+    nbs = [nb, *[f for f in importers(root, module) if f != nb][:most]]
+    word = re.compile(rf'interp_parts\.{module}\b')
+    methods = [f.stem.removeprefix('parity_') for f in sorted((root/'tests').glob('parity_*.py'))
+               if word.search(f.read_text(encoding='utf-8'))]
+    return {**{f.stem:['-c', NOTEBOOK, str(f.relative_to(root))] for f in nbs}, 'surface':['tools/api.py', '--check'],
+            **{f'parity {m}':['tests/parity.py', 'tests/fixtures/parity', m] for m in methods}}
+
 def test(
     root:Path, # A copy of the project
-    nb:Path, # One of its notebooks
+    args:list, # Arguments of python
 )->str:
-    "Run a notebook's tests; '' if they pass, otherwise how they failed"
-    code = 'import sys; from nbdev.test import nbdev_test; nbdev_test.__wrapped__(sys.argv[1], n_workers=0)'
+    "Run a test; '' if it passes, otherwise how it failed"
     env = {**os.environ, 'PYTHONPATH':str(root), 'OMP_NUM_THREADS':'1', 'MPLBACKEND':'Agg'}
-    try: res = subprocess.run([sys.executable, '-c', code, str(nb.relative_to(root))], cwd=root, env=env, timeout=LIMIT,
-                              capture_output=True, text=True)
+    try: res = subprocess.run([sys.executable, *args], cwd=root, env=env, timeout=LIMIT, capture_output=True, text=True)
     except subprocess.TimeoutExpired: return SLOW
     if res.returncode == 0: return ''
     said = re.sub(r'\x1b\[[0-9;]*m', '', res.stderr).split('nbdev Tests Failed')[0].strip().splitlines()
+    said = said or res.stdout.splitlines()
     error = re.compile(r'\s*\w*(Error|Exception|Interrupt|Fail)')
     return next(filter(error.match, reversed(said)), said[-1] if said else '?').strip()
 
@@ -197,13 +212,13 @@ def tried(
     c:Change, # What to change
     most:int, # Importing notebooks at most
 )->tuple:
-    "Which notebook's tests saw the change ('' if none did), and how"
+    "Which test saw the change ('' if none did), and how"
     files = apply(root, c)
     try:
-        todo = [root/c.nb, *[f for f in importers(root, module_of(read_nb(root/c.nb))) if f != root/c.nb][:most]]
-        for nb in todo:
-            if (said := test(root, nb)) and said != SLOW: return nb.stem, said
-        return '', f'{len(todo)} notebooks do not fail'
+        todo = tests(root, root/c.nb, most)
+        for name,args in todo.items():
+            if (said := test(root, args)) and said != SLOW: return name, said
+        return '', f'{len(todo)} tests do not fail'
     finally:
         for f,text in files.items(): f.write_text(text, encoding='utf-8')
 
@@ -231,7 +246,7 @@ def main():
     parser.add_argument('--no-baseline', action='store_true', help='do not see that the tests pass without a change')
     args = parser.parse_args()
     only,skip = (set(map(int, filter(None, o.split(',')))) for o in (args.only, args.skip))
-    caught,ran = {},set()
+    caught,ran = {},{}
     with tempfile.TemporaryDirectory() as d:
         root = Path(d).resolve()
         copied(root, args.commit)
@@ -240,13 +255,13 @@ def main():
             start = time.time()
             print(f'{i:2} {c.kind:12} {Path(c.nb).stem}: {c.where}\n   {c.line}', flush=True)
             if args.list: continue
-            nb,said = tried(root, c, args.most)
-            caught[i] = bool(nb)
-            ran.add((root/c.nb).with_stem(nb) if nb and (root/c.nb).with_stem(nb).exists() else root/c.nb)
-            print(f"   {'caught by '+nb if nb else 'NOT CAUGHT'} ({time.time()-start:.0f} s): {said[:100]}", flush=True)
-        wrong = [] if args.list or args.no_baseline else [f.stem for f in sorted(ran) if test(root, f)]
+            by,said = tried(root, c, args.most)
+            caught[i] = bool(by)
+            ran |= {k:v for k,v in tests(root, root/c.nb, args.most).items() if k == by}
+            print(f"   {'caught by '+by if by else 'NOT CAUGHT'} ({time.time()-start:.0f} s): {said[:100]}", flush=True)
+        wrong = [] if args.list or args.no_baseline else [name for name,v in ran.items() if test(root, v)]
     if args.list: return
-    fine = '' if args.no_baseline else f'; {len(ran)} notebooks pass unchanged'
+    fine = '' if args.no_baseline else f'; {len(ran)} tests pass unchanged'
     print(f'{sum(caught.values())} of {len(caught)} caught' + (f'; FAIL WITHOUT A CHANGE: {wrong}' if wrong else fine))
     sys.exit(bool(wrong) or sum(caught.values()) < .9*len(caught))
 

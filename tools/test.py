@@ -14,7 +14,8 @@ def steps(
     test = 'from nbdev.test import nbdev_test; nbdev_test.__wrapped__({!r}, flags={!r}, n_workers=0)'
     checks = ('clean', 'export', 'outputs', 'imports', 'links', 'api', 'cells')
     return {'pages': ['tools/pages.py'], 'parity': ['tests/parity.py', 'tests/fixtures/parity', '--selftest'],
-            **{o:['-c', test.format(o, flags)] for o in names}, 'readme': ['tools/readme.py', '--check'],
+            **{o:['-c', test.format(o, flags)] for o in names},
+            'readme': ['tools/readme.py', '--check'], 'surface': ['tools/api.py', '--check'],
             **{o:['tools/check.py', o, '--flags', flags] for o in checks}}
 
 def run(
