@@ -128,9 +128,17 @@ def _imported(learn, base, files, rows):
     if base: check_attention(maps, base_attention(base, learn.batches(few_rows(d, 32)))[0])
     return maps
 
+def _head_of(base, channels, n_classes):
+    "The weights of the base model's linear head on `channels` channels; None if there is none"
+    found = [l.weight for l in base.model.modules() if isinstance(l, nn.Linear) and l.weight.shape == (n_classes,channels)]
+    return found[-1] if found else None
+
 def _start_words(learn, look, seed=0):
     "Words start among the patches of a few hundred images; a last layer without blocks at what they say"
     d,m = learn.dls,learn.model
+    x,_ = next(iter(learn.batches(few_rows(d, 64), bs=64, whole=False)))
+    with eval_mode(m), torch.no_grad(): maps = m.backbone(x.to(m.words.device)).float()
+    start_layers(m.add_on, maps, learn.base and _head_of(learn.base, m.backbone.channels, d.c))
     batches = learn.batches(few_rows(d, max(256, 8*d.c)), whole=False)
     blocks = m.config['last'] == 'blocks' and not d.multi
     z,y = looked_at(m, batches, look, seed=seed)
