@@ -1,35 +1,66 @@
 "Run all checks and all notebooks, some at a time: `python tools/test.py [--flags slow] [--workers 2]`"
-import argparse, os, subprocess, sys, time
+import argparse, multiprocessing, os, subprocess, sys, tempfile, time
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 from notebooks import ROOT, notebooks
 
 LIMIT = 900 # seconds for one step
+PRELOAD = 'nbdev.test fastai.vision.all timm pandas cv2 matplotlib.pyplot sklearn.cluster sklearn.svm scipy.io'.split()
+server = multiprocessing.get_context('forkserver') # imports these once, and forks for each notebook: 5 s less for each
+server.set_forkserver_preload(PRELOAD)
 
 def steps(
     flags:str, # Flags whose cells run, separated by spaces
 )->dict:
-    "Arguments of python by step; later notebooks tend to take longer, so they start first"
+    "Arguments of python, or a notebook and its flags, by step; later notebooks take longer, so they start first"
     names = [str(f.relative_to(ROOT)) for f in reversed(notebooks())]
-    test = 'from nbdev.test import nbdev_test; nbdev_test.__wrapped__({!r}, flags={!r}, n_workers=0)'
     checks = ('clean', 'export', 'outputs', 'imports', 'links', 'api', 'cells')
     return {'pages': ['tools/pages.py'], 'parity': ['tests/parity.py', 'tests/fixtures/parity', '--selftest'],
-            **{o:['-c', test.format(o, flags)] for o in names},
+            **{o:(o, flags) for o in names},
             'readme': ['tools/readme.py', '--check'], 'surface': ['tools/api.py', '--check'],
             **{o:['tools/check.py', o, '--flags', flags] for o in checks}}
 
+def test_notebook(
+    log:str, # File for all output
+    nb:str, # Notebook, from the project's root
+    flags:str, # Flags whose cells run
+):
+    "Test one notebook, in a process of its own"
+    with open(log, 'wb') as out: [os.dup2(out.fileno(), fd) for fd in (1,2)]
+    os.chdir(ROOT)
+    sys.argv,sys.path[0] = ['-c'],'' # as python -c has them
+    multiprocessing.set_start_method(None, force=True) # the system's, not the server's
+    from nbdev.test import nbdev_test
+    nbdev_test.__wrapped__(nb, flags=flags, n_workers=0)
+
+def finished(
+    args, # Arguments of python (a list), or a notebook and its flags (a tuple)
+    log:Path, # File for all output
+)->bool:
+    "Run one step, for `LIMIT` seconds at most: was it successful?"
+    if isinstance(args, tuple):
+        p = server.Process(target=test_notebook, args=(str(log), *args))
+        p.start(); p.join(LIMIT)
+        if p.exitcode is None: p.kill(); p.join()
+        return p.exitcode == 0
+    try:
+        with open(log, 'wb') as out:
+            return not subprocess.run([sys.executable, *args], cwd=ROOT, timeout=LIMIT, stdout=out, stderr=out).returncode
+    except subprocess.TimeoutExpired: return False
+
 def run(
     name:str, # Of the step
-    args:list, # Arguments of python
+    args, # As `finished` takes them
 )->tuple:
     "Run one step, print a line about it, and all it said if it failed; returns its success and the lines it said"
-    start,pipes = time.time(),dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-    try:
-        res = subprocess.run([sys.executable, *args], cwd=ROOT, timeout=LIMIT, **pipes)
-        ok,said = res.returncode==0,res.stdout
-    except subprocess.TimeoutExpired as e: ok,said = False,(e.stdout or b'') + f'\nstopped after {LIMIT} s'.encode()
-    said = said.decode(errors='replace').strip()
-    print(f"{'ok  ' if ok else 'FAIL'} {time.time()-start:5.0f} s  {name}" + ('' if ok else f'\n{said}'), flush=True)
+    start = time.time()
+    with tempfile.TemporaryDirectory() as d:
+        ok,log = finished(args, Path(d)/'log'),Path(d)/'log'
+        said = log.read_text(encoding='utf-8', errors='replace').strip() if log.exists() else ''
+    took = time.time()-start
+    if took >= LIMIT: said += f'\nstopped after {LIMIT} s'
+    print(f"{'ok  ' if ok else 'FAIL'} {took:5.0f} s  {name}" + ('' if ok else f'\n{said}'), flush=True)
     return ok, said.splitlines()
 
 def untracked()->set:
