@@ -46,7 +46,8 @@ def finished(
         return p.exitcode == 0
     try:
         with open(log, 'wb') as out:
-            return not subprocess.run([sys.executable, *args], cwd=ROOT, timeout=LIMIT, stdout=out, stderr=out).returncode
+            done = subprocess.run([sys.executable, *args], cwd=ROOT, timeout=LIMIT, stdout=out, stderr=out)
+        return done.returncode == 0
     except subprocess.TimeoutExpired: return False
 
 def run(
