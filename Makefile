@@ -8,7 +8,7 @@ STAMP := .venv/.installed
 test test-all notebooks: export OMP_NUM_THREADS ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-all notebooks clean export readme api docs hooks
+.PHONY: help install demo test test-all notebooks clean export readme surface docs hooks
 
 help: ## what there is
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -45,8 +45,8 @@ export: $(STAMP) ## write interp_parts/ from the notebooks
 readme: $(STAMP) ## write README.md from nbs/index.ipynb
 	$(BIN)/python tools/readme.py
 
-api: $(STAMP) ## write tests/api.txt, the public names with their default values
-	$(BIN)/python tools/api.py
+surface: $(STAMP) ## write tests/surface.txt, the public names with their default values
+	$(BIN)/python tools/surface.py
 
 docs: $(STAMP) ## write the documentation site to _docs (needs Quarto)
 	$(BIN)/python tools/pages.py --render

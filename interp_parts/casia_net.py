@@ -16,6 +16,7 @@ from torch import nn
 
 from .core import *
 from .backbones import Backbone
+from .winograd import WinogradConv2d
 
 # %% ../nbs/13a_casia_net.ipynb #10f8a954
 class SameConv2d(nn.Conv2d):
@@ -204,6 +205,7 @@ class Hypercolumn(nn.Module):
         p = proj or min(channels[0], 192)
         self.proj = nn.ModuleList(nn.Identity() if i == 0 and c == p else Block(c, p, 1) for i,c in enumerate(channels))
         self.out = Block(p*len(channels), filters, act=False)
+        self.out.conv = WinogradConv2d(p*len(channels), filters)
         init_faces(self)
 
     def forward(self, maps):

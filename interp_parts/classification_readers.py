@@ -97,12 +97,13 @@ OFFICIAL = dict(dogs=dict(train=12000, test=8580), flowers=dict(train=1020, vali
                 food101=dict(train=75750, test=25250), nabirds=dict(train=23929, test=24633),
                 cars=dict(train=8144, test=8041)) # images by split
 
-def _finish(rows, key, classes, protocol, official=None, valid=0., seed=0, **attrs):
-    "The checked table of the dataset `key`; `official` has the number of images by split"
-    a,n = about[key],sum((official or {}).values())
+def _finish(rows, key, classes, protocol, valid=0., seed=0, official=None, **attrs):
+    "The checked table of the dataset `key`; `official`, default `OFFICIAL[key]`, has the number of images by split"
+    official = OFFICIAL.get(key, {}) if official is None else official
+    a,n = about[key],sum(official.values())
     df = check_table(part_table(rows, a['name'], classes=classes, protocol=protocol, licence=a['licence'],
                                 citation=a['citation'], **{'keypoints':[], 'pairs':[], **attrs}))
-    counts = {s:int((df.split == s).sum()) for s in official or {}}
+    counts = {s:int((df.split == s).sum()) for s in official}
     if len(df) == n and counts != official: raise DataError(a['name'], f'{counts}', f'{official}', 'restore the lists')
     if n and len(df) != n: df.attrs['protocol'] += f' of {len(df):,} of the {n:,} images'
     return validation_split(df, valid, seed) if valid else df
@@ -133,8 +134,7 @@ def read_dogs(
     folders = sorted({f.split('/')[0] for f in both})
     rows = dict(image=[str(root/'Images'/f) for f in both], split=[s for s,fs in files.items() for _ in fs],
                 label=[folders.index(f.split('/')[0]) for f in both], **_dog_boxes(root, both))
-    return _finish(rows, 'dogs', [f.split('-', 1)[-1] for f in folders], 'official split',
-                   OFFICIAL['dogs'], valid, seed)
+    return _finish(rows, 'dogs', [f.split('-', 1)[-1] for f in folders], 'official split', valid, seed)
 
 # %% ../nbs/01e_classification_readers.ipynb #1a2ae098
 def _awa_rows(root, classes):
@@ -201,7 +201,7 @@ def read_flowers(
                  label=[labels[i-1] for i,_ in rows])
     n = OFFICIAL['flowers']
     official = n if protocol == 'official' else dict(train=n['train']+n['valid'], test=n['test'])
-    return _finish(table, 'flowers', flower_names, f'{protocol} split', official, valid, seed)
+    return _finish(table, 'flowers', flower_names, f'{protocol} split', valid, seed, official)
 
 # %% ../nbs/01e_classification_readers.ipynb #369ce691
 _stl = 3*96*96 # bytes of an image
@@ -234,7 +234,7 @@ def read_stl10(
         files = [folder/classes[l]/f'{i:05d}.png' for i,l in enumerate(labels)]
         images = make_files(files, lambda i,f,x=x: save_png(f, np.ascontiguousarray(x[i].transpose(2,1,0))))
         rows += [dict(image=im, split=split, label=l) for im,l in zip(images, labels)]
-    return _finish(rows, 'stl10', classes, 'labelled images, official split', OFFICIAL['stl10'], valid, seed)
+    return _finish(rows, 'stl10', classes, 'labelled images, official split', valid, seed)
 
 # %% ../nbs/01e_classification_readers.ipynb #f2004906
 def _pet_masks(root, names, border):
@@ -272,7 +272,7 @@ def read_pets(
     table = dict(image=[str(root/'images'/f'{n}.jpg') for n,_,_ in rows], split=[s for *_,s in rows],
                  label=[l for _,l,_ in rows])
     if (root/'annotations'/'trimaps').is_dir(): table['mask'] = _pet_masks(root, [n for n,*_ in rows], border)
-    return _finish(table, 'pets', classes, 'official split', OFFICIAL['pets'], valid, seed)
+    return _finish(table, 'pets', classes, 'official split', valid, seed)
 
 # %% ../nbs/01e_classification_readers.ipynb #e0c6402a
 def read_food101(
@@ -289,7 +289,7 @@ def read_food101(
     if odd: raise DataError(root/'meta', f'line {odd[0]!r}', 'lines such as apple_pie/1005649', 'restore the lists')
     table = dict(image=[str(root/'images'/f'{f}.jpg') for f,_ in rows], split=[s for _,s in rows],
                  label=[classes.index(f.split('/')[0]) for f,_ in rows])
-    return _finish(table, 'food101', classes, 'official split', OFFICIAL['food101'], valid, seed)
+    return _finish(table, 'food101', classes, 'official split', valid, seed)
 
 # %% ../nbs/01e_classification_readers.ipynb #4b8302e6
 def _id_rows(path):
@@ -318,8 +318,8 @@ def read_nabirds(
                 label=[used.index(c) for c in label[:,0]], box=box.astype(float).tolist(),
                 keypoints=list(_part_locs(root, ids, list(parts))))
     points = list(parts.values())
-    return _finish(rows, 'nabirds', [names[c] for c in used], 'official split', OFFICIAL['nabirds'],
-                   valid, seed, keypoints=points, pairs=left_right_pairs(points))
+    return _finish(rows, 'nabirds', [names[c] for c in used], 'official split', valid, seed, keypoints=points,
+                   pairs=left_right_pairs(points))
 
 # %% ../nbs/01e_classification_readers.ipynb #0c1a406f
 def _car_kit(root):
@@ -359,7 +359,7 @@ def read_cars(
         if isinstance(e, DataError): raise
         raise DataError(one or root/'devkit', f'annotations without {e}',
                         'fname or relative_im_path, class, bbox_x1 ...', 'restore the file') from None
-    return _finish(table, 'cars', classes, 'official split', OFFICIAL['cars'], valid, seed)
+    return _finish(table, 'cars', classes, 'official split', valid, seed)
 
 # %% ../nbs/01e_classification_readers.ipynb #13182eb0
 def read_train_test(

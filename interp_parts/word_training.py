@@ -108,12 +108,11 @@ def start_layers(
     directions:torch.Tensor=None, # (K,C) weights of a linear head that the first layer starts with
 ):
     "Start the added layers so that the outputs of each, before its activation, have mean 0 and deviation 1"
-    for i,(conv,act) in enumerate(zip(add_on[::2], add_on[1::2])):
-        o,c = conv.weight.shape[:2]
-        if directions is not None and i == 0:
-            d = directions.to(maps) if len(directions) <= o else torch.linalg.svd(directions.to(maps))[2][:o]
-            conv.weight[:len(d)] = d[...,None,None]
-        if directions is not None and i and o == c: conv.weight.copy_(torch.eye(o)[...,None,None])
+    rows = directions
+    if rows is not None and len(rows) > len(add_on[0].weight): rows = torch.linalg.svd(rows, full_matrices=False)[2] # main directions first
+    for conv,act in zip(add_on[::2], add_on[1::2]):
+        n = len(conv.weight)
+        if rows is not None: conv.weight[:len(rows)],rows = rows[:n,:,None,None],torch.eye(n)
         out = conv(maps)
         mean,dev = out.mean((0,2,3)),out.std((0,2,3)).clamp_min(1e-5)
         conv.weight.div_(dev[:,None,None,None])

@@ -1,4 +1,4 @@
-"Checks that run no notebook: `python tools/check.py [clean export outputs imports links api cells] [--flags slow]`"
+"Checks that run no notebook: `python tools/check.py [clean export outputs imports links api surface cells] [--flags slow]`"
 import argparse, ast, io, os, re, shutil, subprocess, sys, tempfile, tokenize
 from collections import Counter
 from functools import partial
@@ -8,6 +8,7 @@ from urllib.parse import unquote
 from execnb.nbio import read_nb
 
 from notebooks import ROOT, cleaned, directives, is_test, notebooks, output_problems, skip_reason
+from surface import changed
 
 MAX_SKIPPED = 0.1 # of the cells that have something to test
 
@@ -119,6 +120,10 @@ def api():
             missing = [name for name,line in documented(node) if line not in lines]
             if missing: yield f"{rel(f)}: {node.name}: no comment on {', '.join(missing)}"
 
+def surface():
+    "Public names, arguments and default values are those of tests/surface.txt"
+    for l in changed(): yield f'{l}; if this is meant, run "make surface" and say so in CHANGELOG.md'
+
 def cells(
     flags=(), # Flags whose cells run
 ):
@@ -130,7 +135,7 @@ def cells(
     print(f'{len(reasons)-skipped.total()} cells run, {skipped.total()} skipped ({why}): {part:.1%}')
     if part > MAX_SKIPPED: yield f'more than {MAX_SKIPPED:.0%} of the cells are skipped'
 
-checks = {f.__name__:f for f in (clean, export, outputs, imports, links, api, cells)}
+checks = {f.__name__:f for f in (clean, export, outputs, imports, links, api, surface, cells)}
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__)

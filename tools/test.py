@@ -1,6 +1,7 @@
 "Run all checks and all notebooks, some at a time: `python tools/test.py [--flags slow] [--workers 2]`"
-import argparse, multiprocessing, os, subprocess, sys, tempfile, time
+import argparse, multiprocessing, os, random, subprocess, sys, tempfile, time
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 from notebooks import ROOT, notebooks
@@ -10,54 +11,61 @@ PRELOAD = 'nbdev.test fastai.vision.all timm pandas cv2 matplotlib.pyplot sklear
 server = multiprocessing.get_context('forkserver') # imports these once, and forks for each notebook: 5 s less for each
 server.set_forkserver_preload(PRELOAD)
 
-def steps(
-    flags:str, # Flags whose cells run, separated by spaces
-)->dict:
-    "Arguments of python, or a notebook and its flags, by step; later notebooks take longer, so they start first"
-    names = [str(f.relative_to(ROOT)) for f in reversed(notebooks())]
-    checks = ('clean', 'export', 'outputs', 'imports', 'links', 'api', 'cells')
-    return {'pages': ['tools/pages.py'], 'parity': ['tests/parity.py', 'tests/fixtures/parity', '--selftest'],
-            **{o:(o, flags) for o in names},
-            'readme': ['tools/readme.py', '--check'], 'surface': ['tools/api.py', '--check'],
-            **{o:['tools/check.py', o, '--flags', flags] for o in checks}}
-
-def test_notebook(
-    log:str, # File for all output
-    nb:str, # Notebook, from the project's root
-    flags:str, # Flags whose cells run
-):
-    "Test one notebook, in a process of its own"
-    with open(log, 'wb') as out: [os.dup2(out.fileno(), fd) for fd in (1,2)]
-    os.chdir(ROOT)
-    sys.argv,sys.path[0] = ['-c'],'' # as python -c has them
-    multiprocessing.set_start_method(None, force=True) # the system's, not the server's
-    from nbdev.test import nbdev_test
-    nbdev_test.__wrapped__(nb, flags=flags, n_workers=0)
-
-def finished(
-    args, # Arguments of python (a list), or a notebook and its flags (a tuple)
+def command(
     log:Path, # File for all output
+    args, # Arguments of python
 )->bool:
-    "Run one step, for `LIMIT` seconds at most: was it successful?"
-    if isinstance(args, tuple):
-        p = server.Process(target=test_notebook, args=(str(log), *args))
-        p.start(); p.join(LIMIT)
-        if p.exitcode is None: p.kill(); p.join()
-        return p.exitcode == 0
+    "Was it successful, within `LIMIT` seconds?"
     try:
         with open(log, 'wb') as out:
             done = subprocess.run([sys.executable, *args], cwd=ROOT, timeout=LIMIT, stdout=out, stderr=out)
         return done.returncode == 0
     except subprocess.TimeoutExpired: return False
 
+def notebook(
+    log:Path, # File for all output
+    nb:str, # Notebook, from the project's root
+    flags:str, # Flags whose cells run
+    seed:int, # Of the random numbers it draws without one of its own
+)->bool:
+    "Did its tests pass, within `LIMIT` seconds?"
+    p = server.Process(target=test_notebook, args=(log, nb, flags, seed))
+    p.start(); p.join(LIMIT)
+    if p.exitcode is None: p.kill(); p.join()
+    return p.exitcode == 0
+
+def test_notebook(log, nb, flags, seed):
+    "What the process of a notebook does"
+    with open(log, 'wb') as out: [os.dup2(out.fileno(), fd) for fd in (1,2)]
+    os.chdir(ROOT)
+    sys.argv,sys.path[0] = ['-c'],'' # as python -c has them
+    multiprocessing.set_start_method(None, force=True) # the system's, not the server's
+    import numpy, torch
+    from nbdev.test import nbdev_test
+    for start in random.seed, numpy.random.seed, torch.manual_seed: start(seed)
+    nbdev_test.__wrapped__(nb, flags=flags, n_workers=0)
+
+def steps(
+    flags:str, # Flags whose cells run, separated by spaces
+    seed:int, # As `notebook` takes it
+)->dict:
+    "Function of a log file by step; later notebooks tend to take longer, so they start first"
+    python = lambda *args: partial(command, args=args)
+    names = [str(f.relative_to(ROOT)) for f in reversed(notebooks())]
+    checks = ('clean', 'export', 'outputs', 'imports', 'links', 'api', 'surface', 'cells')
+    return {'pages':python('tools/pages.py'), 'parity':python('tests/parity.py', 'tests/fixtures/parity', '--selftest'),
+            **{o:partial(notebook, nb=o, flags=flags, seed=seed) for o in names}, 'readme':python('tools/readme.py', '--check'),
+            **{o:python('tools/check.py', o, '--flags', flags) for o in checks}}
+
 def run(
     name:str, # Of the step
-    args, # As `finished` takes them
+    step, # Function of a log file: was it successful?
 )->tuple:
     "Run one step, print a line about it, and all it said if it failed; returns its success and the lines it said"
     start = time.time()
     with tempfile.TemporaryDirectory() as d:
-        ok,log = finished(args, Path(d)/'log'),Path(d)/'log'
+        log = Path(d)/'log'
+        ok = step(log)
         said = log.read_text(encoding='utf-8', errors='replace').strip() if log.exists() else ''
     took = time.time()-start
     if took >= LIMIT: said += f'\nstopped after {LIMIT} s'
@@ -73,11 +81,12 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument('--flags', default='', help='flags whose cells run too, such as slow')
     parser.add_argument('--workers', type=int, default=2, help='steps at a time')
+    parser.add_argument('--seed', type=int, default=0, help='other random numbers, to find tests that fail by chance')
     args = parser.parse_args()
     data,flags = os.environ.get('INTERP_PARTS_DATA'),args.flags.replace(',', ' ').split()
     if data: flags.append('realdata')
     os.environ['OMP_NUM_THREADS'] = '1'
-    todo,before = steps(' '.join(flags)),untracked()
+    todo,before = steps(' '.join(flags), args.seed),untracked()
     with ThreadPoolExecutor(args.workers) as pool: results = dict(zip(todo, pool.map(run, todo, todo.values())))
     left = sorted(untracked() - before)
     print('FAIL' if left else 'ok  ', '        left behind:', ', '.join(left) or 'nothing')

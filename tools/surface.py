@@ -1,9 +1,10 @@
-"Write tests/api.txt, the public names with their arguments and default values: `python tools/api.py [--check]`"
-import argparse, ast, difflib, sys
+"Write tests/surface.txt, the public names with their arguments and default values: `python tools/surface.py`"
+import ast, difflib
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-FILE = ROOT/'tests'/'api.txt'
+from notebooks import ROOT
+
+FILE = ROOT/'tests'/'surface.txt'
 
 def signature(
     fn:ast.FunctionDef, # A function
@@ -44,15 +45,15 @@ def surface(
         else: continue
         yield from (f'{file.stem}.{t}' for t in text if t)
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument('--check', action='store_true', help='write nothing; fail if something was changed')
-    files = sorted(f for f in (ROOT/'interp_parts').glob('*.py') if f.stem[0] != '_')
-    new,old = [t for f in files for t in surface(f)],FILE.read_text().splitlines() if FILE.exists() else []
-    if parser.parse_args().check:
-        changed = list(difflib.unified_diff(old, new, 'tests/api.txt', 'interp_parts', n=0, lineterm=''))
-        sys.exit('\n'.join([*changed, 'if this is meant, run "make api" and say so in CHANGELOG.md']) if changed else 0)
-    FILE.write_text('\n'.join(new)+'\n', encoding='utf-8')
-    print(f'{len(new)} names in {FILE.relative_to(ROOT)}')
+def lines()->list:
+    "The surface of all modules"
+    return [t for f in sorted((ROOT/'interp_parts').glob('*.py')) if f.stem[0] != '_' for t in surface(f)]
 
-if __name__ == '__main__': main()
+def changed()->list:
+    "What is no longer as it was written down"
+    old = FILE.read_text(encoding='utf-8').splitlines()
+    return list(difflib.unified_diff(old, lines(), FILE.name, 'interp_parts', n=0, lineterm=''))
+
+if __name__ == '__main__':
+    FILE.write_text('\n'.join(lines())+'\n', encoding='utf-8')
+    print(f'{len(lines())} names in {FILE.relative_to(ROOT)}')
