@@ -36,7 +36,7 @@ _all_ = ['PartLearner', 'create_learner', 'part_table', 'check_table', 'part_dls
 class Worded:
     "What the model computes from a batch"
     logits:torch.Tensor # (B,K)
-    activation:torch.Tensor # (B,P) similarity of the nearest patch
+    activation:torch.Tensor # (B,P) similarity of the nearest patch, or of the nearest ones
     distances:Distances # Of all patches to all words
     z:torch.Tensor # (B,D,h,w) patches
 
@@ -50,6 +50,7 @@ class VisualWords(PartModel):
         depth:int=128, # Length of a word D
         add_on:str='regular', # Layers between backbone and words: 'regular' or 'bottleneck'
         last:str='blocks', # Where the last layer starts: 'blocks', 'uniform' or 'sparse'
+        nearest:int=1, # Patches that a word's activation is the mean similarity of
         stride:int=32, # Of the map, in pixels; smaller means dilated
         freeze_bn:bool=False, # Keep the backbone's batch norm statistics?
         freeze_early:bool=False, # Keep the backbone's stages up to stride 4?
@@ -59,8 +60,11 @@ class VisualWords(PartModel):
     ):
         n_parts = 5*n_classes if n_parts is None else n_parts
         if n_parts < 1: raise ConfigError('--n-parts', n_parts, 'at least 1')
+        if nearest < 1: raise ConfigError('nearest', nearest, 'at least 1')
         super().__init__(n_classes=n_classes, n_parts=n_parts, backbone=backbone, multi=multi, depth=depth,
-                         add_on=add_on, last=last, stride=stride, freeze_bn=freeze_bn, freeze_early=freeze_early)
+                         add_on=add_on, last=last, nearest=nearest, stride=stride, freeze_bn=freeze_bn,
+                         freeze_early=freeze_early)
+        self.nearest = nearest
         self.backbone = features or Backbone(backbone, stride, 'final', pretrained, weights, freeze_bn, freeze_early)
         self.add_on = add_on_layers(self.backbone.channels, depth, add_on)
         self.words,self.last = nn.Parameter(torch.rand(n_parts, depth)),nn.Linear(n_parts, n_classes, bias=False)
@@ -76,7 +80,7 @@ class VisualWords(PartModel):
     def forward(self, x):
         z = self.patches(x)
         d = word_distances(z, self.words)
-        a = log_similarity(d.least)
+        a = near_similarity(z, self.words, d, self.nearest)
         with full_precision(x.device.type): return Worded(self.last(a), a, d, z)
 
     def _parts(self, x, target):

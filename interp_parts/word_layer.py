@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['EPS', 'LOUDEST', 'STARTS', 'full_precision', 'expanded_distances', 'Distances', 'word_distances', 'log_similarity',
-           'add_on_layers', 'word_classes', 'last_weights', 'cluster_loss', 'own_cluster_loss', 'weight_norm',
-           'resize_matrix', 'resize_maps', 'to_unit', 'attention_loss', 'nearest_words', 'nearest_maps',
+           'near_similarity', 'add_on_layers', 'word_classes', 'last_weights', 'cluster_loss', 'own_cluster_loss',
+           'weight_norm', 'resize_matrix', 'resize_maps', 'to_unit', 'attention_loss', 'nearest_words', 'nearest_maps',
            'mean_separation', 'mean_pair_distance']
 
 # %% ../nbs/12a_word_layer.ipynb #07f5c599
@@ -69,6 +69,21 @@ def log_similarity(
     return torch.log1p((1-EPS)/(d+EPS))
 
 LOUDEST = log_similarity(torch.zeros(())).item()
+
+# %% ../nbs/12a_word_layer.ipynb #a5e603b0
+def near_similarity(
+    z:torch.Tensor, # (B,D,h,w) patches
+    words:torch.Tensor, # (P,D)
+    d:Distances, # Of these
+    n:int=1, # How many of the nearest patches count; at most all
+)->torch.Tensor:
+    "Mean similarity (B,P) of each word to its `n` nearest patches"
+    if n == 1: return log_similarity(d.least)
+    with full_precision(z.device.type):
+        flat,words = _wide(z).flatten(2).transpose(1,2),_wide(words)
+        cells = d.maps.flatten(2).topk(min(n, flat.shape[1]), 2, largest=False).indices
+        near = flat.gather(1, cells.flatten(1)[...,None].expand(-1, -1, flat.shape[2])).unflatten(1, cells.shape[1:])
+        return log_similarity((near-words[:,None]).square().sum(3)).mean(2)
 
 # %% ../nbs/12a_word_layer.ipynb #bea3c93d
 def add_on_layers(
