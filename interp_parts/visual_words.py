@@ -134,7 +134,8 @@ def _imported(learn, base, files, rows):
 
 def _head_of(base, channels, n_classes):
     "The weights of the base model's linear head on `channels` channels; None if there is none"
-    found = [l.weight for l in base.model.modules() if isinstance(l, nn.Linear) and l.weight.shape == (n_classes,channels)]
+    layers = (l for l in base.model.modules() if isinstance(l, nn.Linear))
+    found = [l.weight for l in layers if l.weight.shape == (n_classes,channels)]
     return found[-1] if found else None
 
 def _start_words(learn, look, seed=0):

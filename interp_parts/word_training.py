@@ -109,7 +109,8 @@ def start_layers(
 ):
     "Start the added layers so that the outputs of each, before its activation, have mean 0 and deviation 1"
     rows = directions
-    if rows is not None and len(rows) > len(add_on[0].weight): rows = torch.linalg.svd(rows, full_matrices=False)[2] # main directions first
+    if rows is not None and len(rows) > len(add_on[0].weight):
+        rows = torch.linalg.svd(rows, full_matrices=False)[2] # main directions first
     for conv,act in zip(add_on[::2], add_on[1::2]):
         n = len(conv.weight)
         if rows is not None: conv.weight[:len(rows)],rows = rows[:n,:,None,None],torch.eye(n)
