@@ -119,11 +119,11 @@ def campaign(
     workers:int=2, # Processes that read images in the runs that are killed; the undisturbed one has none
     epochs:int=3, # Of each training
     seed:int=0, # Of the moments
-    runs:Path=None, # Folder with the runs that methods start from
+    bases:Path=None, # Folder with the runs that methods start from
 )->bool:
     "Kill runs until there were `kills` kills; print a table; True if nothing differs"
     rng = random.Random(f'{seed} {method}')
-    make = lambda **kw: small_settings(method, birds, runs, bs=4, epochs=epochs, **kw)
+    make = lambda **kw: small_settings(method, birds, bases, bs=4, epochs=epochs, **kw)
     whole,marks = folder/method/'whole',folder/method/'whole.marks'
     t = time.time()
     pid = child(method, whole, make(workers=0), folder/method/'whole.txt', touch(marks))
