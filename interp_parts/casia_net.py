@@ -60,9 +60,10 @@ class Block(nn.Sequential):
         kernel:int=3, # Side of the kernel
         stride:int=1, # Step in map cells
         act:bool=True, # End with ELU?
+        conv:nn.Module=None, # Another convolution of that kind
     ):
         super().__init__()
-        self.conv,self.norm = SameConv2d(cin, cout, kernel, stride),nn.BatchNorm2d(cout)
+        self.conv,self.norm = conv or SameConv2d(cin, cout, kernel, stride),nn.BatchNorm2d(cout)
         if act: self.act = nn.ELU(inplace=True)
 
 def init_faces(
@@ -204,8 +205,8 @@ class Hypercolumn(nn.Module):
         super().__init__()
         p = proj or min(channels[0], 192)
         self.proj = nn.ModuleList(nn.Identity() if i == 0 and c == p else Block(c, p, 1) for i,c in enumerate(channels))
-        self.out = Block(p*len(channels), filters, act=False)
-        self.out.conv = WinogradConv2d(p*len(channels), filters)
+        wide = p*len(channels)
+        self.out = Block(wide, filters, act=False, conv=WinogradConv2d(wide, filters))
         init_faces(self)
 
     def forward(self, maps):

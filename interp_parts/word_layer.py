@@ -45,6 +45,11 @@ class Distances(NamedTuple):
     least:torch.Tensor # (B,P) squared distance of the nearest patch, exact
     cell:torch.Tensor # (B,P) its row-major number
 
+def _exact(flat, words, cells):
+    "Squared distances (B,P,n), as sums of squared differences, to the patches (B,D,N) in the cells (B,P,n)"
+    at = cells.flatten(1)[...,None].expand(-1, -1, flat.shape[1])
+    return (flat.transpose(1,2).gather(1, at).unflatten(1, cells.shape[1:]) - words[:,None]).square().sum(3)
+
 def word_distances(
     z:torch.Tensor, # (B,D,h,w) patches
     words:torch.Tensor, # (P,D)
@@ -54,8 +59,7 @@ def word_distances(
         flat,words = _wide(z).flatten(2),_wide(words)
         with torch.no_grad(): maps = expanded_distances(flat, words)
         cell = maps.argmin(2)
-        best = flat.transpose(1,2).gather(1, cell[...,None].expand(-1, -1, len(words[0])))
-        least = (best-words).square().sum(2)
+        least = _exact(flat, words, cell[...,None])[...,0]
         with torch.no_grad(): maps = torch.maximum(maps, least[...,None]).scatter(2, cell[...,None], least[...,None])
     return Distances(maps.unflatten(2, z.shape[2:]), least, cell)
 
@@ -80,10 +84,9 @@ def near_similarity(
     "Mean similarity (B,P) of each word to its `n` nearest patches"
     if n == 1: return log_similarity(d.least)
     with full_precision(z.device.type):
-        flat,words = _wide(z).flatten(2).transpose(1,2),_wide(words)
-        cells = d.maps.flatten(2).topk(min(n, flat.shape[1]), 2, largest=False).indices
-        near = flat.gather(1, cells.flatten(1)[...,None].expand(-1, -1, flat.shape[2])).unflatten(1, cells.shape[1:])
-        return log_similarity((near-words[:,None]).square().sum(3)).mean(2)
+        flat,words = _wide(z).flatten(2),_wide(words)
+        cells = d.maps.flatten(2).topk(min(n, flat.shape[2]), 2, largest=False).indices
+        return log_similarity(_exact(flat, words, cells)).mean(2)
 
 # %% ../nbs/12a_word_layer.ipynb #bea3c93d
 def add_on_layers(
