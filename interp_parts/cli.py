@@ -149,9 +149,11 @@ def recipes(
     all_ = {k:dict(method=m, **r) for m in method_names for k,r in get_method(m).recipes.items()}
     shown = {name:pick(name, all_, 'recipe')} if name else all_
     if json_: print(json.dumps(shown, indent=1))
-    else: print('\n'.join(f'{k:22} {r["method"]:30} {r["model"]["backbone"]}, {r["model"]["n_parts"]} parts, '
-                          f'{r["data"]} at {r["size"]} px, {r["fit"]["epochs"]} epochs of {r["bs"]}'
-                          for k,r in shown.items()))
+    else: print('\n'.join(_recipe_line(k, **r) for k,r in shown.items()))
+
+def _recipe_line(name, method, model, fit, bs, data='any data', size='any', **rest):
+    net,k = model.get('backbone', 'any backbone'),model.get('n_parts', 'default')
+    return f'{name:22} {method:30} {net}, {k} parts, {data} at {size} px, {fit["epochs"]} epochs of {bs}'
 
 @command()
 def data(

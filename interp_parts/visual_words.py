@@ -47,7 +47,7 @@ class VisualWords(PartModel):
         n_parts:int=None, # Words P; default 5 a class
         backbone:str='resnet34', # timm's name
         multi:bool=False, # Attributes (several labels) instead of classes?
-        depth:int=128, # Length of a word D
+        depth:int=128, # Length of a word D; 0: a number for each class
         add_on:str='regular', # Layers between backbone and words: 'regular' or 'bottleneck'
         last:str='blocks', # Where the last layer starts: 'blocks', 'uniform' or 'sparse'
         nearest:int=1, # Patches that a word's activation is the mean similarity of
@@ -61,6 +61,7 @@ class VisualWords(PartModel):
         n_parts = 5*n_classes if n_parts is None else n_parts
         if n_parts < 1: raise ConfigError('--n-parts', n_parts, 'at least 1')
         if nearest < 1: raise ConfigError('nearest', nearest, 'at least 1')
+        depth = depth or n_classes
         super().__init__(n_classes=n_classes, n_parts=n_parts, backbone=backbone, multi=multi, depth=depth,
                          add_on=add_on, last=last, nearest=nearest, stride=stride, freeze_bn=freeze_bn,
                          freeze_early=freeze_early)
@@ -138,12 +139,12 @@ def _head_of(base, channels, n_classes):
     found = [l.weight for l in layers if l.weight.shape == (n_classes,channels)]
     return found[-1] if found else None
 
-def _start_words(learn, look, seed=0):
+def _start_words(learn, look, gain=1., seed=0):
     "Words start among the patches of a few hundred images; a last layer without blocks at what they say"
     d,m = learn.dls,learn.model
     x,_ = next(iter(learn.batches(few_rows(d, 64), bs=64, whole=False)))
     with eval_mode(m), torch.no_grad(): maps = m.backbone(x.to(m.words.device)).float()
-    start_layers(m.add_on, maps, learn.base and _head_of(learn.base, m.backbone.channels, d.c))
+    start_layers(m.add_on, maps, learn.base and _head_of(learn.base, m.backbone.channels, d.c), gain)
     batches = learn.batches(few_rows(d, max(256, 8*d.c)), whole=False)
     blocks = m.config['last'] == 'blocks' and not d.multi
     z,y = looked_at(m, batches, look, seed=seed)
@@ -166,6 +167,7 @@ def visual_words_learner(
     attend:float=10., # Weight of the attention term
     top:int=None, # Words of an image that are compared with the attention; default 10
     words_from:str='patches', # Words start among 'patches', or are 'uniform' random numbers as published
+    start_gain:float=1., # Deviation that the added layers' outputs start with; smaller: nearer to the base model
     trunk:bool=True, # Start from the base model's backbone, if it is the same?
     warm:int=None, # Warm epochs; default a fifth
     attend_warm:bool=False, # Attention term in the warm epochs too?
@@ -205,7 +207,7 @@ def visual_words_learner(
     learn = part_learner(dls, model, cbs=[loss, phases, *(cbs or [])])
     learn.base = base
     look = _attend(learn, base, attention, compat) if sees else _cams(base) if base else None
-    if words_from == 'patches': _start_words(learn, look)
+    if words_from == 'patches': _start_words(learn, look, start_gain)
     return learn
 
 # %% ../nbs/12_visual_words.ipynb #8868ee4f
@@ -218,9 +220,14 @@ def _recipe(data, classes, note):
 
 _state = 'transcribed, full scale not run; needs --init RUN of a base model'
 _guess = f'settings of Pets; the number of words is our extrapolation; {_state}'
+_own = dict(bs=32, freeze_bn=True, note='ours, not published; measured on CUB classes 1 to 40; needs --init RUN',
+            model=dict(depth=0, start_gain=.3, nearest=9, cluster=.3, attend_warm=True, warm=2, start=2, every=3,
+                       last_epochs=20, last_lr=3e-4),
+            fit=dict(epochs=3, lr=(1e-5,1e-4)))
 _others = dict(dogs=120, awa2=50, flowers=102, stl10=10, food101=101)
 recipes = dict(pets_res34=_recipe('pets', 37, f'{_state}; published: 86.21 %, from the name of a checkpoint'),
-               **{f'{name}_res34':_recipe(name, k, _guess) for name,k in _others.items()})
+               **{f'{name}_res34':_recipe(name, k, _guess) for name,k in _others.items()},
+               own_classifier=_own)
 register(visual_words_learner, VisualWords, recipes, 'similarities to patches of training images (LVW; ProtoPNet)',
          base='classifier')
 

@@ -106,6 +106,7 @@ def start_layers(
     add_on:nn.Sequential, # 1x1 convolutions, each with its activation
     maps:torch.Tensor, # (B,C,h,w) of the backbone
     directions:torch.Tensor=None, # (K,C) weights of a linear head that the first layer starts with
+    gain:float=1., # Deviation of the last layer's outputs
 ):
     "Start the added layers so that the outputs of each, before its activation, have mean 0 and deviation 1"
     rows = directions
@@ -119,6 +120,7 @@ def start_layers(
         conv.weight.div_(dev[:,None,None,None])
         conv.bias.sub_(mean).div_(dev)
         maps = act(conv(maps))
+    conv.weight.mul_(gain); conv.bias.mul_(gain)
 
 @torch.no_grad()
 def init_words(
