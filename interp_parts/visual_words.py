@@ -23,6 +23,7 @@ from .training import *
 from .base_model import *
 from .word_layer import *
 from .word_projection import *
+from .word_scores import word_scores
 from .word_training import *
 
 # %% ../nbs/12_visual_words.ipynb #8d468609
@@ -229,7 +230,7 @@ recipes = dict(pets_res34=_recipe('pets', 37, f'{_state}; published: 86.21 %, fr
                **{f'{name}_res34':_recipe(name, k, _guess) for name,k in _others.items()},
                own_classifier=_own)
 register(visual_words_learner, VisualWords, recipes, 'similarities to patches of training images (LVW; ProtoPNet)',
-         base='classifier')
+         scores=word_scores, base='classifier')
 
 # %% ../nbs/12_visual_words.ipynb #28a67039
 _theirs = dict(backbone='features', add_on='add_on_layers', words='prototype_vectors', last='last_layer')

@@ -5,10 +5,12 @@
 # %% auto #0
 __all__ = ['word_attention', 'loudest', 'area', 'mask_iou', 'AttentionFidelity', 'agreement', 'classes_per_word', 'words_needed',
            'shared_words', 'vocabulary_scores', 'patch_boxes', 'merge_pairs', 'keypoint_purity', 'part_purity',
-           'random_patches', 'object_scores', 'SeenLabels', 'mean_attention', 'evaluate_words', 'split_unseen',
-           'probe_scores', 'unseen_scores']
+           'random_patches', 'object_scores', 'SeenLabels', 'mean_attention', 'evaluate_words', 'word_scores',
+           'split_unseen', 'probe_scores', 'unseen_scores']
 
 # %% ../nbs/20f_word_scores.ipynb #daab21ad
+from pathlib import Path
+
 import numpy as np, pandas as pd, torch
 from PIL import Image
 from sklearn.linear_model import LogisticRegression
@@ -18,7 +20,7 @@ from sklearn.preprocessing import StandardScaler
 
 from .core import *
 from .data import *
-from .base_model import BaseModel, base_attention
+from .base_model import BaseModel, base_attention, load_base
 from .classification_readers import hold_out_classes
 from .evaluation import accuracy, split_rows
 from .word_layer import mean_pair_distance, resize_maps, to_unit
@@ -308,6 +310,21 @@ def evaluate_words(
     if base is not None: out |= agreement(logits, bl, y) | f.result(low)
     objects = object_scores(learn, rows, labels, n_labels, top=top)
     return dict(out, **vocabulary_scores(learn.model, act, con), **objects, n_images=len(rows))
+
+# %% ../nbs/20f_word_scores.ipynb #62f146aa
+def word_scores(
+    learner, # Of a run of visual words
+    df, # Its table
+    protocol:str='fixed', # As for `evaluate`; 'paper': areas below the percentile
+)->dict:
+    "`evaluate_words` beside the base model the run was started from; what the method registers as its own measures"
+    if protocol == 'accuracy' or learner.dls.multi or not {'train','test'} <= set(df.split): return {}
+    run = (getattr(learner, 'config', {}).get('training') or {}).get('init')
+    base = load_base(run, learner.dls.device)[0] if run and Path(run).exists() else None
+    true = 'part_mask' in df
+    labels = dict(labels=SeenLabels(df.part_mask, learner.dls.view), n_labels=len(df.attrs['parts'])) if true else {}
+    out = evaluate_words(learner, df, base, low=protocol == 'paper', **labels)
+    return {k:v for k,v in out.items() if k not in ('accuracy','n_images')}
 
 # %% ../nbs/20f_word_scores.ipynb #5011c24e
 def split_unseen(
