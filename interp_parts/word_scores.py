@@ -9,6 +9,7 @@ __all__ = ['word_attention', 'loudest', 'area', 'mask_iou', 'AttentionFidelity',
            'split_unseen', 'probe_scores', 'unseen_scores']
 
 # %% ../nbs/20f_word_scores.ipynb #daab21ad
+import warnings
 from pathlib import Path
 
 import numpy as np, pandas as pd, torch
@@ -321,6 +322,7 @@ def word_scores(
     if protocol == 'accuracy' or learner.dls.multi or not {'train','test'} <= set(df.split): return {}
     run = (getattr(learner, 'config', {}).get('training') or {}).get('init')
     base = load_base(run, learner.dls.device)[0] if run and Path(run).exists() else None
+    if run and not base: warnings.warn(f'{run}, which the words explain, is gone: no agreement, no attention')
     true = 'part_mask' in df
     labels = dict(labels=SeenLabels(df.part_mask, learner.dls.view), n_labels=len(df.attrs['parts'])) if true else {}
     out = evaluate_words(learner, df, base, low=protocol == 'paper', **labels)
