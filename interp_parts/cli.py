@@ -7,7 +7,7 @@ __all__ = ['app', 'benchmark_app', 'command', 'parse_set', 'train', 'evaluate', 
            'data', 'synthesize', 'cost', 'table', 'demo', 'run_command', 'main']
 
 # %% ../nbs/30_cli.ipynb #3117c5d8
-import inspect, json, sys, warnings
+import ast, contextlib, inspect, json, sys, warnings
 from pathlib import Path
 
 import typer
@@ -39,14 +39,15 @@ def command(
 def parse_set(
     pairs, # Strings 'key=value'
 )->dict:
-    "Options of `--set`: values are JSON where they can be, words otherwise"
+    "Options of `--set`: values are JSON or Python's numbers, truths and lists where they can be, words otherwise"
     from interp_parts.core import ConfigError
     out = {}
     for p in pairs or []:
         key,eq,val = p.partition('=')
         if not eq: raise ConfigError('--set', repr(p), 'key=value')
-        try: out[key] = json.loads(val)
-        except json.JSONDecodeError: out[key] = val
+        out[key] = val
+        for read,wrong in ((ast.literal_eval, (ValueError,SyntaxError)), (json.loads, json.JSONDecodeError)):
+            with contextlib.suppress(wrong): out[key] = read(val)
     return out
 
 # %% ../nbs/30_cli.ipynb #9cd981e4

@@ -51,6 +51,11 @@ def known_options(
     return (_signature(m.learner, m.model) - {'dls','cbs','options','kwargs','features','n_classes','multi'},
             _signature(fit_run) - {'learn','run','resume','cbs','epochs','save_every'})
 
+def _annotations(method):
+    "Kinds of the options of a method's factory and model"
+    m = get_method(method)
+    return {p.name:p.annotation for f in (m.model,m.learner) for p in inspect.signature(f).parameters.values()}
+
 def _place(settings, method, key, value):
     "Put one option where it belongs; `data.NAME` is the reader's"
     if key.startswith('data.'): settings['reader'][key[5:]] = value; return
@@ -59,7 +64,10 @@ def _place(settings, method, key, value):
     if key in flat: settings[key] = value
     elif key in fit: settings['fit'][key] = value
     elif key in optim: settings['fit'].setdefault('options', {})[key] = value
-    else: settings['model'][pick(key, sorted(model | fit | flat | optim), '--set')] = value
+    else:
+        settings['model'][pick(key, sorted(model | fit | flat | optim), '--set')] = value
+        kind = _annotations(method).get(key)
+        if kind in (bool,int,float,str) and value is not None: _check_kind(f'--set {key}', value, kind())
 
 def make_settings(
     method:str, # Registered name
