@@ -129,6 +129,7 @@ def reconstruction_terms(
     symmetric:bool=False, # Both directions of the equivariance?
     last:int=-1, # Channels of the descriptor, counted from the end; -1: all
     relative:bool=False, # Semantic and visual loss as shares of the foreground's variance?
+    centered:bool=False, # Descriptors of the contrast relative to the mean of their image's foreground?
 )->tuple:
     "The four losses without weights (semantic: one value an image), and the parts' moments"
     size = v.mask.shape[2:]
@@ -136,7 +137,8 @@ def reconstruction_terms(
     big,again = (upsample_logits(wide(l), size) for l in (logits, warped))
     q,area = big.softmax(1)*v.mask,v.mask.sum((1,2,3))
     m = part_moments(q, v.maps)
-    parts = m.mean() if last < 0 else m.mean()[...,-last:]
+    parts = m.mean()-m.whole().mean() if centered else m.mean()
+    parts = parts if last < 0 else parts[...,-last:]
     eqv = equivariance_loss(warp(big.detach(), v.grid), again, warp(v.mask, v.grid), symmetric)
     semantic,visual = (consistency(o, area, relative=relative) for o in (m, part_moments(q, [v.colors])))
     return dict(equivariance=eqv, semantic=semantic, visual=visual.mean(),
@@ -159,13 +161,14 @@ class Reconstruction(LossTerms):
         lab:bool=True, # Reconstruct Lab colours, or RGB?
         symmetric:bool=False, # Symmetric equivariance?
         relative:bool=False, # Semantic and visual loss as shares of the foreground's variance, for any `phi` but VGG19?
+        centered:bool=False, # Contrast of descriptors relative to their image's mean, for features that all point one way?
         skip_first:bool=False, # Never draw the first other image as a positive?
         batch_sum:bool=False, # Sum the semantic loss over the batch, with a sixth of the weight?
     ):
         self.phi,self.lab,self.skip_first,self.batch_sum = phi,lab,skip_first,batch_sum
         self.warp,self.jitter = warp or RandomWarp(),jitter or ColorJitter()
         self.weights = dict(equivariance=equivariance, semantic=semantic, visual=visual, contrast=contrast)
-        self.kw,self.mass = dict(tau=tau, symmetric=symmetric, last=last, relative=relative),None
+        self.kw,self.mass = dict(tau=tau, symmetric=symmetric, last=last, relative=relative, centered=centered),None
 
     def before_fit(self):
         super().before_fit()
