@@ -21,7 +21,8 @@ class Classifier(PartModel):
         n_classes:int, # Classes, or attributes
         backbone:str='resnet50', # timm's name
         multi:bool=False, # Attributes (several labels) instead of classes?
-        stride:int=32, # Of the last map, in pixels; smaller means dilated
+        stride:int=32, # Of the map, in pixels; smaller means dilated
+        stage:str='final', # Of the backbone; 'stride': what comes after the map of this stride is left out
         freeze:bool=False, # Keep the whole backbone: a linear probe?
         freeze_bn:bool=False, # Keep the backbone's batch norm statistics?
         freeze_early:bool=False, # Keep the backbone's stages up to stride 4?
@@ -29,10 +30,10 @@ class Classifier(PartModel):
         weights:str=None, # Backbone weights in a local file
         features:nn.Module=None, # A module with `.channels` instead of a timm backbone
     ):
-        super().__init__(n_classes=n_classes, backbone=backbone, multi=multi, stride=stride, freeze=freeze,
-                         freeze_bn=freeze_bn, freeze_early=freeze_early)
+        super().__init__(n_classes=n_classes, backbone=backbone, multi=multi, stride=stride, stage=stage,
+                         freeze=freeze, freeze_bn=freeze_bn, freeze_early=freeze_early)
         self.multi,self.freeze = multi,freeze
-        self.backbone = features or Backbone(backbone, stride, 'final', pretrained, weights, freeze_bn, freeze_early)
+        self.backbone = features or Backbone(backbone, stride, stage, pretrained, weights, freeze_bn, freeze_early)
         if freeze: self.backbone.requires_grad_(False)
         self.head = nn.Linear(self.backbone.channels, n_classes)
 

@@ -53,6 +53,7 @@ class VisualWords(PartModel):
         last:str='blocks', # Where the last layer starts: 'blocks', 'uniform' or 'sparse'
         nearest:int=1, # Patches that a word's activation is the mean similarity of
         stride:int=32, # Of the map, in pixels; smaller means dilated
+        stage:str='final', # Of the backbone; 'stride': what comes after the map of this stride is left out
         freeze_bn:bool=False, # Keep the backbone's batch norm statistics?
         freeze_early:bool=False, # Keep the backbone's stages up to stride 4?
         pretrained:bool=False, # Download the backbone's weights?
@@ -64,10 +65,10 @@ class VisualWords(PartModel):
         if nearest < 1: raise ConfigError('nearest', nearest, 'at least 1')
         depth = depth or n_classes
         super().__init__(n_classes=n_classes, n_parts=n_parts, backbone=backbone, multi=multi, depth=depth,
-                         add_on=add_on, last=last, nearest=nearest, stride=stride, freeze_bn=freeze_bn,
-                         freeze_early=freeze_early)
+                         add_on=add_on, last=last, nearest=nearest, stride=stride, stage=stage,
+                         freeze_bn=freeze_bn, freeze_early=freeze_early)
         self.nearest = nearest
-        self.backbone = features or Backbone(backbone, stride, 'final', pretrained, weights, freeze_bn, freeze_early)
+        self.backbone = features or Backbone(backbone, stride, stage, pretrained, weights, freeze_bn, freeze_early)
         self.add_on = add_on_layers(self.backbone.channels, depth, add_on)
         self.words,self.last = nn.Parameter(torch.rand(n_parts, depth)),nn.Linear(n_parts, n_classes, bias=False)
         self.last.weight.data = last_weights(n_classes, n_parts, last)
@@ -193,12 +194,16 @@ def visual_words_learner(
     pick(words_from, ('patches','uniform'), 'words_from')
     base = _first_base(init, base, backbone, dls)
     base = base and base.to(dls.device)
-    copied = trunk and base is not None and getattr(base.model, 'config', {}).get('backbone') == backbone
+    theirs = getattr(base.model, 'config', {}) if base is not None else {}
+    copied = trunk and theirs.get('backbone') == backbone
+    if copied: options = {**{k:theirs[k] for k in ('stride','stage') if k in theirs}, **options} # the same map
     early = bool(copied or pretrained or weights) if freeze_early is None else freeze_early
     model = VisualWords(dls.c, n_parts, backbone, dls.multi, pretrained=pretrained and not copied, freeze_early=early,
                         weights=None if copied else weights, **options)
-    if trunk and base and hasattr(base.model, 'backbone') and _same_shapes(model.backbone, base.model.backbone):
-        model.backbone.load_state_dict(base.model.backbone.state_dict())
+    same = trunk and base and hasattr(base.model, 'backbone') and _same_shapes(model.backbone, base.model.backbone)
+    if same: model.backbone.load_state_dict(base.model.backbone.state_dict())
+    elif copied and options.get('features') is None:
+        raise ConfigError('stage', options.get('stage'), f"that of the base model, {theirs.get('stage', 'final')}")
     if top is not None: nearest_words(model.words[:,:1].T, top) # says so if there are not as many
     sees = (base is not None or attention is not None) and not class_specific and attend > 0
     loss = WordLoss(class_specific, cluster, separation, l1, attend*sees, top or min(10, len(model.words)), compat)
