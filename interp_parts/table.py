@@ -91,8 +91,8 @@ def probe_accuracy(
 # %% ../nbs/22a_table.ipynb #4e319bc6
 PARTS = 8 # Of the rows that all methods share
 COLUMNS = ('accuracy','ridge_keypoint_error','predictors','keypoint_error','keypoint_error_mean_predictor',
-           'nmi','ari','fg_nmi','fg_ari','part_iou','named_part_iou','pointing','consistency','stability',
-           'insertion','deletion','parts_used','sparsity')
+           'nmi','ari','fg_nmi','fg_ari','part_iou','named_part_iou','pointing','consistency','consistency_constant_parts',
+           'stability','insertion','insertion_center','deletion','deletion_center','parts_used','sparsity')
 
 def _scores(learn, df, explain_n):
     "Scores of a learner's parts on the test rows"
