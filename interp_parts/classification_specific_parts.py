@@ -98,8 +98,8 @@ class ClassificationSpecificParts(Classifier):
         features:nn.Module=None, # A module with `.channels` instead of a timm backbone
     ):
         config = {k:v for k,v in locals().items() if k not in ('self','__class__','pretrained','weights','features')}
-        super().__init__(n_classes, backbone, False, stride, freeze, freeze_bn, freeze_early,
-                         pretrained, weights, features)
+        super().__init__(n_classes, backbone, stride=stride, freeze=freeze, freeze_bn=freeze_bn,
+                         freeze_early=freeze_early, pretrained=pretrained, weights=weights, features=features)
         self.config = config
         if compat and backbone.startswith('inception_v3') and features is None: published_inception(self.backbone.net)
         if small: self.backbone = SmallView(self.backbone, small)
