@@ -46,8 +46,9 @@ def parse_set(
         key,eq,val = p.partition('=')
         if not eq: raise ConfigError('--set', repr(p), 'key=value')
         out[key] = val
-        for read,wrong in ((ast.literal_eval, (ValueError,SyntaxError)), (json.loads, json.JSONDecodeError)):
-            with contextlib.suppress(wrong): out[key] = read(val)
+        for read in (ast.literal_eval, json.loads):                           # of Python what JSON has too, no set or bytes
+            with contextlib.suppress(ValueError, SyntaxError, TypeError, RecursionError, MemoryError):
+                out[key] = json.loads(json.dumps(read(val)))
     return out
 
 # %% ../nbs/30_cli.ipynb #9cd981e4

@@ -30,7 +30,9 @@ settings_defaults = dict(data=None, path=None, protocol=None, masks=None, init=N
                          seed=0, workers=2, device='auto', deterministic=False, compat=False, save_every=None,
                          model={}, fit={}, reader={})
 
-def _signature(*fs): return {p for f in fs for p in inspect.signature(f).parameters}
+def _options(*fs):
+    "Names and kinds of functions' options"
+    return {p.name:p.annotation for f in fs for p in inspect.signature(f).parameters.values()}
 
 _words = {bool:'true or false', int:'a whole number', float:'a number', str:'a word', dict:'a dictionary'}
 
@@ -48,13 +50,8 @@ def known_options(
 )->tuple:
     "Names that `--set` may set: of the method's factory and model, and of `fit_run`"
     m = get_method(method)
-    return (_signature(m.learner, m.model) - {'dls','cbs','options','kwargs','features','n_classes','multi'},
-            _signature(fit_run) - {'learn','run','resume','cbs','epochs','save_every'})
-
-def _annotations(method):
-    "Kinds of the options of a method's factory and model"
-    m = get_method(method)
-    return {p.name:p.annotation for f in (m.model,m.learner) for p in inspect.signature(f).parameters.values()}
+    return (_options(m.learner, m.model).keys() - {'dls','cbs','options','kwargs','features','n_classes','multi'},
+            _options(fit_run).keys() - {'learn','run','resume','cbs','epochs','save_every'})
 
 def _place(settings, method, key, value):
     "Put one option where it belongs; `data.NAME` is the reader's"
@@ -66,7 +63,7 @@ def _place(settings, method, key, value):
     elif key in optim: settings['fit'].setdefault('options', {})[key] = value
     else:
         settings['model'][pick(key, sorted(model | fit | flat | optim), '--set')] = value
-        kind = _annotations(method).get(key)
+        kind = _options(get_method(method).model, get_method(method).learner).get(key)
         if kind in (bool,int,float,str) and value is not None: _check_kind(f'--set {key}', value, kind())
 
 def make_settings(

@@ -272,7 +272,7 @@ class SeenLabels(dict):
 
     def __missing__(self, row):
         with Image.open(self.files[row]) as im:
-            self[row] = np.asarray(self.view.place(*im.size).image(im, Image.Resampling.NEAREST))
+            self[row] = np.array(self.view.place(*im.size).image(im, Image.Resampling.NEAREST))
         return self[row]
 
 # %% ../nbs/20f_word_scores.ipynb #1350fd18
