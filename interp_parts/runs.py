@@ -172,7 +172,7 @@ def make_learner(
     dls = part_dls(df, s['size'], s['resize'], s['bs'], flip=s['flip'], brightness=s['brightness'],
                    stats=backbone_stats(s['backbone']), workers=s['workers'], seed=s['seed'],
                    device=pick_device(s['device']), extra=get_method(method).extra)
-    names = _signature(get_method(method).learner, get_method(method).model)
+    names = _options(get_method(method).learner, get_method(method).model)
     if s['init'] and 'init' not in names:
         raise ConfigError('--init', f'{method} starts from no other run', 'a training without it')
     common = {k:s[k] for k in ('init','backbone','weights','pretrained','freeze_bn','n_parts','compat') if k in names}
