@@ -4,14 +4,15 @@
 
 # %% auto #0
 __all__ = ['cost_cases', 'one_thread', 'time_in_turn', 'sgd_step', 'train_step', 'region_grouping_cases',
-           'contrastive_reconstruction_cases', 'visual_words_cases', 'activation_diversity_cases',
+           'contrastive_reconstruction_cases', 'visual_words_cases', 'activation_diversity_cases', 'original_boxes',
            'classification_specific_parts_cases', 'benchmark_cost']
 
 # %% ../nbs/22_benchmark.ipynb #4016a9ef
 import statistics, time
 from contextlib import contextmanager
 
-import timm, torch
+import cv2, numpy as np, timm, torch
+from threadpoolctl import threadpool_limits
 from torch import nn
 
 from .core import *
@@ -21,10 +22,11 @@ from .training import keep_memory
 @contextmanager
 def one_thread():
     "A single thread inside the block"
-    n = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try: yield
-    finally: torch.set_num_threads(n)
+    n = torch.get_num_threads(),cv2.getNumThreads()
+    torch.set_num_threads(1); cv2.setNumThreads(1)
+    try:
+        with threadpool_limits(1): yield
+    finally: torch.set_num_threads(n[0]); cv2.setNumThreads(n[1])
 
 def time_in_turn(
     fs:dict, # Functions by name
@@ -160,17 +162,58 @@ def activation_diversity_cases(
             f'{name}, over two passes': dict(limit=1.2, original=None, ours=full, plain=twice)}
 
 # %% ../nbs/22_benchmark.ipynb #43e6e4fe
+def _original_starts(q, k):
+    "Pixels above Otsu's threshold, and the strongest peaks, as scikit-image finds them"
+    from scipy.ndimage import maximum_filter
+    n,edges = np.histogram(q, 256)
+    mid,w = (edges[1:]+edges[:-1])/2,n.cumsum()
+    m,(w,rest) = (n*mid).cumsum(),(w[:-1],w[-1]-w[:-1])
+    t = mid[(w*rest*(m[:-1]/w-(m[-1]-m[:-1])/rest)**2).argmax()]
+    top = np.pad((maximum_filter(q, 3) == q)[1:-1,1:-1], 1)
+    return q > t,np.argwhere(top)[(-q[top]).argsort()[:k]]
+
+def original_boxes(
+    s, # (H,W) saliency map
+    k:int=4, # Number of parts
+    least:int=64, # Smallest side of a box, in pixels
+)->list:
+    "Objectives of the boxes that the original's way finds in a map: SciPy, scikit-learn, L-BFGS"
+    from scipy.ndimage import gaussian_filter
+    from sklearn.cluster import KMeans
+    from sklearn.preprocessing import minmax_scale
+    from interp_parts.classification_specific_parts import published_search
+    q = gaussian_filter(s, 5)**.7
+    mask,starts = _original_starts(q, k)
+    km = KMeans(k, init=minmax_scale(starts.astype(float)), n_init=1).fit(minmax_scale(np.argwhere(mask).astype(float)))
+    labels = np.full(q.shape, -1)
+    labels[mask] = km.labels_
+    return [-published_search(labels == i, q, least)[1].fun for i in range(k)]
+
+def _maps(n, size):
+    "Maps (n,H,W) of noise around five blobs each"
+    g = torch.Generator().manual_seed(0)
+    at,(power,width) = size*(.2+.6*torch.rand(2, n, 5, generator=g)),torch.rand(2, n, 5, generator=g)
+    y,x = ((torch.arange(size)-a[...,None])**2 for a in at)
+    blob = torch.exp(-(y[...,None]+x[:,:,None])/(2*(size*(.03+.1*width[...,None,None]))**2))
+    s = torch.randn(n, 3, size, size, generator=g).abs().mean(1)*(.1 + ((.3+.7*power[...,None,None])*blob).sum(1))
+    return s/s.amax((1,2), keepdim=True)
+
 def classification_specific_parts_cases(
     size:int=299, # Side of the images, in pixels
 )->dict:
-    "Propagation of a class's features back to the pixels beside a forward pass"
-    from interp_parts.saliency import input_gradients
+    "Propagation of a class's features back to the pixels beside a forward pass; boxes of maps, one map at a time"
+    from interp_parts.classification_specific_parts import find_boxes
+    from interp_parts.saliency import correct, input_gradients
     net = timm.create_model('inception_v3', num_classes=0).eval()
-    x,w = torch.randn(2,3,size,size),(torch.rand(2,2,2048) > .5).float()
+    x,w,maps = torch.randn(2,3,size,size),(torch.rand(2,2,2048) > .5).float(),_maps(6, size)
     def forward():
         with torch.no_grad(): return net(x)
+    least = round(64*size/299)
+    def plain(): return [original_boxes(s.numpy(), least=least) for s in maps]
+    def ours(): return [find_boxes(correct(s[None]), least=least, own_frame=True).objective[0].tolist() for s in maps]
     steps = dict(plain=forward, ours=lambda: input_gradients(net, x, w))
-    return {f'InceptionV3, B=2, {size} px, saliency': dict(limit=3.5, original=12.7, **steps)}
+    return {f'InceptionV3, B=2, {size} px, saliency': dict(limit=3.5, original=12.7, **steps),
+            f'{len(maps)} maps of {size} px, one by one: boxes': dict(limit=.1, original=1., plain=plain, ours=ours)}
 
 # %% ../nbs/22_benchmark.ipynb #b3a023c8
 cost_cases = dict(region_grouping=region_grouping_cases,

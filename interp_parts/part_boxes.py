@@ -4,17 +4,19 @@
 
 # %% auto #0
 __all__ = ['FEATURES', 'FEW_PEAKS', 'EMPTY', 'FLAT', 'NO_FEATURE', 'searches', 'find_peaks', 'pack', 'pixel_columns',
-           'scale_columns', 'lloyd', 'row_sums', 'row_borders', 'lloyd_rows', 'span', 'grow', 'best_stretch',
+           'scale_columns', 'lloyd', 'row_sums', 'row_borders', 'lloyd_rows', 'grow', 'best_stretch', 'best_box',
            'best_boxes', 'Found', 'cluster_pixels', 'find_boxes', 'cluster_maps']
 
 # %% ../nbs/14c_part_boxes.ipynb #b35f2e11
+import operator
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import combinations
 
 import cv2, numpy as np, torch, torch.nn.functional as F
 
 from .core import *
-from .saliency import by_image, minmax, salient
+from .saliency import by_image, compare, minmax, salient
 
 # %% ../nbs/14c_part_boxes.ipynb #dc694e7f
 def find_peaks(
@@ -22,16 +24,24 @@ def find_peaks(
     k:int, # How many, at most
 )->tuple:
     "Rows and columns (B,k,2) of the strongest local maxima, strongest first, and how many there are (B,)"
-    return by_image(lambda q: _peaks(q, k), q)
+    if q.device.type != 'cpu': return _peaks(q, k)
+    return by_image(lambda q: _peaks_of(q[0].numpy(), k), q)
 
-def _is_top(q):
-    "Which pixels (B,H-2,W-2) inside the border are none smaller than their eight neighbours"
-    if q.device.type != 'cpu': top = F.max_pool2d(q[:,None], 3, 1)[:,0]
-    else: top = torch.from_numpy(np.stack([cv2.dilate(v, np.ones((3,3), np.uint8))[1:-1,1:-1] for v in q.numpy()]))
-    return q[:,1:-1,1:-1] == top
+def _peaks_of(q, k):
+    "The peaks of one map, by OpenCV"
+    top = cv2.dilate(q, None) == q
+    top[[0,-1]] = top[:,[0,-1]] = False
+    at = np.flatnonzero(top)
+    v = q.ravel()[at]
+    at = at[(-v).argsort(kind='stable')[:min(k, np.count_nonzero(v > q.min()))]]
+    yx = np.zeros((1,k,2), np.int64)
+    yx[0,:len(at),0],yx[0,:len(at),1] = divmod(at, q.shape[1])
+    return torch.from_numpy(yx),torch.tensor([len(at)])
 
 def _peaks(q, k):
-    score = torch.where(_is_top(q), q[:,1:-1,1:-1], -torch.inf)
+    "The peaks of a batch"
+    inner = q[:,1:-1,1:-1]
+    score = torch.where(inner == F.max_pool2d(q[:,None], 3, 1)[:,0], inner, -torch.inf)
     rows = score.amax(2).topk(min(k, score.shape[1]), 1).indices                   # the k best are in the k best rows
     best = score.gather(1, rows[...,None].expand(-1, -1, score.shape[2])).flatten(1)
     k0 = min(k, best.shape[1])
@@ -128,129 +138,148 @@ def lloyd(
     return _near(c, z1).max(1).indices,c
 
 # %% ../nbs/14c_part_boxes.ipynb #af41dfe8
-_HIGH = 40 # Bits from here on hold the count, those below the sum of columns
+_ONE = 2.**23 # What a pixel adds to a row's sum, beside its column
 
 def row_sums(
-    mask:np.ndarray, # (B,H,W) which pixels take part
+    mask:np.ndarray, # (H,W) which pixels take part; at most 4096 columns
 )->np.ndarray:
-    "Number (from bit 40 on) and sum of columns (below) of the pixels left of each column, (B,H,W+1) int64"
-    (b,h,w),one = mask.shape,(1<<_HIGH)+np.arange(mask.shape[2])
-    out = np.zeros((b,h,w+1), np.int64)
-    for m,o in zip(mask, out): np.cumsum(m*one, 1, out=o[:,1:])
-    return out
+    "Number, times 2^23, plus sum of columns of the pixels left of each column, (H,W+1)"
+    one = (_ONE+np.arange(mask.shape[1])).astype(np.float32)
+    return np.diff(cv2.integral(mask*one), axis=0)
 
 @lru_cache(8)
-def _rows(h): return np.stack([-np.arange(h), np.ones(h)])
+def _columns(n): return np.stack([np.ones(n), -np.arange(n)])
 
 def row_borders(
-    c:np.ndarray, # (B,K,2) centres from left to right: row and column
-    weight:np.ndarray, # (B,2) of squared distances along rows and columns
+    c, # K centres (row, column) from left to right
+    weight, # Of squared distances along rows and columns
     h:int, # Number of rows
     w:int, # Number of columns
 )->np.ndarray:
-    "Column (B,K,H) where each cluster ends in each row, and the next one begins"
-    line,ends,far = np.empty((*c.shape[:2],3)),np.full((*c.shape[:2],h), float(w)),-np.inf
-    line[...,:2] = c*weight[:,None]
-    line[...,2] = (c*line[...,:2]).sum(2)/2
-    d = line[:,None]-line[:,:,None]
-    cross = (d[...,::2]/np.maximum(d[...,1:2], 1e-200))@_rows(h)                   # centres in one column: whole rows
-    for l in range(c.shape[1]-1):
-        far = np.maximum(far, cross[:,l,l+1:])
-        ends[:,l],far = far.min(1),far[:,1:]
+    "Column (K-1,H) where each cluster but the last ends in each row, and the next one begins"
+    (v,u),k = weight,len(c)
+    lines = [(v*y, u*x, (v*y*y+u*x*x)/2) for y,x in c]
+    pairs = [((s-r)/(b-a or 1e-200), (q-p)/(b-a or 1e-200)) for (p,a,r),(q,b,s) in combinations(lines, 2)]
+    cross = np.array(pairs).reshape(-1, 2)@_columns(h)                             # centres in one column: whole rows
+    ends,far,at = np.empty((k-1,h)),cross[:k-1],k-1
+    for i in range(k-1):
+        np.minimum.reduce(far, out=ends[i])
+        far = np.maximum(far[1:], cross[at:at+k-2-i])
+        at += k-2-i
     return np.minimum(np.maximum(np.ceil(ends, out=ends), 0, out=ends), w, out=ends).astype(np.int64)
 
 # %% ../nbs/14c_part_boxes.ipynb #0a92c7d9
-def _refill_rows(sums, c, weight, mask):
-    "Give empty clusters of one image the pixels that are farthest from their centres; changes `sums` (K,3)"
+def _refill_rows(sums, c, ids, weight, mask):
+    "Give empty clusters, by number, the pixels that are farthest from their centres: new sums (K,3)"
     at = np.flatnonzero(mask)                                                  # three times as fast as mask.nonzero()
     y = at//mask.shape[1]; x = at-y*mask.shape[1]
     far = np.full(len(y), np.inf)
     for a,b in c: np.minimum(far, weight[0]*(y-a)**2 + weight[1]*(x-b)**2, out=far)
-    for e in np.flatnonzero(sums[:,0] == 0):
-        if not (far > 0).any(): return
+    sums = np.array(sums)
+    for e in sorted(np.flatnonzero(sums[:,0] == 0), key=ids.__getitem__):
+        if not (far > 0).any(): break
         i = far.argmax(); p = (1,y[i],x[i])
         sums[((p[1:]-c)**2@weight).argmin()] -= p; sums[e] = p; far[i] = 0
+    return sums.tolist()
 
-def _sums_of(left, ends, live):
-    "Number, sum of rows and sum of columns (B,K,3) of clusters from left to right, in the images `live`"
-    h,w = left.shape[1:]
-    s = left.take(ends + w*(h*live[:,None] + np.arange(h))[:,None])
-    total,out = s.sum(2),np.empty((*s.shape[:2],3), np.int64)
-    out[...,0],out[...,1],out[...,2] = total>>_HIGH,(s>>_HIGH)@np.arange(h),total & (1<<_HIGH)-1
-    out[:,1:] -= out[:,:-1].copy()
-    return out
+def _moments(s):
+    "Number, sum of rows and sum of columns of what has the row sums `s` (K,H), K times three"
+    n = np.floor(s*(1/_ONE))@_columns(s.shape[1]).T
+    return [(m, -y, a-_ONE*m) for a,(m,y) in zip(s.sum(1).tolist(), n.tolist())]
 
 def lloyd_rows(
-    mask:np.ndarray, # (B,H,W) which pixels take part
-    starts:np.ndarray, # (B,K,2) first centres: row and column
-    weight:np.ndarray, # (B,2) of squared distances along rows and columns
-    tol:np.ndarray, # (B,) movement of the centres, squared and weighed, at which to stop
+    mask:np.ndarray, # (H,W) which pixels take part; at most 4096 columns
+    starts:np.ndarray, # (K,2) first centres: row and column
+    weight, # Of squared distances along rows and columns
+    tol:float, # Movement of the centres, squared and weighed, at which to stop
     iters:int=300, # At most
 )->tuple:
-    "Cluster (B,H,W) of each pixel, -1 where there is none, and centres (B,K,2)"
-    left,c,live = row_sums(mask),starts.copy(),np.arange(len(mask))
+    "Cluster (H,W) of each pixel, -1 where there is none, and centres (K,2)"
+    left,(v,u) = row_sums(mask),(float(a) for a in weight)
+    begin,every = np.arange(0, left.size, left.shape[1]),_moments(left[None,:,-1])
+    c = [(x,y,i) for i,(y,x) in enumerate(starts.tolist())]
     for _ in range(iters):
-        own,old = weight[live],c[live]
-        at = np.arange(len(live))[:,None],old[...,1].argsort(1, kind='stable')
-        sums = np.empty((*old.shape[:2],3), np.int64)
-        sums[at] = _sums_of(left, row_borders(old[at], own, *mask.shape[1:]), live)
-        for i in np.flatnonzero((sums[...,0] == 0).any(1)): _refill_rows(sums[i], old[i], own[i], mask[live[i]])
-        c[live] = new = np.where(sums[...,:1] > 0, sums[...,1:]/np.maximum(sums[...,:1], 1), old)
-        live = live[((new-old)**2*own[:,None]).sum((1,2)) > tol[live]]
-        if not len(live): break
-    return _paint(c, weight, mask),c
+        c.sort()
+        old = [(y,x) for x,y,_ in c]
+        upto = [(0,0,0)] + _moments(left.take(row_borders(old, (v,u), *mask.shape)+begin)) + every
+        sums = [(n-m, b-a, q-p) for (m,a,p),(n,b,q) in zip(upto, upto[1:])]
+        if not all(n for n,_,_ in sums): sums = _refill_rows(sums, np.array(old), [i for _,_,i in c], (v,u), mask)
+        c = [(p/n, q/n, i) if n else (x, y, i) for (n,q,p),(x,y,i) in zip(sums, c)]
+        if sum(u*(x-p)**2+v*(y-q)**2 for (x,y,_),(q,p) in zip(c, old)) <= tol: break
+    c.sort()
+    return _paint(c, (v,u), mask),np.array([(y,x) for x,y,_ in sorted(c, key=lambda p: p[2])])
 
 def _paint(c, weight, mask):
-    "Cluster (B,H,W) int16 of each pixel"
-    ids,out = c[...,1].argsort(1, kind='stable'),np.empty(mask.shape, np.int16)
-    n = np.diff(row_borders(c[np.arange(len(c))[:,None],ids], weight, *mask.shape[1:]), axis=1, prepend=0)
-    for i,m in enumerate(mask):
-        number = np.tile(ids[i]+1, len(m)).astype(np.int16)
-        out[i] = np.repeat(number, n[i].T.ravel()).reshape(m.shape)*m
-    return out-np.int16(1)
+    "Cluster (H,W) int16 of each pixel; `c` are column, row and number of the centres, from left to right"
+    (h,w),k = mask.shape,len(c)
+    n,number = np.full((k,h), w),np.array([i+1 for _,_,i in c]*h, np.int16)
+    n[:-1] = row_borders([(y,x) for x,y,_ in c], weight, h, w)
+    n[1:] -= n[:-1].copy()
+    return np.repeat(number, n.T.ravel()).reshape(h, w)*mask - np.int16(1)
 
 # %% ../nbs/14c_part_boxes.ipynb #fc332a9b
-def span(
-    on:torch.Tensor, # (...,L) bool
-)->tuple:
-    "Index of the first, and behind the last, that is on; zeros if none is"
-    some,on = on.any(-1),on.to(torch.uint8)
-    return torch.where(some, on.argmax(-1), 0),torch.where(some, on.shape[-1]-on.flip(-1).argmax(-1), 0)
-
 def grow(
-    lo:torch.Tensor, # First pixel
-    hi:torch.Tensor, # Behind the last pixel
+    lo:int, # First pixel
+    hi:int, # Behind the last pixel
     least:int, # Length that is wanted
     n:int, # Length that there is
 )->tuple:
-    "Stretches lengthened to `least` around their middle, moved and cut to stay in [0,n)"
-    more = (least-(hi-lo)).clamp_min(0)
-    lo,hi = lo - torch.div(more, 2, rounding_mode='floor'),hi + more - torch.div(more, 2, rounding_mode='floor')
-    move = (-lo).clamp_min(0) - (hi-n).clamp_min(0)
-    return (lo+move).clamp(0, n),(hi+move).clamp(0, n)
+    "A stretch lengthened to `least` around its middle, moved and cut to stay in [0,n)"
+    size = min(n, max(least, hi-lo))
+    lo = min(n-size, max(0, lo - (max(least, hi-lo)-(hi-lo))//2))
+    return lo,lo+size
 
 def best_stretch(
-    sums:torch.Tensor, # (M,L) sums across the area, along its longer side
-    start:torch.Tensor, # (M,) where the area begins
-    length:torch.Tensor, # (M,) and how long it is
-    short:torch.Tensor, # (M,) its shorter side
+    sums:np.ndarray, # (L,) sums across the area, along its longer side
+    short:int, # Its shorter side
 )->tuple:
-    "Begin, end and objective (M,) of the stretch of at least `short` that is best; there is nothing outside the area"
-    S = F.pad(sums.double().cumsum(1), (1,0))
-    room = length-short
-    e = torch.arange(int(room.max())+1, device=sums.device)
-    at = lambda i: S.gather(1, i.clamp_max(S.shape[1]-1))
-    begin,end = at(start[:,None]+e),at((start+short)[:,None] + torch.arange(2*len(e)-1, device=sums.device))
-    value = (end.unfold(1, len(e), 1)-begin[:,:,None]).mul_((short[:,None]/(short[:,None]+e)).double()[:,None])
-    first = value.amax(2).argmax(1)
-    best,longer = value[torch.arange(len(S), device=sums.device),first].max(1)
-    i = start+first; j = i+short+longer
-    return i,j,best/S[:,-1].clamp_min(1e-300)
+    "Begin, end and objective of the best stretch of at least `short`"
+    n = len(sums)-short+1
+    S = np.zeros(len(sums)+n)
+    np.cumsum(sums, out=S[1:len(sums)+1])
+    S[len(sums)+1:] = S[len(sums)]                                              # there is nothing outside the area
+    value = np.ndarray((n,n), buffer=S, offset=8*short, strides=(8,8)) - S[:n,None]  # ends to the right, begins down
+    value *= short/np.arange(short, short+n)
+    i,more = divmod(int(value.argmax()), n)
+    return i,i+short+more,value[i,more]/max(S[-1], 1e-300)
 
-def _region_sums(regions, q):
-    A = minmax(q, (1,2)).clamp_min(1e-12)
-    parts = [A*m.view(torch.uint8).to(A.dtype) for m in regions.unbind(1)]  # bytes: four times as fast as bool
-    return torch.stack([p.sum(2) for p in parts], 1),torch.stack([p.sum(1) for p in parts], 1)
+def best_box(
+    rect, # x, y, w, h of the region
+    size, # Height and width of the map
+    least:int, # Smallest side, in pixels
+    sums, # `(slice, slice, axis) -> (L,)`, sums of the region's saliency in an area along an axis
+)->tuple:
+    "The best box x, y, w, h of a region, and its objective"
+    x,y,w,h = rect
+    (y0,y1),(x0,x1) = (grow(a, a+l, max(1, least), n) for a,l,n in zip((y,x), (h,w), size))
+    tall = y1-y0 >= x1-x0
+    i,j,value = best_stretch(sums(slice(y0, y1), slice(x0, x1), int(not tall)), min(y1-y0, x1-x0))
+    return (x0, y0+i, x1-x0, j-i, value) if tall else (x0+i, y0, j-i, y1-y0, value)
+
+def _boxes_of(regions, q, least):
+    "Boxes and objectives (1,K,5) of one map, by OpenCV"
+    q = q[0].numpy()
+    lo,hi,_,_ = cv2.minMaxLoc(q)
+    def one(m):
+        def sums(y, x, axis):
+            part = cv2.copyTo(np.maximum(q[y,x]-lo, 1e-12*(hi-lo or 1)), m[y,x])
+            return cv2.reduce(part, 1-axis, cv2.REDUCE_SUM).ravel()
+        return best_box(cv2.boundingRect(m), q.shape, least, sums)
+    return torch.from_numpy(np.array([[one(m) for m in regions[0].numpy().view(np.uint8)]]))
+
+def _extent(v):
+    "Index of the first that is not 0, and length up to the last"
+    on = np.flatnonzero(v)
+    return (on[0],on[-1]+1-on[0]) if len(on) else (0,0)
+
+def _boxes_of_batch(regions, q, least):
+    "The same (B,K,5) of a batch, whose sums are made on its device"
+    parts = minmax(q, (1,2)).clamp_min(1e-12)[:,None]*regions
+    def one(rows, cols):
+        (y,h),(x,w) = _extent(rows),_extent(cols)
+        return best_box((x,y,w,h), regions.shape[2:], least, lambda y,x,axis: cols[x] if axis else rows[y])
+    found = [one(*v) for v in zip(*(parts.sum(d).flatten(0,1).cpu().numpy() for d in (3,2)))]
+    return torch.tensor(found, dtype=torch.float64, device=q.device).view(*regions.shape[:2], 5)
 
 def best_boxes(
     regions:torch.Tensor, # (B,K,H,W) bool
@@ -258,13 +287,9 @@ def best_boxes(
     least:int=0, # Smallest side, in pixels
 )->tuple:
     "The best box (B,K,4) x, y, w, h of each region, and its objective (B,K)"
-    (b,k,h,w),(rows,cols) = regions.shape,(v.flatten(0,1) for v in by_image(_region_sums, regions, q))
-    (y0,y1),(x0,x1) = (grow(*span(v > 0), least, n) for v,n in ((rows,h),(cols,w)))
-    tall,side = (y1-y0) >= (x1-x0),max(h, w)
-    sums = torch.where(tall[:,None], F.pad(rows, (0,side-h)), F.pad(cols, (0,side-w)))
-    i,j,value = best_stretch(sums, torch.where(tall, y0, x0), torch.maximum(y1-y0, x1-x0), torch.minimum(y1-y0, x1-x0))
-    y0,y1,x0,x1 = torch.where(tall, i, y0),torch.where(tall, j, y1),torch.where(tall, x0, i),torch.where(tall, x1, j)
-    return torch.stack([x0, y0, x1-x0, y1-y0], 1).view(b,k,4).to(q.dtype),value.view(b,k)
+    if q.device.type != 'cpu': found = _boxes_of_batch(regions, q, least)
+    else: found = by_image(lambda *a: _boxes_of(*a, least), regions, q)
+    return found[...,:4].to(q.dtype),found[...,4]
 
 # %% ../nbs/14c_part_boxes.ipynb #7ae361b8
 FEW_PEAKS,EMPTY,FLAT,NO_FEATURE = 1,2,4,8
@@ -291,22 +316,27 @@ def _cluster_all(q, mask, yx, colors, features, own_frame):
     labels.scatter_(1, torch.where(filled, where, q[0].numel()), lab.to(torch.int16))
     return labels[:,:-1].view(q.shape),first.transpose(1,2),c
 
-def _frame(n):
-    "First place, length and (scaled) variance of the places with counts `n`"
-    on = np.flatnonzero(n)
-    if not len(on): return 0.,0.,0.
-    x = (np.arange(len(n))-on[0])/max(1, on[-1]-on[0])
-    return on[0],on[-1]-on[0],n@x**2/n.sum() - (n@x/n.sum())**2
+def _unit(side): return [1/v if v else 0. for v in side.tolist()]
 
-def _cluster_rows(mask, yx, own_frame):
-    "The same by place, row by row"
-    mask,raw = mask.numpy(),yx.numpy()
-    lo,side,var = np.moveaxis(np.array([[_frame(np.count_nonzero(m, d)) for d in (1,0)] for m in mask]), 2, 0)
-    by = np.divide(1, side, where=side > 0, out=np.zeros_like(side))
-    at,size = (raw.min(1),np.ptp(raw, 1)) if own_frame else (lo,side)
-    first = (raw-at[:,None])*np.divide(1, size, where=size > 0, out=np.zeros(size.shape))[:,None]
-    labels,c = lloyd_rows(mask, lo[:,None]+first*side[:,None], by**2, 1e-4*var.mean(1))
-    return (torch.from_numpy(a) for a in (labels, first, (c-lo[:,None])*by[:,None]))
+def _spread(mask, by):
+    "Mean variance of the rows and columns of the pixels, scaled by `by`"
+    out = 0.
+    for d,f in zip((1,0), by):
+        n = cv2.reduce(mask, d, cv2.REDUCE_SUM, dtype=cv2.CV_32S).ravel()/max(1, np.count_nonzero(mask))
+        at = f*np.arange(len(n))
+        out += n@(at-n@at)**2/2
+    return out
+
+def _cluster_map(mask, yx, own_frame):
+    "The same by place, row by row, of one map"
+    x,y,w,h = cv2.boundingRect(mask.view(np.uint8))
+    h,w = max(1, h),max(1, w)
+    labels,inside,side = np.full(mask.shape, -1, np.int16),np.s_[y:y+h,x:x+w],np.array([h-1,w-1])
+    by = _unit(side)
+    first = (yx-yx.min(0))*_unit(np.ptp(yx, 0)) if own_frame else (yx-(y,x))*by
+    tol = 1e-4*_spread(mask[inside].view(np.uint8), by)
+    labels[inside],c = lloyd_rows(mask[inside], first*side, [f*f for f in by], tol)
+    return tuple(torch.from_numpy(v)[None] for v in (labels, first, c*by))
 
 def cluster_pixels(
     q:torch.Tensor, # (B,H,W) corrected saliency
@@ -319,18 +349,15 @@ def cluster_pixels(
     "Labels (B,H,W), starts (B,K,2), their columns (B,K,d), centres (B,K,d), and which images have too few peaks (B,)"
     yx,n = find_peaks(q, k)
     few = n < k
-    for i in few.nonzero()[:,0].tolist(): yx[i] = _more_starts(q[i], mask[i], yx[i], n[i])
-    if set(features) == {'coords'} and mask.device.type == 'cpu': labels,first,c = _cluster_rows(mask, yx, own_frame)
-    else: labels,first,c = _cluster_all(q, mask, yx, colors, features, own_frame)
+    for i in [i for i,f in enumerate(few.tolist()) if f]: yx[i] = _more_starts(q[i], mask[i], yx[i], n[i])
+    if set(features) != {'coords'} or q.device.type != 'cpu' or q.shape[2] > 4096:
+        labels,first,c = _cluster_all(q, mask, yx, colors, features, own_frame)
+    else: labels,first,c = by_image(lambda m,yx: _cluster_map(m[0].numpy(), yx[0].numpy(), own_frame), mask, yx)
     return labels,yx,first.to(q.dtype),c.to(q.dtype),few
 
 def _middle(q, n): # K boxes half as wide and high as the image
     h,w = q.shape[1:]
     return torch.tensor([w//4, h//4, w//2, h//2], dtype=q.dtype, device=q.device).expand(len(q), n, 4)
-
-def _equal(a, value):
-    "a == value, by way of float32, which is three times as fast"
-    return torch.eq(a, value, out=torch.empty(a.shape, device=a.device)).bool()
 
 searches = dict(exact=best_boxes)
 
@@ -350,17 +377,21 @@ def find_boxes(
     if k < 1: raise ConfigError('--n-parts', k, 'at least 1')
     q = q.detach() if q.dtype == torch.float64 else q.detach().float()
     flat = q.amax((1,2)) <= q.amin((1,2))
-    mask = salient(q, threshold, inclusive) | flat[:,None,None]
+    mask = salient(q, threshold, inclusive)
+    if flat.any(): mask = mask | flat[:,None,None]
     labels,yx,_,centers,few = cluster_pixels(q, mask, k, colors, features, own_frame)
-    regions = torch.stack([_equal(labels, i) for i in range(k)] + [mask]*whole, 1)
+    regions = compare(operator.eq, labels[:,None], torch.arange(k, dtype=torch.int16, device=q.device)[:,None,None])
+    if whole: regions = torch.cat([regions, mask[:,None]], 1)
     found = regions.view(torch.uint8).amax((2,3)) > 0
     if not found.all(): regions = torch.where(found[...,None,None], regions, mask[:,None])
     side = least if isinstance(least, int) else round(least*min(q.shape[1:]))
     boxes,value = pick(search, searches, 'search')(regions, q, side)
-    boxes = torch.where(flat[:,None,None], _middle(q, boxes.shape[1]), boxes)
-    if flat.any(): labels = labels.masked_fill(flat[:,None,None], -1)
-    flags = torch.where(flat, FLAT, FEW_PEAKS*few + EMPTY*(~found).any(1))
-    return Found(boxes, labels, value, flags, found & ~flat[:,None], yx, centers)
+    flags = FEW_PEAKS*few + EMPTY*(~found).any(1)
+    if flat.any():
+        boxes = torch.where(flat[:,None,None], _middle(q, boxes.shape[1]), boxes)
+        labels,flags = labels.masked_fill(flat[:,None,None], -1),flags.masked_fill(flat, FLAT)
+        found = found & ~flat[:,None]
+    return Found(boxes, labels, value, flags, found, yx, centers)
 
 # %% ../nbs/14c_part_boxes.ipynb #3a3f267d
 def cluster_maps(
