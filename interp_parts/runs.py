@@ -267,10 +267,12 @@ def visualize_run(
     "Write RUN/visualization and RUN/report.html; returns the page"
     if n < 1: raise ConfigError('--n', n, 'at least 1')
     learn = load_run(run, pick_device(device))
-    df = run_rows(learn.config, path)
+    df = run_rows(learn.config, path, run)
     rows = split_rows(df, ('test','eval','valid','train'))
     rows = rows.sample(min(n, len(rows)), random_state=seed).sort_index()
     save_visualization(run, learn.items(rows), learn.dls.vocab, n, learn.dls.multi)
+    own = get_method(learn.config['method']).pictures
+    if own: own(learn, df, rows, Path(run)/'visualization')
     return write_report(run)
 
 # %% ../nbs/30a_runs.ipynb #98af3e13
