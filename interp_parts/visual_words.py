@@ -7,7 +7,8 @@ __all__ = ['recipes', 'Worded', 'VisualWords', 'visual_words_learner', 'original
            'create_learner', 'part_table', 'check_table', 'part_dls', 'load_image', 'PartBatches', 'fit_run',
            'seed_everything', 'run_config', 'save_run', 'load_run', 'BaseModel', 'load_base', 'base_attention',
            'nearest_patches', 'project_words', 'used_words', 'needless_words', 'drop_words', 'cached_activations',
-           'fit_last', 'word_plan', 'WordPhases', 'WordLoss']
+           'fit_last', 'word_plan', 'WordPhases', 'WordLoss', 'word_gallery', 'word_list', 'word_table',
+           'explain_image', 'word_pictures', 'save_words', 'write_projection', 'write_nearest']
 
 # %% ../nbs/12_visual_words.ipynb #613a5896
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ from .backbones import *
 from .training import *
 from .base_model import *
 from .word_layer import *
+from .word_pictures import *
 from .word_projection import *
 from .word_scores import word_scores
 from .word_training import *
@@ -30,7 +32,8 @@ from .word_training import *
 _all_ = ['PartLearner', 'create_learner', 'part_table', 'check_table', 'part_dls', 'load_image', 'PartBatches',
          'fit_run', 'seed_everything', 'run_config', 'save_run', 'load_run', 'BaseModel', 'load_base', 'base_attention',
          'nearest_patches', 'project_words', 'used_words', 'needless_words', 'drop_words',
-         'cached_activations', 'fit_last', 'word_plan', 'WordPhases', 'WordLoss']
+         'cached_activations', 'fit_last', 'word_plan', 'WordPhases', 'WordLoss', 'word_gallery', 'word_list', 'word_table',
+         'explain_image', 'word_pictures', 'save_words', 'write_projection', 'write_nearest']
 
 # %% ../nbs/12_visual_words.ipynb #ed5a2462
 @dataclass
@@ -235,7 +238,7 @@ recipes = dict(pets_res34=_recipe('pets', 37, f'{_state}; published: 86.21 %, fr
                **{f'{name}_res34':_recipe(name, k, _guess) for name,k in _others.items()},
                own_classifier=_own)
 register(visual_words_learner, VisualWords, recipes, 'similarities to patches of training images (LVW; ProtoPNet)',
-         scores=word_scores, base='classifier')
+         scores=word_scores, base='classifier', pictures=word_pictures)
 
 # %% ../nbs/12_visual_words.ipynb #28a67039
 _theirs = dict(backbone='features', add_on='add_on_layers', words='prototype_vectors', last='last_layer')
