@@ -208,8 +208,9 @@ def _train(method, run, s, resume, say):
     if read_state(run) is None:
         save_tensors(run/'state'/'initial.safetensors', learn.model)
         write_json(run/'settings.json', _identity(method, s)); write_json(run/'config.json', config)
+        write_json(run/'state'/'initial.json', learn.model.config)
     fit_run(learn, s['epochs'], run, resume, save_every=s['save_every'], **s['fit'])
-    save_run(learn, run, dict(config, seconds=round(time.time()-start, 1)))
+    save_run(learn, run, dict(config, model=learn.model.config, seconds=round(time.time()-start, 1)))
     write_model_card(run)
     if line := bad_image_line(df, late_bad_images(d)): say(line)
 
@@ -227,6 +228,9 @@ def _untrained(learn, run):
     "The learner with the weights before its first step"
     f = Path(run)/'state'/'initial.safetensors'
     if not f.exists(): return None
+    begun = read_json(f.with_suffix('.json')) if f.with_suffix('.json').exists() else learn.config['model']
+    if begun != learn.config['model']: # a training may drop parts
+        learn.model = get_method(learn.config['method']).model(**begun).to(learn.dls.device)
     load_tensors(f, learn.model)
     return learn
 

@@ -449,6 +449,8 @@ def fit_run(
         with stops_gently(save) if run else nullcontext():
             learn.fit(epochs, lrs, cbs=cbs + ([Resume(run)] if state else []), start_epoch=start)
     elif state: load_tensors(Path(run)/'state'/state['files']['model'], learn.model)
+    for c in learn.cbs:
+        if hasattr(type(c), 'finish'): c.finish()
     return learn
 
 # %% ../nbs/04_training.ipynb #b61c0a61

@@ -185,6 +185,7 @@ def visual_words_learner(
     weight_decay:float=0., # Of backbone and added layers, coupled as in Adam
     reset:bool=False, # Fresh optimiser for the joint phase, as published?
     distinct:bool=None, # A patch of its own for each word? Default: unless `compat`
+    prune:bool=False, # Drop words that nobody needs when all is done?
     pretrained:bool=True, # Download the backbone's weights?
     weights:str=None, # Backbone weights in a local file
     freeze_early:bool=None, # Keep the stages up to stride 4? Default: if they are pretrained
@@ -212,7 +213,7 @@ def visual_words_learner(
     loss = WordLoss(class_specific, cluster, separation, l1, attend*sees, top or min(10, len(model.words)), compat)
     phases = WordPhases(warm, start, every, last_epochs, last_lr, step, gamma, weight_decay, reset,
                         not compat if distinct is None else distinct, model.config['last'] != 'blocks', compat,
-                        attend_warm)
+                        attend_warm, prune)
     learn = part_learner(dls, model, cbs=[loss, phases, *(cbs or [])])
     learn.base = base
     look = _attend(learn, base, attention, compat) if sees else _cams(base) if base else None
