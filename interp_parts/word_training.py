@@ -17,7 +17,7 @@ from .core import *
 from .training import *
 from .word_layer import (attention_loss, cluster_loss, nearest_maps, nearest_words, own_cluster_loss,
                                      resize_maps, weight_norm)
-from .word_projection import n_distinct, project_words
+from .word_projection import drop_words, n_distinct, needless_words, project_words, used_words
 
 # %% ../nbs/12d_word_training.ipynb #e0684b91
 class WordLoss(LossTerms):
@@ -190,10 +190,12 @@ class WordPhases(Callback):
         train_last:bool=False, # Train the last layer in the other phases too?
         bn_train:bool=False, # Let batch norm drift where the backbone rests, as published?
         attend_warm:bool=False, # Attention term in the warm epochs too?
+        prune:bool=False, # Drop needless words when all is done?
     ):
         self.timing,self.falls = dict(warm=warm, start=start, every=every),(step,gamma)
         self.last,self.weight_decay,self.reset = dict(epochs=last_epochs, lr=last_lr),weight_decay,reset
         self.distinct,self.train_last,self.bn_train,self.attend_warm = distinct,train_last,bn_train,attend_warm
+        self.prune = prune
 
     def before_train(self):
         self.plan,m = word_plan(self.n_epoch, **self.timing),self.learn.model
@@ -223,6 +225,20 @@ class WordPhases(Callback):
     def after_fit(self):
         for p in getattr(self, 'free', []): p.requires_grad_(True)
 
+    def finish(self):
+        "Drop needless words, and fit the last layer to those that stay"
+        m,l = self.learn.model,self.learn.word_loss
+        if not self.prune: return
+        why,n = needless_words(m, used_words(m, self.images(), l.top)),len(m.words)
+        reasons = [r.removesuffix(' of') for r,_ in why.values()]
+        said = ', '.join(f'{reasons.count(r)} {r}' for r in dict.fromkeys(reasons))
+        print(f'{len(why)} of {n} words are needless' + f' ({said})'*bool(why))
+        if not 0 < len(why) < n: return
+        drop_words(m, why)
+        vars(self).pop('free', None) # the parameters are others now
+        l.top,self.learn.opt = min(l.top, n-len(why)),None
+        self._on_table(torch.optim.Adam([m.last.weight], lr=self.last['lr']), 0)
+
     def images(self):
         "The training images as they are, in order"
         d = self.dls
@@ -240,14 +256,14 @@ class WordPhases(Callback):
         "Fit the last layer, with the learner's own optimiser"
         old = [dict(lr=h['lr'], wd=h.get('wd', 0.)) for h in self.opt.hypers]
         self.opt.set_hypers(lr=self.last['lr'], wd=0.)
-        self._through_network() if self.bn_train else self._on_table()
+        self._through_network() if self.bn_train else self._on_table(self.opt, self.epoch)
         for k in ('lr','wd'): self.opt.set_hypers(**{k:[o[k] for o in old]})
 
-    def _on_table(self):
+    def _on_table(self, opt, seed):
         l,m = self.learn.word_loss,self.learn.model
         a,y = cached_activations(m, self.images(), getattr(self.dls.train.dataset, 'flip', 0) > 0)
-        fit_last(m.last.weight, a, y, self.opt, self.learn.loss_func, self.last['epochs'], 2*self.dls.bs,
-                 l.weights['l1'], l.classes, self.epoch)
+        fit_last(m.last.weight, a, y, opt, self.learn.loss_func, self.last['epochs'], 2*self.dls.bs,
+                 l.weights['l1'], l.classes, seed)
 
     def _through_network(self):
         "As published: epochs over the training images, batch norm in training mode"
