@@ -186,6 +186,7 @@ def visual_words_learner(
     reset:bool=False, # Fresh optimiser for the joint phase, as published?
     distinct:bool=None, # A patch of its own for each word? Default: unless `compat`
     prune:bool=False, # Drop words that nobody needs when all is done?
+    keep:int=None, # Words that then stay at the most, those that say most for the right class
     pretrained:bool=True, # Download the backbone's weights?
     weights:str=None, # Backbone weights in a local file
     freeze_early:bool=None, # Keep the stages up to stride 4? Default: if they are pretrained
@@ -208,12 +209,13 @@ def visual_words_learner(
     if same: model.backbone.load_state_dict(base.model.backbone.state_dict())
     elif copied and options.get('features') is None:
         raise ConfigError('stage', options.get('stage'), f"that of the base model, {theirs.get('stage', 'final')}")
+    if keep is not None and keep < 1: raise ConfigError('keep', keep, 'at least 1')
     if top is not None: nearest_words(model.words[:,:1].T, top) # says so if there are not as many
     sees = (base is not None or attention is not None) and not class_specific and attend > 0
     loss = WordLoss(class_specific, cluster, separation, l1, attend*sees, top or min(10, len(model.words)), compat)
     phases = WordPhases(warm, start, every, last_epochs, last_lr, step, gamma, weight_decay, reset,
                         not compat if distinct is None else distinct, model.config['last'] != 'blocks', compat,
-                        attend_warm, prune)
+                        attend_warm, prune, keep)
     learn = part_learner(dls, model, cbs=[loss, phases, *(cbs or [])])
     learn.base = base
     look = _attend(learn, base, attention, compat) if sees else _cams(base) if base else None

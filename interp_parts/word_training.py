@@ -17,7 +17,7 @@ from .core import *
 from .training import *
 from .word_layer import (attention_loss, cluster_loss, nearest_maps, nearest_words, own_cluster_loss,
                                      resize_maps, weight_norm)
-from .word_projection import drop_words, n_distinct, needless_words, project_words, used_words
+from .word_projection import drop_words, n_distinct, needless_words, project_words, used_words, word_margins
 
 # %% ../nbs/12d_word_training.ipynb #e0684b91
 class WordLoss(LossTerms):
@@ -191,11 +191,12 @@ class WordPhases(Callback):
         bn_train:bool=False, # Let batch norm drift where the backbone rests, as published?
         attend_warm:bool=False, # Attention term in the warm epochs too?
         prune:bool=False, # Drop needless words when all is done?
+        keep:int=None, # Words that then stay at the most: the most helpful ones
     ):
         self.timing,self.falls = dict(warm=warm, start=start, every=every),(step,gamma)
         self.last,self.weight_decay,self.reset = dict(epochs=last_epochs, lr=last_lr),weight_decay,reset
         self.distinct,self.train_last,self.bn_train,self.attend_warm = distinct,train_last,bn_train,attend_warm
-        self.prune = prune
+        self.prune,self.keep = prune,keep
 
     def before_train(self):
         self.plan,m = word_plan(self.n_epoch, **self.timing),self.learn.model
@@ -226,18 +227,32 @@ class WordPhases(Callback):
         for p in getattr(self, 'free', []): p.requires_grad_(True)
 
     def finish(self):
-        "Drop needless words, and fit the last layer to those that stay"
-        m,l = self.learn.model,self.learn.word_loss
-        if not self.prune: return
-        why,n = needless_words(m, used_words(m, self.images(), l.top)),len(m.words)
+        "Drop needless words, then the least helpful ones; fit the last layer to those that stay"
+        m = self.learn.model
+        n = len(m.words)
+        if self.prune: self._drop(self._needless())
+        if self.keep and self.keep < len(m.words): self._drop(self._margins().argsort()[:-self.keep].tolist())
+        if len(m.words) < n: self._on_table(torch.optim.Adam([m.last.weight], lr=self.last['lr']), 0)
+
+    def _needless(self):
+        "Why each needless word is needless; none if all are"
+        m = self.learn.model
+        why = needless_words(m, used_words(m, self.images(), self.learn.word_loss.top))
         reasons = [r.removesuffix(' of') for r,_ in why.values()]
         said = ', '.join(f'{reasons.count(r)} {r}' for r in dict.fromkeys(reasons))
-        print(f'{len(why)} of {n} words are needless' + f' ({said})'*bool(why))
-        if not 0 < len(why) < n: return
-        drop_words(m, why)
+        print(f'{len(why)} of {len(m.words)} words are needless' + f' ({said})'*bool(why))
+        return why if len(why) < len(m.words) else {}
+
+    def _margins(self):
+        m = self.learn.model
+        return word_margins(m.last.weight.detach(), *cached_activations(m, self.images(), False))
+
+    def _drop(self, why):
+        if not why: return
+        drop_words(self.learn.model, why)
         vars(self).pop('free', None) # the parameters are others now
-        l.top,self.learn.opt = min(l.top, n-len(why)),None
-        self._on_table(torch.optim.Adam([m.last.weight], lr=self.last['lr']), 0)
+        l,self.learn.opt = self.learn.word_loss,None
+        l.top = min(l.top, len(self.learn.model.words))
 
     def images(self):
         "The training images as they are, in order"
