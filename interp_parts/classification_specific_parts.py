@@ -10,7 +10,8 @@ __all__ = ['published_settings', 'recipes', 'SmallView', 'Described', 'Classific
            'load_image', 'PartBatches', 'fit_run', 'seed_everything', 'run_config', 'save_run', 'load_run', 'CSParts',
            'PartPipeline', 'PartSettings', 'LinearSVM', 'fit_l1', 'fit_l2', 'fit_liblinear', 'LayerMap', 'find_boxes',
            'saliency', 'input_gradients', 'modes', 'read_part_locs', 'write_part_locs', 'read_features',
-           'write_features', 'explain_selection', 'show_selection', 'feature_shares']
+           'write_features', 'read_file_list', 'write_file_list', 'explain_selection', 'show_selection',
+           'feature_shares']
 
 # %% ../nbs/14_classification_specific_parts.ipynb #32d9fc43
 from dataclasses import dataclass
@@ -31,6 +32,7 @@ from .classifier import Classifier
 from .saliency import *
 from .part_boxes import *
 from .part_files import *
+from .file_lists import *
 from .part_order import *
 from .part_pipeline import *
 from .sparse_svm import *
@@ -41,6 +43,7 @@ _all_ = ['PartLearner', 'create_learner', 'part_table', 'check_table', 'part_dls
          'fit_run', 'seed_everything', 'run_config', 'save_run', 'load_run', 'CSParts', 'PartPipeline',
          'PartSettings', 'LinearSVM', 'fit_l1', 'fit_l2', 'fit_liblinear', 'LayerMap', 'find_boxes', 'saliency',
          'input_gradients', 'modes', 'read_part_locs', 'write_part_locs', 'read_features', 'write_features',
+         'read_file_list', 'write_file_list',
          'explain_selection', 'show_selection', 'feature_shares']
 
 # %% ../nbs/14_classification_specific_parts.ipynb #2c8149a2
@@ -107,7 +110,8 @@ class ClassificationSpecificParts(Classifier):
         self.config = config
         if compat and backbone.startswith('inception_v3') and features is None: published_inception(self.backbone.net)
         if small: self.backbone = SmallView(self.backbone, small)
-        if parts == 'keypoints': raise ConfigError('parts', parts, 'cs or random: a model sees no keypoint', _by_keypoints)
+        if parts == 'keypoints':
+            raise ConfigError('parts', parts, 'cs or random: a model sees no keypoint', _by_keypoints)
         own = ('n_parts','mode','selection','parts','shuffle','crops','sigma','gamma','c_select','c_final',
                'cross_fit','normalize','gate','whole','align','solver')
         self.settings = PartSettings(source='input', **{k:config[k] for k in own})

@@ -50,7 +50,7 @@ class PartSettings:
     seed:int=0 # Of folds, random boxes and shuffles
 
     def __post_init__(self):
-        if self.mode not in modes: importlib.import_module('interp_parts.classification_specific_parts') # the published ones
+        if self.mode not in modes: importlib.import_module('interp_parts.classification_specific_parts')
         known = dict(mode=modes, selection=SELECTIONS, parts=PART_SOURCES, crops=RESIZES,
                      solver=('torch','liblinear'), source=('file','input'))
         for name,options in known.items(): pick(getattr(self, name), options, name)
@@ -382,7 +382,7 @@ def final(self:PartPipeline)->LinearSVM:
 def describe(self:PartPipeline,
     rows:pd.DataFrame, # Rows of any table, with or without labels
 ):
-    "Yield by batch: features (B,K+1,D), what was found, boxes in pixels (B,K,4), the class that selected; parts in order"
+    "Yield by batch: features (B,K+1,D), what was found, boxes in pixels (B,K,4), the class looked for; parts in order"
     select = self.classifiers()[0]
     for x,b in self.batches(rows):
         with frozen(self.net), torch.no_grad(): f = pooled(self.net, x.to(self.device)).float().cpu()
