@@ -528,8 +528,11 @@ def save_run(
     run, # Folder of the run
     config:dict, # From `run_config`
 ):
-    "Write config.json and model.safetensors"
+    "Write config.json and model.safetensors, and the list of the split if it was drawn here"
     save_tensors(Path(run)/'model.safetensors', learn.model)
+    from interp_parts.classification_readers import write_split
+    table = getattr(learn.dls, 'table', None)
+    if table is not None and table.attrs.get('drawn'): write_split(table, Path(run)/'split.txt')
     write_json(Path(run)/'config.json', config)
 
 class BlankLoaders(DataLoaders):
