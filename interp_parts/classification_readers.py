@@ -37,7 +37,7 @@ def validation_split(
     chosen = set(train.image[random_split(label, part, seed) == 'test'])
     out = df.assign(split=df.split.mask((df.split == 'train') & df.image.isin(chosen), 'valid'))
     said = f"{df.attrs.get('protocol', '')}; {part:.0%} of each class's training images are validation, seed {seed}"
-    out.attrs = {**df.attrs, 'protocol':said}
+    out.attrs = {**df.attrs, 'protocol':said, 'drawn':True}
     return out
 
 # %% ../nbs/01e_classification_readers.ipynb #62173043
@@ -88,7 +88,7 @@ def use_split(
         raise DataError(path, f'no line for {len(lost)} of {len(df)} images: {_first(lost)}',
                         'the list of these images')
     out = df.assign(split=split)
-    out.attrs = {**df.attrs, 'protocol':f'split of the list {Path(path).name}'}
+    out.attrs = {**{k:v for k,v in df.attrs.items() if k != 'drawn'}, 'protocol':f'split of the list {Path(path).name}'}
     return out
 
 # %% ../nbs/01e_classification_readers.ipynb #b0a29a9e
@@ -161,7 +161,7 @@ def read_awa2(
     rows = _awa_rows(_need(root, 'JPEGImages', do='unpack AwA2-data.zip there'), classes)
     rows['split'] = random_split([classes[i] for i in rows.label], test, seed)
     df = _finish(rows, 'awa2', classes,
-                 f'image split drawn here, {test:.0%} of each class are test images, seed {seed}')
+                 f'image split drawn here, {test:.0%} of each class are test images, seed {seed}', drawn=True)
     if split_list: df = use_split(df, split_list)
     if valid: df = validation_split(df, valid, seed)
     return df if protocol == 'images' else hold_out_classes(df, _names(root/'testclasses.txt'))
@@ -366,6 +366,7 @@ def read_train_test(
     path, # Folder with train/ and test/, a folder a class in each
     valid:float=0., # Part of each class's training images that becomes `valid`, if there is no folder for them
     seed:int=0, # Of that choice
+    copies:bool=False, # May test images be copies of training images?
 )->pd.DataFrame:
     "The table of a folder with train/<class> and test/<class>"
     root = Path(os.path.abspath(path))
@@ -373,5 +374,5 @@ def read_train_test(
     if lost:
         raise DataError(root/lost[0], 'no such folder', 'train/<class> and test/<class>',
                         'use --data folder for class folders without a split')
-    df = read_folder(root)
+    df = read_folder(root, copies=copies)
     return validation_split(df, valid, seed) if valid else df

@@ -4,13 +4,14 @@
 
 # %% auto #0
 __all__ = ['published_settings', 'recipes', 'SmallView', 'Described', 'ClassificationSpecificParts', 'fit_parts', 'SixSteps',
-           'classification_specific_parts_learner', 'relative_corners', 'published_objective', 'published_minimum',
-           'lbfgs', 'published_search', 'published_rescale', 'published_crop', 'published_input', 'published_inception',
-           'PartLearner', 'create_learner', 'part_table', 'check_table', 'part_dls', 'load_image', 'PartBatches',
-           'fit_run', 'seed_everything', 'run_config', 'save_run', 'load_run', 'CSParts', 'PartPipeline',
-           'PartSettings', 'LinearSVM', 'fit_l1', 'fit_l2', 'fit_liblinear', 'LayerMap', 'find_boxes', 'saliency',
-           'input_gradients', 'modes', 'read_part_locs', 'write_part_locs', 'read_features', 'write_features',
-           'explain_selection', 'show_selection', 'feature_shares']
+           'classification_specific_parts_learner', 'write_parts', 'relative_corners', 'published_objective',
+           'published_minimum', 'lbfgs', 'published_search', 'published_rescale', 'published_crop', 'published_input',
+           'published_inception', 'PartLearner', 'create_learner', 'part_table', 'check_table', 'part_dls',
+           'load_image', 'PartBatches', 'fit_run', 'seed_everything', 'run_config', 'save_run', 'load_run', 'CSParts',
+           'PartPipeline', 'PartSettings', 'LinearSVM', 'fit_l1', 'fit_l2', 'fit_liblinear', 'LayerMap', 'find_boxes',
+           'saliency', 'input_gradients', 'modes', 'read_part_locs', 'write_part_locs', 'read_features',
+           'write_features', 'read_file_list', 'write_file_list', 'explain_selection', 'show_selection',
+           'feature_shares']
 
 # %% ../nbs/14_classification_specific_parts.ipynb #32d9fc43
 from dataclasses import dataclass
@@ -31,6 +32,7 @@ from .classifier import Classifier
 from .saliency import *
 from .part_boxes import *
 from .part_files import *
+from .file_lists import *
 from .part_order import *
 from .part_pipeline import *
 from .sparse_svm import *
@@ -41,6 +43,7 @@ _all_ = ['PartLearner', 'create_learner', 'part_table', 'check_table', 'part_dls
          'fit_run', 'seed_everything', 'run_config', 'save_run', 'load_run', 'CSParts', 'PartPipeline',
          'PartSettings', 'LinearSVM', 'fit_l1', 'fit_l2', 'fit_liblinear', 'LayerMap', 'find_boxes', 'saliency',
          'input_gradients', 'modes', 'read_part_locs', 'write_part_locs', 'read_features', 'write_features',
+         'read_file_list', 'write_file_list',
          'explain_selection', 'show_selection', 'feature_shares']
 
 # %% ../nbs/14_classification_specific_parts.ipynb #2c8149a2
@@ -56,6 +59,8 @@ class SmallView(nn.Module):
         s = self.size/min(x.shape[-2:])
         hw = [max(1, round(v*s)) for v in x.shape[-2:]]
         return self.net(F.interpolate(x, hw, mode='bilinear', antialias=True, align_corners=False) if s < 1 else x)
+
+_by_keypoints = "boxes around keypoints: PartPipeline(net, df, PartSettings(parts='keypoints'))"
 
 @dataclass
 class Described:
@@ -76,6 +81,8 @@ class ClassificationSpecificParts(Classifier):
         backbone:str='resnet50', # timm's name
         mode:str='exact', # How saliency becomes boxes: one of `modes`
         selection:str='selected', # Features that are looked for: 'selected', 'weighted' or 'all'
+        parts:str='cs', # Where boxes come from: 'cs', or 'random', a baseline
+        shuffle:bool=False, # Parts in random order in every image (a baseline)?
         crops:str='squash', # How a crop becomes square: 'squash', 'short' or 'pad'
         sigma:float=5., # Blur of the saliency, in pixels
         gamma:float=.7, # Power of the blurred saliency
@@ -103,7 +110,9 @@ class ClassificationSpecificParts(Classifier):
         self.config = config
         if compat and backbone.startswith('inception_v3') and features is None: published_inception(self.backbone.net)
         if small: self.backbone = SmallView(self.backbone, small)
-        own = ('n_parts','mode','selection','crops','sigma','gamma','c_select','c_final',
+        if parts == 'keypoints':
+            raise ConfigError('parts', parts, 'cs or random: a model sees no keypoint', _by_keypoints)
+        own = ('n_parts','mode','selection','parts','shuffle','crops','sigma','gamma','c_select','c_final',
                'cross_fit','normalize','gate','whole','align','solver')
         self.settings = PartSettings(source='input', **{k:config[k] for k in own})
         self._linear(n_classes, self.backbone.channels)
@@ -169,19 +178,41 @@ def locate(self:ClassificationSpecificParts,
     return found,q
 
 @patch
+def _salient(self:ClassificationSpecificParts, x):
+    "Features, parts by saliency, the corrected maps, classes, and which of them select nothing"
+    f,s,classes,empty = self.look(x)
+    found,q = self.locate(s[:,0], x)
+    found.flags = found.flags + NO_FEATURE*empty
+    return f,found,q,classes,empty
+
+@patch
+def _drawn(self:ClassificationSpecificParts, x):
+    "The same with random boxes, for which no saliency is needed"
+    with frozen(self.backbone), torch.no_grad(): f = pooled(self.backbone, x)
+    classes,_,empty = self._weights(f, None, (self.settings.selection,))
+    found = given_boxes(torch.from_numpy(drawn_boxes(x, self.settings.slots, self.settings.seed)).float(), x)
+    return f,found,torch.zeros_like(x[:,0]),classes,empty
+
+@patch
+def _order(self:ClassificationSpecificParts, x, feats):
+    "Which part (B,K) comes first, second, ...; None: as they are"
+    o,order = self.settings,None
+    if o.align: order = slot_order(feats[:,:o.n_parts], self.slots)
+    if o.shuffle: # in a random order anyway
+        order = torch.tensor(np.stack([r.permutation(o.n_parts) for r in image_rngs(x, o.seed+1)]), device=x.device)
+    return order
+
+@patch
 def describe(self:ClassificationSpecificParts,
     x:torch.Tensor, # (B,3,H,W) network input
 )->Described:
     "Parts, features and logits of a batch"
-    f,s,classes,empty = self.look(x)
-    found,q = self.locate(s[:,0], x)
-    found.flags = found.flags + NO_FEATURE*empty
+    f,found,q,classes,empty = (self._salient if self.settings.parts == 'cs' else self._drawn)(x)
     crops = input_crops(x, found.boxes, min(x.shape[-2:]), self.settings.crops)
     with frozen(self.backbone), torch.no_grad():
         p = pooled(self.backbone, crops.flatten(0,1)).view(len(x), -1, f.shape[1])
     feats = torch.cat([p, f[:,None]], 1).float()
-    if self.settings.align and self.ready:
-        order = slot_order(feats[:,:self.settings.n_parts], self.slots)
+    if self.ready and (order := self._order(x, feats)) is not None:
         feats,found = in_order(feats, order),reorder(found, order)
     if self.settings.normalize: feats = feats/feats.norm(dim=2, keepdim=True).clamp_min(1e-12)
     logits = feats.flatten(1)@self.part_coef.T + self.part_bias if self.ready else self.head(f).detach()
@@ -194,7 +225,8 @@ def _parts(self:ClassificationSpecificParts, x, target):
     target = o.logits.argmax(1) if target is None else target
     share = (o.features*self.part_coef[target].view(o.features.shape)).sum(2)
     constant = share[:,-1] + self.part_bias[target] if self.ready else o.logits.gather(1, target[:,None])[:,0]
-    return Parts(cluster_maps(o.found, o.saliency), o.found.found.float(), None, o.found.boxes, o.logits,
+    maps = cluster_maps(o.found, o.saliency) if self.settings.parts == 'cs' else box_maps(o.found.boxes, x.shape[2:])
+    return Parts(maps, o.found.found.float(), None, o.found.boxes, o.logits,
                  o.features.flatten(1), target, share[:,:-1]*self.ready, 'logit', constant)
 
 # %% ../nbs/14_classification_specific_parts.ipynb #69876b25
@@ -202,20 +234,25 @@ def fit_parts(
     learn, # A learner of `ClassificationSpecificParts`, fine-tuned
     folder=None, # Where steps are kept; None: in memory only
     say=None, # Told about each step that is made
+    table=None, # Whose training rows; None: of the table that the learner was trained on
 )->PartPipeline:
     "Run the six steps on the training rows, and give the model its linear classifiers"
     d,model = learn.dls,learn.model
-    rows = d.table[d.table.split == 'train']
+    rows = _train_rows(d.table if table is None else table)
     pipe = PartPipeline(model.backbone, rows, model.settings, folder, d.view.size, d.view.resize, d.stats, d.bs,
                         d.device, d.num_workers, say=say)
     final = pipe.final()
     model.set_classifiers(pipe.classifiers()[0], final, pipe.slots() if model.settings.align else None)
     return pipe
 
+def _train_rows(table): return table[table.split == 'train']
+
 class SixSteps(Callback):
     "Runs the six steps at the end of the last epoch"
     order = 78
-    def before_fit(self): self.learn.model.ready.fill_(False)
+    def before_fit(self):
+        check_labels(_train_rows(self.dls.table))
+        self.learn.model.ready.fill_(False)
     def after_epoch(self):
         if self.epoch < self.n_epoch-1: return
         run = next((cb.dir.parent for cb in self.learn.cbs if isinstance(cb, SaveState)), None)
@@ -265,6 +302,18 @@ recipes = dict(
         note='the published data and network with our box search, crops and cross-fitted predictions'))
 register(classification_specific_parts_learner, ClassificationSpecificParts, recipes,
          'boxes around what matters to the predicted class, and a linear classifier on them (Korsch et al., GCPR 2019)')
+
+# %% ../nbs/14_classification_specific_parts.ipynb #684647f1
+def write_parts(
+    learn, # A trained learner of `ClassificationSpecificParts`, or one that was loaded
+    table, # All rows, with the training rows that it was trained on
+    folder, # RUN/cs_parts
+    say=None, # Told about each step that is made
+)->PartPipeline:
+    "Write features.npz and part_locs.txt of all splits of a table, in the original's formats"
+    pipe = fit_parts(learn, folder, say, table)
+    pipe.write_splits(table)
+    return pipe
 
 # %% ../nbs/14_classification_specific_parts.ipynb #133c1489
 def relative_corners(

@@ -208,17 +208,18 @@ def table(
     resize:str=None, # short, squash or pad
     workers:int=None, # Processes that decode images
     device:str=None, # auto, cpu, cuda or cuda:N
+    explain_n:int=200, # Test images for insertion, deletion, consistency and stability
     set_:list[str]=[], # METHOD.key=value: a further option of one method; key=value: of all
 ):
     "Train and score every method on the same images; goes on where it was. Writes table.csv, table.md, report.html"
-    options = {k:v for k,v in locals().items() if k not in ('out','methods','seeds','set_')}
+    options = {k:v for k,v in locals().items() if k not in ('out','methods','seeds','explain_n','set_')}
     from interp_parts.core import method_names
     from interp_parts.table import make_table, table_text
     own = {m:{} for m in method_names}
     for k,v in parse_set(set_).items():
         m,dot,key = k.partition('.')
         for name in [m] if m in own else own: own[name][key if m in own else k] = v
-    print(table_text(make_table(out, options, methods.split(','), seeds, own)))
+    print(table_text(make_table(out, options, methods.split(','), seeds, own, explain_n)))
 
 @command()
 def demo(

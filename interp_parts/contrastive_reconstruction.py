@@ -9,7 +9,8 @@ __all__ = ['BGR_MEAN', 'recipes', 'Segmented', 'ContrastiveReconstruction', 'Vie
            'check_table', 'part_dls', 'load_image', 'PartBatches', 'fit_run', 'seed_everything', 'run_config',
            'save_run', 'load_run', 'add_grabcut_masks', 'RandomWarp', 'ColorJitter', 'perceptual', 'rgb_to_lab',
            'DeepLab', 'UNet', 'part_moments', 'consistency', 'contrastive_loss', 'equivariance_loss', 'focus',
-           'FeatureKMeans', 'evaluate_unsupervised', 'part_sheet', 'warp_sheet', 'foreground_learner', 'predict_masks']
+           'FeatureKMeans', 'evaluate_unsupervised', 'part_sheet', 'warp_sheet', 'training_sheet', 'foreground_learner',
+           'predict_masks']
 
 # %% ../nbs/11_contrastive_reconstruction.ipynb #427fff0b
 import warnings
@@ -37,14 +38,14 @@ from .instance_crops import *
 from .feature_clusters import *
 from .unsupervised import evaluate_unsupervised, unsupervised_scores
 from .foreground import foreground_learner, predict_masks
-from .reconstruction_pictures import part_sheet, warp_sheet
+from .reconstruction_pictures import part_sheet, reconstruction_pictures, training_sheet, warp_sheet
 
 # %% ../nbs/11_contrastive_reconstruction.ipynb #b8461fad
 _all_ = ['PartLearner', 'create_learner', 'part_table', 'check_table', 'part_dls', 'load_image', 'PartBatches',
          'fit_run', 'seed_everything', 'run_config', 'save_run', 'load_run', 'add_grabcut_masks', 'RandomWarp',
          'ColorJitter', 'perceptual', 'rgb_to_lab', 'DeepLab', 'UNet', 'part_moments', 'consistency',
          'contrastive_loss', 'equivariance_loss', 'focus', 'FeatureKMeans', 'evaluate_unsupervised', 'part_sheet',
-         'warp_sheet', 'foreground_learner', 'predict_masks']
+         'warp_sheet', 'training_sheet', 'foreground_learner', 'predict_masks']
 
 # %% ../nbs/11_contrastive_reconstruction.ipynb #254cc1d9
 @dataclass
@@ -276,7 +277,7 @@ recipes = dict(
        for c in 'sheep horse cow motorbike aeroplane bus car bicycle dog cat'.split()})
 register(contrastive_reconstruction_learner, ContrastiveReconstruction, recipes,
          'parts reconstruct features and colours, without labels (Choudhury et al., NeurIPS 2021)',
-         extra=('mask',), scores=unsupervised_scores)
+         extra=('mask',), scores=unsupervised_scores, pictures=reconstruction_pictures)
 
 # %% ../nbs/11_contrastive_reconstruction.ipynb #1a20d00e
 class WithForeground(PartModel):

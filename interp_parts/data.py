@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['SPLITS', 'MAX_ASPECT', 'FORMATS', 'BAD_IMAGE', 'RESIZES', 'EXTRAS', 'imagenet_stats', 'part_table', 'load_image',
-           'broken', 'find_broken', 'check_table', 'files_later', 'usable_images', 'bad_image_line', 'Placement',
-           'View', 'TensorVisible', 'TensorIndex', 'TensorPartMask', 'PartDataset', 'swap_pairs', 'late_bad_images',
-           'normalize', 'denormalize', 'NormalizeImages', 'PartDL', 'part_dls', 'PartBatches', 'image_size']
+           'broken', 'find_broken', 'check_table', 'same_files', 'check_copies', 'files_later', 'usable_images',
+           'bad_image_line', 'Placement', 'View', 'TensorVisible', 'TensorIndex', 'TensorPartMask', 'PartDataset',
+           'swap_pairs', 'late_bad_images', 'normalize', 'denormalize', 'NormalizeImages', 'PartDL', 'part_dls',
+           'PartBatches', 'image_size']
 
 # %% ../nbs/01_data.ipynb #02679c6b
-import random
+import hashlib, os, random
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -142,6 +143,43 @@ def check_table(
     broken = [f'{p} ({why})' for p,why in bad]
     if bad: raise DataError(name, f'{len(bad)} unusable files: {_first(broken)}', 'complete images',
                             'restore them or take their rows out')
+    return df
+
+# %% ../nbs/01_data.ipynb #0c0a2731
+def _size(file):
+    try: return os.stat(file).st_size
+    except OSError: return 0 # `find_broken` names it
+
+def _hash(file):
+    with open(file, 'rb') as f: return hashlib.file_digest(f, 'blake2b').digest()
+
+def _by(key, files):
+    "Files by key"
+    out = {}
+    for f in files: out.setdefault(key(f), []).append(f)
+    return out
+
+def same_files(
+    files, # Paths
+    others, # Paths
+)->list:
+    "Pairs of a path of `files` and one of `others` with the same content, empty files left out"
+    a,b = (_by(_size, dict.fromkeys(fs)) for fs in (files, others))
+    pairs = []
+    for n in a.keys() & b.keys() - {0}:
+        known = _by(_hash, b[n])
+        pairs += [(f, known[h][0]) for f in a[n] if (h := _hash(f)) in known]
+    return sorted(pairs)
+
+def check_copies(
+    df:pd.DataFrame, # A table whose split was given
+)->pd.DataFrame:
+    "Return the table if no test image has the content of a training image; otherwise name the first five that have"
+    test,train = (df.image[df.split.isin(s)] for s in (('test','eval'), ('train',)))
+    bad = lambda f: _files_later.get() and _undecodable(f)        # `usable_images` takes them out
+    said = [f'{a} = {b}' for a,b in same_files(test, train) if not bad(a)]
+    if said: raise DataError(df.attrs.get('name', 'table'), f'{len(said)} test images are copies of training images: '
+                             f'{_first(said)}', 'disjoint splits', 'remove them, or pass --set data.copies=true')
     return df
 
 # %% ../nbs/01_data.ipynb #60ad2a87

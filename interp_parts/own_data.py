@@ -81,6 +81,7 @@ def read_folder(
     path, # Folder of class folders, or of train, valid and test folders of class folders
     test:float=0.2, # Part of each class that is tested on, if there is no split
     seed:int=0, # Of that choice
+    copies:bool=False, # May test images be copies of training images?
 )->pd.DataFrame:
     "The table of a folder of class folders"
     root = Path(os.path.abspath(path))
@@ -94,8 +95,9 @@ def read_folder(
     if unseen: raise DataError(root, f'no training image of {_first(unseen)}', 'the same classes in every split')
     said = 'split given by folders' if splits else _said(test, seed)
     df = df.assign(image=df.image.map(str), label=df.pop('class').map(classes.index))
-    return check_table(part_table(df, root.name, classes=classes, keypoints=[], pairs=[], protocol=said,
-                                  licence='not stated', citation=''))
+    df = check_table(part_table(df, root.name, classes=classes, keypoints=[], pairs=[], protocol=said,
+                                licence='not stated', citation='', **({} if splits else dict(drawn=True))))
+    return check_copies(df) if splits and not copies else df
 
 # %% ../nbs/01a_own_data.ipynb #c75145f6
 def _frame(path):
@@ -211,6 +213,7 @@ def read_table(
     path, # CSV or Parquet file
     test:float=0.2, # Part of each class that is tested on, if there is no column split
     seed:int=0, # Of that choice
+    copies:bool=False, # May test images be copies of training images, if the table says which are which?
 )->pd.DataFrame:
     "The table in a file of your own"
     path = Path(os.path.abspath(path))
@@ -223,5 +226,6 @@ def read_table(
     else:
         rows['split'] = random_split(rows.get('label', [0]*len(rows['image'])), test, seed)
         said = _said(test, seed)
-    return check_table(part_table(rows, path.stem, **attrs, pairs=left_right_pairs(attrs['keypoints']), protocol=said,
-                                  licence='not stated', citation=''))
+    df = check_table(part_table(rows, path.stem, **attrs, pairs=left_right_pairs(attrs['keypoints']), protocol=said,
+                                licence='not stated', citation='', **({} if 'split' in cells else dict(drawn=True))))
+    return check_copies(df) if 'split' in cells and not copies else df

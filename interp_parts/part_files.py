@@ -4,14 +4,14 @@
 
 # %% auto #0
 __all__ = ['cub_groups', 'to_image', 'file_crops', 'input_crops', 'write_part_locs', 'read_part_locs', 'write_features',
-           'read_features', 'read_file_list', 'write_file_list', 'digest', 'weights_digest', 'Store', 'random_boxes',
-           'keypoint_boxes', 'groups_of']
+           'read_features', 'digest', 'weights_digest', 'Store', 'random_boxes', 'keypoint_boxes', 'groups_of',
+           'image_rngs', 'drawn_boxes', 'box_maps']
 
 # %% ../nbs/14d_part_files.ipynb #e4279c1d
-import hashlib, os
+import hashlib, zlib
 from pathlib import Path
 
-import numpy as np, pandas as pd, torch
+import numpy as np, torch, torch.nn.functional as F
 from torchvision.ops import roi_align
 
 from .core import *
@@ -124,44 +124,6 @@ def read_features(
     if bad or not out: raise DataError(path, f'{got} images', f'{counts}', 'remove the file')
     return out
 
-# %% ../nbs/14d_part_files.ipynb #220daa30
-def _lines(folder, name):
-    f = Path(folder)/name
-    try: return [l.split(maxsplit=1) for l in f.read_text(encoding='utf-8').splitlines() if l.strip()]
-    except UnicodeDecodeError as e: raise DataError(f, f'not text ({e.reason})', 'a list') from None
-    except FileNotFoundError:
-        raise DataError(f, 'no such file', 'images.txt, labels.txt, tr_ID.txt and images/') from None
-
-def read_file_list(
-    folder, # With images.txt, labels.txt, tr_ID.txt and images/
-    name:str='file list', # Of the data set
-    classes=None, # Names of the classes, in the order of their numbers; None: the numbers
-)->pd.DataFrame:
-    "The table of a folder in the original's layout; `id` holds the identifiers"
-    im,labels,train = (_lines(folder, n) for n in ('images.txt','labels.txt','tr_ID.txt'))
-    if not len(im) == len(labels) == len(train):
-        got = f'{len(im)} images, {len(labels)} labels, {len(train)} in tr_ID.txt'
-        raise DataError(folder, got, 'as many of each')
-    given = [int(l[0]) for l in labels]
-    known = sorted(set(given))
-    rows = dict(image=[str((Path(folder)/'images'/p.strip()).resolve()) for _,p in im],
-                id=[i for i,_ in im],
-                label=[known.index(l) for l in given],
-                split=['train' if t[0] == '1' else 'test' for t in train])
-    return check_table(part_table(rows, name, classes=list(classes or map(str, known))))
-
-def write_file_list(
-    df:pd.DataFrame, # A table with labels
-    folder, # Where the lists go; images are linked, not copied
-):
-    "Write a table's lists in the original's layout"
-    root,folder = Path(os.path.commonpath([Path(p).parent for p in df.image])),Path(folder)
-    ids = df.get('id', pd.Series(range(1, len(df)+1), df.index))
-    write_text(folder/'images.txt', ''.join(f'{i} {Path(p).relative_to(root)}\n' for i,p in zip(ids, df.image)))
-    write_text(folder/'labels.txt', ''.join(f'{l}\n' for l in df.label))
-    write_text(folder/'tr_ID.txt', ''.join(f'{int(s == "train")}\n' for s in df.split))
-    if not (folder/'images').exists(): (folder/'images').symlink_to(root, target_is_directory=True)
-
 # %% ../nbs/14d_part_files.ipynb #a1a3e06b
 def digest(
     *things # Anything that prints itself fully: numbers, texts, dicts, bytes
@@ -240,14 +202,14 @@ cub_groups = (('back','belly','breast','left wing','right wing'),
 def random_boxes(
     n:int, # Images
     k:int, # Boxes an image
-    size:int, # Side of the network input
-    seed:int=0, # Of the draw
-    sides=(.25,.5), # Smallest and largest side, as a fraction of the input
+    size, # Side of the network input, or its width and height
+    seed=0, # Of the draw, or a NumPy generator
+    sides=(.25,.5), # Smallest and largest side of a square, as a fraction of the shorter side of the input
 )->np.ndarray:
     "Random squares (n,k,4) inside the network input"
     rng = np.random.default_rng(seed)
-    s = rng.uniform(*sides, (n,k,1))*size
-    return np.concatenate([rng.uniform(0, 1, (n,k,2))*(size-s), s, s], 2)
+    s = rng.uniform(*sides, (n,k,1))*np.min(size)
+    return np.concatenate([rng.uniform(0, 1, (n,k,2))*(np.asarray(size)-s), s, s], 2)
 
 def keypoint_boxes(
     points, # (n,P,2) x, y in pixels of the network input
@@ -273,3 +235,31 @@ def groups_of(
     if k == 4 and set(sum(cub_groups, ())) <= set(names): return [[names.index(n) for n in g] for g in cub_groups]
     if k > len(names): raise ConfigError('--n-parts', k, f'at most {len(names)}, the number of keypoints')
     return [[i] for i in range(k)]
+
+# %% ../nbs/14d_part_files.ipynb #85b9f0b3
+def image_rngs(
+    x:torch.Tensor, # (B,3,H,W) network input
+    seed:int=0, # Of the draw
+)->list:
+    "A random generator for each image that depends on the seed and on its pixels alone"
+    pixels = x.detach().half().cpu().contiguous().numpy()
+    return [np.random.default_rng([seed, zlib.crc32(v.tobytes())]) for v in pixels]
+
+def drawn_boxes(
+    x:torch.Tensor, # (B,3,H,W) network input
+    k:int, # Boxes an image
+    seed:int=0, # Of the draw
+)->np.ndarray:
+    "Random squares (B,k,4) inside each image"
+    return np.concatenate([random_boxes(1, k, x.shape[:1:-1], r) for r in image_rngs(x, seed)])
+
+def box_maps(
+    boxes:torch.Tensor, # (B,K,4) x, y, w, h in pixels of the network input
+    hw, # Height and width of the input
+    stride:int=4, # Pixels of a map's cell
+)->torch.Tensor:
+    "Maps (B,K,h,w) in [0,1]: the share of each cell that lies in the box"
+    inside = [((t := torch.arange(n, device=boxes.device)+.5) > lo[...,None]) & (t < (lo+side)[...,None])
+              for n,lo,side in zip(hw, (boxes[...,1],boxes[...,0]), (boxes[...,3],boxes[...,2]))]
+    m = (inside[0][...,:,None] & inside[1][...,None,:]).float()
+    return F.adaptive_avg_pool2d(m, [-(-n//stride) for n in hw])

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from .baselines import XYKMeans, constant_parts, image_box, strip_parts, xy_parts
-from .clustering import Contingency, ari, nmi
+from .clustering import Contingency, ari, nmi, purity
 from .core import Batch, Parts, pick
 from .landmarks import (KeypointRegression, clamp_box, eye_frame, keypoint_errors, mean_error,
                                     part_centers, to_frame)
@@ -75,9 +75,10 @@ class PartClustering:
         return self
 
     def result(self):
-        "nmi, ari (the background may win) and fg_nmi, fg_ari (it may not)"
+        "nmi, ari (the background may win) and fg_nmi, fg_ari, fg_purity (it may not)"
         if not self.full.table.sum(): return {}
-        return dict(nmi=nmi(self.full), ari=ari(self.full), fg_nmi=nmi(self.fg), fg_ari=ari(self.fg))
+        fg = dict(fg_nmi=nmi(self.fg), fg_ari=ari(self.fg), fg_purity=purity(self.fg))
+        return dict(nmi=nmi(self.full), ari=ari(self.full), **fg)
 
 def _inside(mask, points):
     "Is the pixel that contains each point (B,P,2) in the mask (B,H,W)?"
@@ -130,13 +131,13 @@ class PixelClustering:
         return self
 
     def result(self):
-        "pixel_nmi, pixel_ari, part_iou; with true parts also fg_pixel_nmi, fg_pixel_ari and named_part_iou"
+        "pixel_nmi, pixel_ari, part_iou; with true parts also fg_pixel_nmi, fg_pixel_ari, fg_pixel_purity, named_part_iou"
         if not self.full.table.sum(): return {}
         t = self.full.padded((2,1))
         res = dict(pixel_nmi=nmi(t), pixel_ari=ari(t), part_iou=best_union_iou(t, self.background))
         if not self.named: return res
-        named = mean_part_iou(t, self.background)
-        return dict(res, fg_pixel_nmi=nmi(self.fg), fg_pixel_ari=ari(self.fg), named_part_iou=named)
+        fg = dict(fg_pixel_nmi=nmi(self.fg), fg_pixel_ari=ari(self.fg), fg_pixel_purity=purity(self.fg))
+        return dict(res, **fg, named_part_iou=mean_part_iou(t, self.background))
 
 # %% ../nbs/20d_part_scores.ipynb #2ab828ac
 def peaks(
@@ -232,7 +233,7 @@ class KeypointError:
 _by_place = 'strips','xy_kmeans'
 BASELINES = {'keypoint_error':('mean_predictor','constant_parts'), 'pointing':('constant_parts',),
              'pointing_mask':('constant_parts',), 'nmi':_by_place, 'ari':_by_place, 'fg_nmi':_by_place,
-             'fg_ari':_by_place,
+             'fg_ari':_by_place, 'fg_purity':_by_place, 'fg_pixel_purity':_by_place,
              'pixel_nmi':_by_place, 'pixel_ari':_by_place, 'fg_pixel_nmi':_by_place, 'fg_pixel_ari':_by_place,
              'part_iou':_by_place, 'named_part_iou':_by_place, 'base_agreement':(), 'words_on_object':('random',),
              'keypoint_purity':('random',), 'part_purity':('random',),

@@ -332,7 +332,7 @@ def read_inaturalist(
 # %% ../nbs/01a_readers.ipynb #4594cab3
 _all_ = ['left_right_pairs', 'random_split', 'read_folder', 'read_table']
 _elsewhere = dict(classification_readers='dogs awa2 flowers stl10 pets food101 nabirds cars train_test',
-                  part_readers='cub_parts deepfashion pascal_part masked_folder')
+                  part_readers='cub_parts deepfashion pascal_part masked_folder', file_lists='file_list')
 readers = dict(cub=read_cub, celeba=read_celeba, inaturalist=read_inaturalist, folder=read_folder, table=read_table,
                **{n:f'interp_parts.{m}:read_{n}' for m,names in _elsewhere.items() for n in names.split()})
 

@@ -183,6 +183,7 @@ def bad_tables()->dict:
             'no image in a row':(two.replace('b.png', ''), 'row 1, column image'),
             'text for an image':(two.replace('b.png', 'bad.csv'), 'bad.csv (not an image)'),
             'train and test':(two.replace('b.png', 'a.png'), 'test images are training images too'),
+            'a copy in the test set':(two.replace('b.png', 'twin.png'), 'test images are copies of training images'),
             'two classes':(two + 'a.png,train,1\n', 'a.png has several labels'),
             'unknown split':(two.replace('test', 'tset'), "column split: 'tset'"),
             'empty label':(two.replace(',1', ','), 'row 1, column label'),
@@ -201,7 +202,7 @@ def table_cases(
 )->list:
     "A case for each table, and further ones for what is no CSV"
     d,cases = _made(folder),[]
-    for n in ('a.png','b.png'): (d/n).write_bytes(_encoded('PNG'))
+    for n,w in (('a.png',48),('b.png',50),('twin.png',48)): (d/n).write_bytes(_encoded('PNG', (w,40)))
     def use(name, text):
         (d/name).write_bytes(text if isinstance(text, bytes) else text.encode())
         read_table(d/name)

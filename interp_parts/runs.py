@@ -208,8 +208,9 @@ def _train(method, run, s, resume, say):
     if read_state(run) is None:
         save_tensors(run/'state'/'initial.safetensors', learn.model)
         write_json(run/'settings.json', _identity(method, s)); write_json(run/'config.json', config)
+        write_json(run/'state'/'initial.json', learn.model.config)
     fit_run(learn, s['epochs'], run, resume, save_every=s['save_every'], **s['fit'])
-    save_run(learn, run, dict(config, seconds=round(time.time()-start, 1)))
+    save_run(learn, run, dict(config, model=learn.model.config, seconds=round(time.time()-start, 1)))
     write_model_card(run)
     if line := bad_image_line(df, late_bad_images(d)): say(line)
 
@@ -227,6 +228,9 @@ def _untrained(learn, run):
     "The learner with the weights before its first step"
     f = Path(run)/'state'/'initial.safetensors'
     if not f.exists(): return None
+    begun = read_json(f.with_suffix('.json')) if f.with_suffix('.json').exists() else learn.config['model']
+    if begun != learn.config['model']: # a training may drop parts
+        learn.model = get_method(learn.config['method']).model(**begun).to(learn.dls.device)
     load_tensors(f, learn.model)
     return learn
 
@@ -267,10 +271,12 @@ def visualize_run(
     "Write RUN/visualization and RUN/report.html; returns the page"
     if n < 1: raise ConfigError('--n', n, 'at least 1')
     learn = load_run(run, pick_device(device))
-    df = run_rows(learn.config, path)
+    df = run_rows(learn.config, path, run)
     rows = split_rows(df, ('test','eval','valid','train'))
     rows = rows.sample(min(n, len(rows)), random_state=seed).sort_index()
     save_visualization(run, learn.items(rows), learn.dls.vocab, n, learn.dls.multi)
+    own = get_method(learn.config['method']).pictures
+    if own: own(learn, df, rows, Path(run)/'visualization')
     return write_report(run)
 
 # %% ../nbs/30a_runs.ipynb #98af3e13

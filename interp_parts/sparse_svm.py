@@ -129,8 +129,15 @@ def fit_liblinear(
         warnings.simplefilter('ignore', ConvergenceWarning)
         svc.fit(x.double().cpu().numpy(), np.asarray(y))
     coef,b = _both(svc, n_classes)
-    objective = svm_objective(torch.cat([coef, b[:,None]], 1), x.cpu(), y, C, penalty)
-    return LinearSVM(coef, b, objective, n_iter=int(np.max(svc.n_iter_)))
+    v = torch.cat([coef, b[:,None]], 1)
+    gap = _gap_at(v, x.cpu(), y, C) if penalty == 'l1' else None
+    return LinearSVM(coef, b, svm_objective(v, x.cpu(), y, C, penalty), gap, int(np.max(svc.n_iter_)))
+
+def _gap_at(v, x, y, C):
+    "Duality gap (C,) of weights with the intercept last"
+    X,Y = with_one(x.to(v.dtype)),signs(y, len(v), v.dtype)
+    slack = (1-Y*(v@X.T)).clamp_min(0)
+    return l1_gap(v, slack, -2*C*(Y*slack)@X, C)
 
 # %% ../nbs/14a_sparse_svm.ipynb #f14fabf8
 def _sweeps(u, q, h, rows, n):

@@ -7,12 +7,12 @@ __all__ = ['schedules', 'SCHEMA', 'STATE_SCHEMA', 'defaults', 'LossTerms', 'Term
            'WatchParts', 'torch_opt', 'scheduled', 'seed_everything', 'keep_memory', 'rng_state', 'set_rng_state',
            'save_tensors', 'load_tensors', 'read_state', 'loop_state', 'set_loop_state', 'SaveState', 'Resume',
            'stops_gently', 'History', 'read_history', 'fit_run', 'multi_label_loss', 'attribute_accuracy', 'Accuracy',
-           'part_learner', 'few_rows', 'fingerprint', 'versions', 'run_config', 'save_run', 'load_run']
+           'part_learner', 'few_rows', 'fingerprint', 'versions', 'run_config', 'save_run', 'BlankLoaders', 'load_run']
 
 # %% ../nbs/04_training.ipynb #a727c64f
 import ctypes, errno, hashlib, math, os, platform, random, signal, threading, warnings
 from contextlib import contextmanager, nullcontext
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 
 import fastai, numpy as np, pandas as pd, timm, torch, torchvision
@@ -449,6 +449,8 @@ def fit_run(
         with stops_gently(save) if run else nullcontext():
             learn.fit(epochs, lrs, cbs=cbs + ([Resume(run)] if state else []), start_epoch=start)
     elif state: load_tensors(Path(run)/'state'/state['files']['model'], learn.model)
+    for c in learn.cbs:
+        if hasattr(type(c), 'finish'): c.finish()
     return learn
 
 # %% ../nbs/04_training.ipynb #b61c0a61
@@ -526,16 +528,28 @@ def save_run(
     run, # Folder of the run
     config:dict, # From `run_config`
 ):
-    "Write config.json and model.safetensors"
+    "Write config.json and model.safetensors, and the list of the split if it was drawn here"
     save_tensors(Path(run)/'model.safetensors', learn.model)
+    from interp_parts.classification_readers import write_split
+    table = getattr(learn.dls, 'table', None)
+    if table is not None and table.attrs.get('drawn'): write_split(table, Path(run)/'split.txt')
     write_json(Path(run)/'config.json', config)
+
+class BlankLoaders(DataLoaders):
+    "DataLoaders without images; the table is read from where the run's data were, once somebody asks for it"
+    @cached_property
+    def table(self):
+        from interp_parts.runs import run_rows
+        if self.config['training'].get('path'): return run_rows(self.config)
+        raise DataError('table', 'the run does not say where its data are', 'the table it was trained on',
+                        'set learn.dls.table')
 
 def _blank_dls(config, device, bs, workers):
     "DataLoaders without images that know how images are to be seen"
     ds = PartDataset(pd.DataFrame(dict(image=[], split=[])), View(**config['view']))
     dl = lambda: TfmdDL(ds, bs=bs, num_workers=workers, device=device, after_batch=[NormalizeImages(config['stats'])])
-    dls = DataLoaders(dl(), dl())
-    dls.view,dls.stats = View(**config['view']),config['stats']
+    dls = BlankLoaders(dl(), dl())
+    dls.config,dls.view,dls.stats = config,View(**config['view']),config['stats']
     dls.vocab,dls.multi,dls.c = config['vocab'],config['multi'],len(config['vocab'])
     return dls
 

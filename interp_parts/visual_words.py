@@ -7,7 +7,8 @@ __all__ = ['recipes', 'Worded', 'VisualWords', 'visual_words_learner', 'original
            'create_learner', 'part_table', 'check_table', 'part_dls', 'load_image', 'PartBatches', 'fit_run',
            'seed_everything', 'run_config', 'save_run', 'load_run', 'BaseModel', 'load_base', 'base_attention',
            'nearest_patches', 'project_words', 'used_words', 'needless_words', 'drop_words', 'cached_activations',
-           'fit_last', 'word_plan', 'WordPhases', 'WordLoss']
+           'fit_last', 'word_plan', 'WordPhases', 'WordLoss', 'word_gallery', 'word_list', 'word_table',
+           'explain_image', 'word_pictures', 'save_words', 'write_projection', 'write_nearest']
 
 # %% ../nbs/12_visual_words.ipynb #613a5896
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ from .backbones import *
 from .training import *
 from .base_model import *
 from .word_layer import *
+from .word_pictures import *
 from .word_projection import *
 from .word_scores import word_scores
 from .word_training import *
@@ -30,7 +32,8 @@ from .word_training import *
 _all_ = ['PartLearner', 'create_learner', 'part_table', 'check_table', 'part_dls', 'load_image', 'PartBatches',
          'fit_run', 'seed_everything', 'run_config', 'save_run', 'load_run', 'BaseModel', 'load_base', 'base_attention',
          'nearest_patches', 'project_words', 'used_words', 'needless_words', 'drop_words',
-         'cached_activations', 'fit_last', 'word_plan', 'WordPhases', 'WordLoss']
+         'cached_activations', 'fit_last', 'word_plan', 'WordPhases', 'WordLoss', 'word_gallery', 'word_list', 'word_table',
+         'explain_image', 'word_pictures', 'save_words', 'write_projection', 'write_nearest']
 
 # %% ../nbs/12_visual_words.ipynb #ed5a2462
 @dataclass
@@ -182,6 +185,8 @@ def visual_words_learner(
     weight_decay:float=0., # Of backbone and added layers, coupled as in Adam
     reset:bool=False, # Fresh optimiser for the joint phase, as published?
     distinct:bool=None, # A patch of its own for each word? Default: unless `compat`
+    prune:bool=False, # Drop words that nobody needs when all is done?
+    keep:int=None, # Words that then stay at the most, those that say most for the right class
     pretrained:bool=True, # Download the backbone's weights?
     weights:str=None, # Backbone weights in a local file
     freeze_early:bool=None, # Keep the stages up to stride 4? Default: if they are pretrained
@@ -204,12 +209,13 @@ def visual_words_learner(
     if same: model.backbone.load_state_dict(base.model.backbone.state_dict())
     elif copied and options.get('features') is None:
         raise ConfigError('stage', options.get('stage'), f"that of the base model, {theirs.get('stage', 'final')}")
+    if keep is not None and keep < 1: raise ConfigError('keep', keep, 'at least 1')
     if top is not None: nearest_words(model.words[:,:1].T, top) # says so if there are not as many
     sees = (base is not None or attention is not None) and not class_specific and attend > 0
     loss = WordLoss(class_specific, cluster, separation, l1, attend*sees, top or min(10, len(model.words)), compat)
     phases = WordPhases(warm, start, every, last_epochs, last_lr, step, gamma, weight_decay, reset,
                         not compat if distinct is None else distinct, model.config['last'] != 'blocks', compat,
-                        attend_warm)
+                        attend_warm, prune, keep)
     learn = part_learner(dls, model, cbs=[loss, phases, *(cbs or [])])
     learn.base = base
     look = _attend(learn, base, attention, compat) if sees else _cams(base) if base else None
@@ -235,7 +241,7 @@ recipes = dict(pets_res34=_recipe('pets', 37, f'{_state}; published: 86.21 %, fr
                **{f'{name}_res34':_recipe(name, k, _guess) for name,k in _others.items()},
                own_classifier=_own)
 register(visual_words_learner, VisualWords, recipes, 'similarities to patches of training images (LVW; ProtoPNet)',
-         scores=word_scores, base='classifier')
+         scores=word_scores, base='classifier', pictures=word_pictures)
 
 # %% ../nbs/12_visual_words.ipynb #28a67039
 _theirs = dict(backbone='features', add_on='add_on_layers', words='prototype_vectors', last='last_layer')

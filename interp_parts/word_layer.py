@@ -9,6 +9,7 @@ __all__ = ['EPS', 'LOUDEST', 'STARTS', 'full_precision', 'expanded_distances', '
            'mean_separation', 'mean_pair_distance']
 
 # %% ../nbs/12a_word_layer.ipynb #07f5c599
+import threading
 from contextlib import contextmanager
 from functools import lru_cache
 from typing import NamedTuple
@@ -19,16 +20,45 @@ from torch import nn
 from .core import *
 
 # %% ../nbs/12a_word_layer.ipynb #5e23b3d9
+def _operators():
+    "What has a switch of its own in newer versions of PyTorch: products and convolutions on GPU and CPU"
+    b = torch.backends
+    found = [getattr(m, n, None) for m in (b.cuda,b.cudnn,b.mkldnn) for n in ('matmul','conv','rnn')]
+    return [o for o in found if hasattr(o, 'fp32_precision')]
+
+def _read(get):
+    try: return get()
+    except RuntimeError: return None # PyTorch's older switches cannot say what was set operator by operator
+
+def _put(product, conv, own):
+    "Set PyTorch's older switches, where they are not None, and those of each operator"
+    if product is not None: torch.set_float32_matmul_precision(product)
+    if conv is not None: torch.backends.cudnn.allow_tf32 = conv
+    for o,v in zip(_operators(), own): o.fp32_precision = v
+
+def _switches():
+    "Where all switches stand, as `_put` takes them"
+    older = _read(torch.get_float32_matmul_precision),_read(lambda: torch.backends.cudnn.allow_tf32)
+    return *older,[o.fp32_precision for o in _operators()]
+
+_lock,_inside,_before = threading.Lock(),[],[]
+
 @contextmanager
 def full_precision(
     device='cpu', # Type of the device the block computes on
 ):
-    "No autocast and no TF32 inside the block"
-    old = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision('highest')
+    "No autocast and no TF32 inside the block, neither in products nor in convolutions"
+    with _lock:
+        if not _inside:
+            _before.append(was := _switches())
+            _put(was[0] and 'highest', was[1] and False, ['ieee']*len(was[2]))
+        _inside.append(device)
     try:
         with torch.autocast(device, enabled=False): yield
-    finally: torch.set_float32_matmul_precision(old)
+    finally:
+        with _lock:
+            _inside.remove(device)
+            if not _inside: _put(*_before.pop())
 
 def _wide(t): return t if t.dtype == torch.float64 else t.float()
 

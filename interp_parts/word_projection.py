@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Nearest', 'nearest_patches', 'project_words', 'n_distinct', 'activation_boxes', 'conv_chain', 'receptive_field',
-           'receptive_boxes', 'used_words', 'needless_words', 'class_votes', 'drop_words']
+           'receptive_boxes', 'used_words', 'needless_words', 'class_votes', 'word_margins', 'drop_words']
 
 # %% ../nbs/12c_word_projection.ipynb #15b45ed8
 from dataclasses import dataclass, replace
@@ -191,6 +191,16 @@ def class_votes(
 )->torch.Tensor:
     "How many (P,) of the nearest images have the word's class (ProtoPNet keeps 3 and more of 6)"
     return (near.label == classes.cpu()[:,None]).sum(1)
+
+def word_margins(
+    weight:torch.Tensor, # (K,P) of the last layer
+    activation:torch.Tensor, # (N,P) of training images
+    target:torch.Tensor, # (N,) classes, or (N,K) attributes
+)->torch.Tensor:
+    "What each word (P,) adds to the right class above the mean of all classes, mean over images"
+    k = len(weight)
+    right = torch.eye(k).to(weight)[target]-1/k if target.ndim == 1 else 2*target.to(weight)-1
+    return (activation*(right@weight)).mean(0)
 
 @torch.no_grad()
 def drop_words(

@@ -17,7 +17,7 @@ from .core import *
 from .training import *
 from .word_layer import (attention_loss, cluster_loss, nearest_maps, nearest_words, own_cluster_loss,
                                      resize_maps, weight_norm)
-from .word_projection import n_distinct, project_words
+from .word_projection import drop_words, n_distinct, needless_words, project_words, used_words, word_margins
 
 # %% ../nbs/12d_word_training.ipynb #e0684b91
 class WordLoss(LossTerms):
@@ -190,10 +190,13 @@ class WordPhases(Callback):
         train_last:bool=False, # Train the last layer in the other phases too?
         bn_train:bool=False, # Let batch norm drift where the backbone rests, as published?
         attend_warm:bool=False, # Attention term in the warm epochs too?
+        prune:bool=False, # Drop needless words when all is done?
+        keep:int=None, # Words that then stay at the most: the most helpful ones
     ):
         self.timing,self.falls = dict(warm=warm, start=start, every=every),(step,gamma)
         self.last,self.weight_decay,self.reset = dict(epochs=last_epochs, lr=last_lr),weight_decay,reset
         self.distinct,self.train_last,self.bn_train,self.attend_warm = distinct,train_last,bn_train,attend_warm
+        self.prune,self.keep = prune,keep
 
     def before_train(self):
         self.plan,m = word_plan(self.n_epoch, **self.timing),self.learn.model
@@ -223,6 +226,34 @@ class WordPhases(Callback):
     def after_fit(self):
         for p in getattr(self, 'free', []): p.requires_grad_(True)
 
+    def finish(self):
+        "Drop needless words, then the least helpful ones; fit the last layer to those that stay"
+        m = self.learn.model
+        n = len(m.words)
+        if self.prune: self._drop(self._needless())
+        if self.keep and self.keep < len(m.words): self._drop(self._margins().argsort()[:-self.keep].tolist())
+        if len(m.words) < n: self._on_table(torch.optim.Adam([m.last.weight], lr=self.last['lr']), 0)
+
+    def _needless(self):
+        "Why each needless word is needless; none if all are"
+        m = self.learn.model
+        why = needless_words(m, used_words(m, self.images(), self.learn.word_loss.top))
+        reasons = [r.removesuffix(' of') for r,_ in why.values()]
+        said = ', '.join(f'{reasons.count(r)} {r}' for r in dict.fromkeys(reasons))
+        print(f'{len(why)} of {len(m.words)} words are needless' + f' ({said})'*bool(why))
+        return why if len(why) < len(m.words) else {}
+
+    def _margins(self):
+        m = self.learn.model
+        return word_margins(m.last.weight.detach(), *cached_activations(m, self.images(), False))
+
+    def _drop(self, why):
+        if not why: return
+        drop_words(self.learn.model, why)
+        vars(self).pop('free', None) # the parameters are others now
+        l,self.learn.opt = self.learn.word_loss,None
+        l.top = min(l.top, len(self.learn.model.words))
+
     def images(self):
         "The training images as they are, in order"
         d = self.dls
@@ -240,14 +271,14 @@ class WordPhases(Callback):
         "Fit the last layer, with the learner's own optimiser"
         old = [dict(lr=h['lr'], wd=h.get('wd', 0.)) for h in self.opt.hypers]
         self.opt.set_hypers(lr=self.last['lr'], wd=0.)
-        self._through_network() if self.bn_train else self._on_table()
+        self._through_network() if self.bn_train else self._on_table(self.opt, self.epoch)
         for k in ('lr','wd'): self.opt.set_hypers(**{k:[o[k] for o in old]})
 
-    def _on_table(self):
+    def _on_table(self, opt, seed):
         l,m = self.learn.word_loss,self.learn.model
         a,y = cached_activations(m, self.images(), getattr(self.dls.train.dataset, 'flip', 0) > 0)
-        fit_last(m.last.weight, a, y, self.opt, self.learn.loss_func, self.last['epochs'], 2*self.dls.bs,
-                 l.weights['l1'], l.classes, self.epoch)
+        fit_last(m.last.weight, a, y, opt, self.learn.loss_func, self.last['epochs'], 2*self.dls.bs,
+                 l.weights['l1'], l.classes, seed)
 
     def _through_network(self):
         "As published: epochs over the training images, batch norm in training mode"

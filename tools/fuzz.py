@@ -84,7 +84,7 @@ def targets(
     "Strategy and function by name"
     d,out = Path(sandbox),io.StringIO
     for f in ('images','archives','tables','runs','files'): (d/f).mkdir(exist_ok=True)
-    for n in ('a.png','b.png'): (d/'tables'/n).write_bytes(_encoded('PNG'))
+    for n,w in (('a.png',48),('b.png',50)): (d/'tables'/n).write_bytes(_encoded('PNG', (w,40)))
     names = ('bad.csv','x.png','run','a','f.npz','a.npy','x.mat','x.txt','x.pth','x.safetensors')
     def put(name, data): (d/name).parent.mkdir(exist_ok=True); (d/name).write_bytes(data); return d/name
     put('tables/bad.csv', b''); put('images/x.png', b'')
