@@ -259,6 +259,7 @@ class Method:
     extra:tuple=() # Annotations its training is given, such as 'mask'; no other reaches it
     scores:object=None # `(learner, table, protocol) -> dict`: its own published measures
     base:str|None=None # Method whose finished run it cannot do without (`--init`)
+    importer:object=None # `(file, out, **options) -> run`: makes a run of a checkpoint of its authors
 
 methods = {}
 method_names = ['classifier', 'region_grouping', 'contrastive_reconstruction', 'visual_words', 'activation_diversity',
@@ -272,10 +273,11 @@ def register(
     extra=(), # Annotations its training is given, such as 'mask'; no other reaches it
     scores=None, # `(learner, table, protocol) -> dict`: its own published measures, which `evaluate` adds
     base:str=None, # Method whose finished run it cannot do without (`--init`)
+    importer=None, # `(file, out, **options) -> run`: makes a run of a checkpoint of its authors
 )->Method:
     "Add a method to the registry under the name of its learner factory"
     name = learner.__name__.removesuffix('_learner')
-    methods[name] = Method(name, model, learner, recipes or {}, summary, tuple(extra), scores, base)
+    methods[name] = Method(name, model, learner, recipes or {}, summary, tuple(extra), scores, base, importer)
     return methods[name]
 
 def get_method(

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['settings_defaults', 'known_options', 'make_settings', 'pick_device', 'check_settings', 'read_rows', 'make_learner',
-           'train_run', 'run_rows', 'evaluate_run', 'visualize_run', 'image_files', 'predict_run', 'features_run']
+           'train_run', 'run_rows', 'evaluate_run', 'visualize_run', 'image_files', 'predict_run', 'features_run',
+           'import_run']
 
 # %% ../nbs/30a_runs.ipynb #d88bbbb2
 import copy, inspect, json, math, shutil, time
@@ -17,7 +18,7 @@ from .core import *
 from .data import *
 from .backbones import *
 from .training import *
-from .readers import read_data
+from .readers import read_data, readers
 from .masks import add_grabcut_masks
 from .evaluation import *
 from .visualization import *
@@ -344,3 +345,27 @@ def _features(p, b):
     centers = part_centers(p.maps, b.size[0])/b.size[0].flip(0)
     cols = dict(presence=p.presence, centers=centers, embedding=p.embedding, logits=p.logits)
     return [{k:v[i].float().numpy() for k,v in cols.items() if v is not None} for i in range(len(b))]
+
+# %% ../nbs/30a_runs.ipynb #e0c4d2e6
+def import_run(
+    method:str, # Registered name
+    file, # Checkpoint of its authors
+    out, # Folder of the run
+    data:str='cub_parts', # Data it was trained on: a reader's name
+    say=print, # Where words go
+    **options # Of the method's importer, such as data_path, protocol and size
+)->Path:
+    "Make a run of a checkpoint of a method's authors, and say what they scored with it"
+    make = get_method(method).importer
+    if make is None:
+        can = [m for m in method_names if get_method(m).importer]
+        raise ConfigError('import', f'{method} reads no checkpoint of its authors', ' or '.join(can))
+    pick(data, readers, '--data')
+    if Path(out).exists() and (not Path(out).is_dir() or any(Path(out).iterdir())):
+        raise ConfigError(out, 'exists', 'a new folder', 'use another --out')
+    run = make(file, out, data=data, **options)
+    write_model_card(run)
+    marks = ', '.join(f'{k} {v:.4f}' for k,v in read_json(run/'config.json').get('published', {}).items())
+    say(f'{run}: next, interp-parts evaluate {run} --protocol paper')
+    if marks: say(f'which should then give (published, not run here): {marks}')
+    return run
