@@ -114,7 +114,7 @@ def evaluate(
     baselines:bool=True, # Also the untrained model and Lab-colour clusters?
     device:str='auto', # auto, cpu, cuda or cuda:N
     workers:int=2, # Processes that decode images
-    set_:list[str]=[], # data.key=value: of the reader, such as data.masks=DIR; key=value: ridge, flip, use_mask, seed or fit
+    set_:list[str]=[], # data.key=value: of the reader, as data.masks=DIR; key=value: ridge, flip, use_mask, seed, fit
 ):
     "Score a run and what stands beside it; writes RUN/metrics.json"
     from interp_parts.evaluation import format_metrics

@@ -4,18 +4,19 @@
 
 # %% auto #0
 __all__ = ['BGR_MEAN', 'recipes', 'Segmented', 'ContrastiveReconstruction', 'Views', 'reconstruction_terms', 'Reconstruction',
-           'no_prediction', 'contrastive_reconstruction_learner', 'WithForeground', 'poly_lr', 'PolyDecay',
-           'original_net', 'load_original', 'published_scores', 'import_original', 'PartLearner', 'create_learner',
-           'part_table', 'check_table', 'part_dls', 'load_image', 'PartBatches', 'fit_run', 'seed_everything',
-           'run_config', 'save_run', 'load_run', 'add_grabcut_masks', 'RandomWarp', 'ColorJitter', 'perceptual',
-           'rgb_to_lab', 'DeepLab', 'UNet', 'part_moments', 'consistency', 'contrastive_loss', 'equivariance_loss',
-           'focus', 'FeatureKMeans', 'evaluate_unsupervised', 'part_sheet', 'warp_sheet', 'foreground_learner',
-           'predict_masks']
+           'no_prediction', 'contrastive_reconstruction_learner', 'reconstruction_scores', 'WithForeground', 'poly_lr',
+           'PolyDecay', 'original_net', 'load_original', 'published_scores', 'import_original', 'PartLearner',
+           'create_learner', 'part_table', 'check_table', 'part_dls', 'load_image', 'PartBatches', 'fit_run',
+           'seed_everything', 'run_config', 'save_run', 'load_run', 'add_grabcut_masks', 'RandomWarp', 'ColorJitter',
+           'perceptual', 'rgb_to_lab', 'DeepLab', 'UNet', 'part_moments', 'consistency', 'contrastive_loss',
+           'equivariance_loss', 'focus', 'FeatureKMeans', 'evaluate_unsupervised', 'part_sheet', 'warp_sheet',
+           'foreground_learner', 'predict_masks']
 
 # %% ../nbs/11_contrastive_reconstruction.ipynb #427fff0b
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 from fastai.callback.core import Callback
@@ -35,6 +36,7 @@ from .perceptual import *
 from .deeplab import *
 from .reconstruction_losses import *
 from .instance_crops import *
+from .part_readers import pascal_parts
 from .feature_clusters import *
 from .unsupervised import PUBLISHED, evaluate_unsupervised, unsupervised_scores
 from .foreground import foreground_learner, predict_masks
@@ -262,6 +264,33 @@ def contrastive_reconstruction_learner(
     return learn
 
 # %% ../nbs/11_contrastive_reconstruction.ipynb #957459c0
+def _phi_of(config):
+    "The frozen network a run was trained with; None, and a warning, if its weights are gone"
+    t = config.get('training', {})
+    o = {k.removeprefix('phi_'):v for k,v in t.get('model', {}).items() if k.startswith('phi')}
+    name,weights,pretrained = o.pop('phi', 'vgg19'),o.get('weights'),t.get('pretrained', False)
+    try: return perceptual(name, pretrained=pretrained and not weights, **o) if weights or pretrained else None
+    except InterpPartsError as e: warnings.warn(f'no clusters of the frozen network beside the scores: {e}')
+
+def reconstruction_scores(
+    learner, # A `PartLearner` of a run
+    df, # Any table
+    protocol:str='fixed', # As for `evaluate`
+)->dict:
+    "`unsupervised_scores`, and beside FG-NMI and FG-ARI those of clusters of the run's frozen network"
+    mine = unsupervised_scores(learner, df, protocol)
+    names = [k for k in ('fg_nmi','fg_ari','crop_fg_nmi','crop_fg_ari') if k in mine]
+    phi = _phi_of(getattr(learner, 'config', {})) if names and 'mask' in df else None
+    if phi is None: return mine
+    rows,d = df[df.split == 'train'],learner.dls
+    batches = learner.batches(rows.sample(min(200, len(rows)), random_state=0)[['image','split','mask']])
+    phi = phi.to(d.device)
+    km = FeatureKMeans(phi, learner.model.config['n_parts']).fit(
+        (denormalize(x, d.stats).to(d.device), b.mask.to(d.device)) for x,b in batches)
+    fake = SimpleNamespace(model=FeatureParts(km, d.stats), dls=d)
+    other = unsupervised_scores(fake, df, protocol)
+    return {**mine, **{f'{k}_feature_kmeans':other[k] for k in names}}
+
 _fit = dict(optimizer='sgd', lr=(1e-5,1e-4), schedule='poly', clip=5., options=dict(momentum=.9, weight_decay=5e-4))
 _model = dict(n_parts=4, net='DeepLab50_2branch', backbone='resnet50.tv_in1k', crop='box')
 _common = dict(size=256, resize='squash', bs=6, brightness=0.)
@@ -274,10 +303,10 @@ recipes = dict(
                                         'the number of epochs depends on the number of training images'),
     **{f'pascal_{c}':dict(_common, data='pascal_part', protocol=c, model=_model, fit=dict(_fit, epochs=100),
                           note=_note + '; the settings of CUB, since those of PASCAL are in an unseen supplement')
-       for c in 'sheep horse cow motorbike aeroplane bus car bicycle dog cat'.split()})
+       for c in pascal_parts})
 register(contrastive_reconstruction_learner, ContrastiveReconstruction, recipes,
          'parts reconstruct features and colours, without labels (Choudhury et al., NeurIPS 2021)',
-         extra=('mask',), scores=unsupervised_scores)
+         extra=('mask',), scores=reconstruction_scores)
 
 # %% ../nbs/11_contrastive_reconstruction.ipynb #1a20d00e
 class WithForeground(PartModel):
@@ -372,7 +401,8 @@ def published_scores(
     "What the authors' checkpoint of these data scores, as fractions, by the names of `evaluate`"
     if data not in _scores or (model['net'],model['n_parts']) != ('DeepLab50_2branch',4): return {}
     marks = dict(zip(('fg_nmi','fg_ari','nmi','ari'), _scores[data]['its checkpoint'][-4:]))
-    return {k:round(v/100, 4) for k,v in (marks | (dict(fg_ari_as_printed=21.03) if data == 'cub_parts' else {})).items()}
+    if data == 'cub_parts': marks['fg_ari_as_printed'] = 21.03
+    return {k:round(v/100, 4) for k,v in marks.items()}
 
 def import_original(
     path, # A checkpoint of the authors, such as model_60000.pth

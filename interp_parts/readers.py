@@ -357,7 +357,7 @@ def read_data(
     masks = None if 'masks' in known else options.pop('masks', None)
     for o in options:
         if not known: raise ConfigError(f'option of --data {name}', repr(o), 'none', 'leave it out')
-        pick(o, known, f'option of --data {name}')
+        pick(o, [*known, 'masks'], f'option of --data {name}')
     if not Path(path).exists():
         raise DataError(path, 'no such file or folder', f'the data of --data {name}', 'check --path')
     with reading(path, f'the data of --data {name}', 'check --path, or restore the files'):

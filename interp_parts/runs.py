@@ -341,7 +341,7 @@ def _with_masks(files, folder):
     known = {f.stem:str(f) for f in sorted(Path(folder).rglob('*')) if f.suffix.lower() in _endings} if folder else {}
     if folder and not known: raise DataError(folder, 'no mask in it', 'a folder of PNG files named as the images')
     lost = [f.name for f in files if folder and f.stem not in known]
-    if lost: warnings.warn(f'{folder}: no mask for {len(lost)} of {len(files)} images ({lost[0]}): parts cover all of them')
+    if lost: warnings.warn(f'{folder}: no mask for {len(lost)} of {len(files)} images ({lost[0]}): parts cover all of it')
     for f in files:
         mask = dict(mask=known[f.stem]) if f.stem in known else {}
         yield part_table([dict(image=str(f.resolve()), split='test', **mask)], 'images')
@@ -402,7 +402,8 @@ def foreground_run(
     "Train a foreground network and write a mask for each image of a table; returns the table with these masks"
     if not settings.get('data') or not settings.get('path'):
         raise ConfigError('--data and --path', 'missing', 'images, with masks or boxes', '--data cub_parts --path DIR')
-    if Path(out).exists() and any(Path(out).iterdir()): raise ConfigError(out, 'exists', 'a new folder', 'use another --out')
+    if Path(out).exists() and any(Path(out).iterdir()):
+        raise ConfigError(out, 'exists', 'a new folder', 'use another --out')
     known = {*_options(supervised_labels), 'threshold', 'largest'} - {'df','folder','splits','predict'}
     for k in options: pick(k, sorted(known), '--set')
     check_backbone(options.get('backbone', 'resnet34'))
