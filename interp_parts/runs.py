@@ -341,7 +341,7 @@ def _with_masks(files, folder):
     known = {f.stem:str(f) for f in sorted(Path(folder).rglob('*')) if f.suffix.lower() in _endings} if folder else {}
     if folder and not known: raise DataError(folder, 'no mask in it', 'a folder of PNG files named as the images')
     lost = [f.name for f in files if folder and f.stem not in known]
-    if lost: warnings.warn(f'{folder}: no mask for {len(lost)} of {len(files)} images ({lost[0]}): parts cover all of it')
+    if lost: warnings.warn(f'{folder}: no mask for {len(lost)} of {len(files)} images ({lost[0]}): parts everywhere')
     for f in files:
         mask = dict(mask=known[f.stem]) if f.stem in known else {}
         yield part_table([dict(image=str(f.resolve()), split='test', **mask)], 'images')
