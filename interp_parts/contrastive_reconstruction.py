@@ -4,18 +4,19 @@
 
 # %% auto #0
 __all__ = ['BGR_MEAN', 'recipes', 'Segmented', 'ContrastiveReconstruction', 'Views', 'reconstruction_terms', 'Reconstruction',
-           'no_prediction', 'contrastive_reconstruction_learner', 'WithForeground', 'poly_lr', 'PolyDecay',
-           'original_net', 'load_original', 'import_original', 'PartLearner', 'create_learner', 'part_table',
-           'check_table', 'part_dls', 'load_image', 'PartBatches', 'fit_run', 'seed_everything', 'run_config',
-           'save_run', 'load_run', 'add_grabcut_masks', 'RandomWarp', 'ColorJitter', 'perceptual', 'rgb_to_lab',
-           'DeepLab', 'UNet', 'part_moments', 'consistency', 'contrastive_loss', 'equivariance_loss', 'focus',
-           'FeatureKMeans', 'evaluate_unsupervised', 'part_sheet', 'warp_sheet', 'training_sheet', 'foreground_learner',
-           'predict_masks']
+           'no_prediction', 'contrastive_reconstruction_learner', 'reconstruction_scores', 'WithForeground', 'poly_lr',
+           'PolyDecay', 'original_net', 'load_original', 'published_scores', 'import_original', 'PartLearner',
+           'create_learner', 'part_table', 'check_table', 'part_dls', 'load_image', 'PartBatches', 'fit_run',
+           'seed_everything', 'run_config', 'save_run', 'load_run', 'add_grabcut_masks', 'RandomWarp', 'ColorJitter',
+           'perceptual', 'rgb_to_lab', 'DeepLab', 'UNet', 'part_moments', 'consistency', 'contrastive_loss',
+           'equivariance_loss', 'focus', 'FeatureKMeans', 'evaluate_unsupervised', 'part_sheet', 'warp_sheet',
+           'training_sheet', 'foreground_learner', 'predict_masks']
 
 # %% ../nbs/11_contrastive_reconstruction.ipynb #427fff0b
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 from fastai.callback.core import Callback
@@ -35,8 +36,9 @@ from .perceptual import *
 from .deeplab import *
 from .reconstruction_losses import *
 from .instance_crops import *
+from .part_readers import pascal_parts
 from .feature_clusters import *
-from .unsupervised import evaluate_unsupervised, unsupervised_scores
+from .unsupervised import PUBLISHED, evaluate_unsupervised, unsupervised_scores
 from .foreground import foreground_learner, predict_masks
 from .reconstruction_pictures import part_sheet, reconstruction_pictures, training_sheet, warp_sheet
 
@@ -262,6 +264,33 @@ def contrastive_reconstruction_learner(
     return learn
 
 # %% ../nbs/11_contrastive_reconstruction.ipynb #957459c0
+def _phi_of(config):
+    "The frozen network a run was trained with; None, and a warning, if its weights are gone"
+    t = config.get('training', {})
+    o = {k.removeprefix('phi_'):v for k,v in t.get('model', {}).items() if k.startswith('phi')}
+    name,weights,pretrained = o.pop('phi', 'vgg19'),o.get('weights'),t.get('pretrained', False)
+    try: return perceptual(name, pretrained=pretrained and not weights, **o) if weights or pretrained else None
+    except InterpPartsError as e: warnings.warn(f'no clusters of the frozen network beside the scores: {e}')
+
+def reconstruction_scores(
+    learner, # A `PartLearner` of a run
+    df, # Any table
+    protocol:str='fixed', # As for `evaluate`
+)->dict:
+    "`unsupervised_scores`, and beside FG-NMI and FG-ARI those of clusters of the run's frozen network"
+    mine = unsupervised_scores(learner, df, protocol)
+    names = [k for k in ('fg_nmi','fg_ari','crop_fg_nmi','crop_fg_ari') if k in mine]
+    phi = _phi_of(getattr(learner, 'config', {})) if names and 'mask' in df else None
+    if phi is None: return mine
+    rows,d = df[df.split == 'train'],learner.dls
+    batches = learner.batches(rows.sample(min(200, len(rows)), random_state=0)[['image','split','mask']])
+    phi = phi.to(d.device)
+    km = FeatureKMeans(phi, learner.model.config['n_parts']).fit(
+        (denormalize(x, d.stats).to(d.device), b.mask.to(d.device)) for x,b in batches)
+    fake = SimpleNamespace(model=FeatureParts(km, d.stats), dls=d)
+    other = unsupervised_scores(fake, df, protocol)
+    return {**mine, **{f'{k}_feature_kmeans':other[k] for k in names}}
+
 _fit = dict(optimizer='sgd', lr=(1e-5,1e-4), schedule='poly', clip=5., options=dict(momentum=.9, weight_decay=5e-4))
 _model = dict(n_parts=4, net='DeepLab50_2branch', backbone='resnet50.tv_in1k', crop='box')
 _common = dict(size=256, resize='squash', bs=6, brightness=0.)
@@ -274,10 +303,10 @@ recipes = dict(
                                         'the number of epochs depends on the number of training images'),
     **{f'pascal_{c}':dict(_common, data='pascal_part', protocol=c, model=_model, fit=dict(_fit, epochs=100),
                           note=_note + '; the settings of CUB, since those of PASCAL are in an unseen supplement')
-       for c in 'sheep horse cow motorbike aeroplane bus car bicycle dog cat'.split()})
+       for c in pascal_parts})
 register(contrastive_reconstruction_learner, ContrastiveReconstruction, recipes,
          'parts reconstruct features and colours, without labels (Choudhury et al., NeurIPS 2021)',
-         extra=('mask',), scores=unsupervised_scores, pictures=reconstruction_pictures)
+         extra=('mask',), scores=reconstruction_scores, pictures=reconstruction_pictures)
 
 # %% ../nbs/11_contrastive_reconstruction.ipynb #1a20d00e
 class WithForeground(PartModel):
@@ -323,17 +352,19 @@ class PolyDecay(Callback):
 # %% ../nbs/11_contrastive_reconstruction.ipynb #00edae82
 def original_net(
     state:dict, # Tensors under the original's names
+    name='checkpoint', # Its file, for messages
 )->dict:
     "Arguments `net` and `n_parts` of the model that a checkpoint of the original fits"
     if 'final_conv.weight' in state: return dict(net='UNet', n_parts=len(state['final_conv.weight']))
     head = 'layer5.conv2d_list.0.weight'
-    if head not in state: raise CheckpointError('checkpoint', f'no {head}', 'a checkpoint of unsup-parts')
+    if head not in state: raise CheckpointError(name, f'no {head}', 'a checkpoint of unsup-parts')
     w,deep = state[head],'layer3.22.conv1.weight' in state
     return dict(net=f"DeepLab{'' if deep else '50'}{'_2branch' if w.shape[1] == 1024 else ''}", n_parts=len(w))
 
 def load_original(
     model:ContrastiveReconstruction, # With one of the original's networks
     state:dict, # `model_state_dict`, or the whole checkpoint; with or without the `module.` of DataParallel
+    name='checkpoint', # Its file, for messages
 ):
     "Load a checkpoint of the original code"
     state = {k.removeprefix('module.'):v for k,v in state.get('model_state_dict', state).items()}
@@ -341,10 +372,37 @@ def load_original(
     fits = lambda k: k in mine and k in state and mine[k].shape == state[k].shape
     wrong = sorted(k for k in mine.keys() | state.keys() if not fits(k))
     if wrong:
-        raise CheckpointError('checkpoint', f'{len(wrong)} tensors do not fit ({", ".join(wrong[:3])})',
+        raise CheckpointError(name, f'{len(wrong)} tensors do not fit ({", ".join(wrong[:3])})',
                               str(original_net(state)))
     model.net.load_state_dict(state)
     return model
+
+
+# %% ../nbs/11_contrastive_reconstruction.ipynb #2f6f0b3c
+_readers_protocol = dict(cub_parts='paper', deepfashion='paper')
+_scores = dict(cub_parts=PUBLISHED['cub'], deepfashion=PUBLISHED['deepfashion'])
+
+def _original_state(path):
+    "Tensors by name of a checkpoint; nothing is unpickled"
+    try:
+        with warnings.catch_warnings(action='ignore'): ckpt = torch.load(path, map_location='cpu', weights_only=True)
+    except FileNotFoundError: raise CheckpointError(path, 'no such file') from None
+    except Exception as e:
+        got = f'cannot be read without unpickling ({type(e).__name__})'
+        raise CheckpointError(path, got, 'a file of tensors') from None
+    state = {k.removeprefix('module.'):v for k,v in ckpt.get('model_state_dict', ckpt).items()}
+    if not all(isinstance(v, torch.Tensor) for v in state.values()): raise ValueError('not all are tensors')
+    return state
+
+def published_scores(
+    data:str, # Reader's name
+    model:dict, # Configuration of the model
+)->dict:
+    "What the authors' checkpoint of these data scores, as fractions, by the names of `evaluate`"
+    if data not in _scores or (model['net'],model['n_parts']) != ('DeepLab50_2branch',4): return {}
+    marks = dict(zip(('fg_nmi','fg_ari','nmi','ari'), _scores[data]['its checkpoint'][-4:]))
+    if data == 'cub_parts': marks['fg_ari_as_printed'] = 21.03
+    return {k:round(v/100, 4) for k,v in marks.items()}
 
 def import_original(
     path, # A checkpoint of the authors, such as model_60000.pth
@@ -352,22 +410,22 @@ def import_original(
     data:str='cub_parts', # Dataset it was trained on
     data_path:str='.', # Where that is
     size:int=256, # Shorter side of the network input, in pixels
+    protocol:str=None, # The reader's; default: 'paper' for CUB and DeepFashion; for PASCAL-Part the class
 )->Path:
     "Make a run of a checkpoint of the original; nothing is unpickled"
-    try: ckpt = torch.load(path, map_location='cpu', weights_only=True)
-    except FileNotFoundError: raise CheckpointError(path, 'no such file') from None
-    except Exception as e:
-        got = f'cannot be read without unpickling ({type(e).__name__})'
-        raise CheckpointError(path, got, 'a file of tensors') from None
+    if data == 'pascal_part' and not protocol:
+        raise ConfigError('--protocol', 'missing', 'the class it was trained on', 'such as --protocol dog')
     with reading(path, 'tensors by name', error=CheckpointError):
-        state = {k.removeprefix('module.'):v for k,v in ckpt.get('model_state_dict', ckpt).items()}
-        if not all(isinstance(v, torch.Tensor) for v in state.values()): raise ValueError('not all are tensors')
-    model = load_original(ContrastiveReconstruction(**original_net(state), compat=True), state)
-    save_tensors(Path(out)/'model.safetensors', model)
-    training = dict(data=data, path=str(Path(data_path).resolve()), protocol='paper', imported=Path(path).name)
+        state = _original_state(path)
+        model = load_original(ContrastiveReconstruction(**original_net(state, path), compat=True), state, path)
+    training = dict(data=data, path=str(Path(data_path).resolve()), protocol=protocol or _readers_protocol.get(data),
+                    imported=Path(path).name)
     config = dict(schema=SCHEMA, method='contrastive_reconstruction', model=model.config, vocab=[], multi=False,
                   view=dict(size=size, resize='short'), stats=backbone_stats(model.config['backbone']),
                   data=dict(name=data, fingerprint=''), citation='', n_train=0, valid_is_train=False,
-                  training=training, versions=versions())
+                  training=training, published=published_scores(data, model.config), versions=versions())
+    save_tensors(Path(out)/'model.safetensors', model)
     write_json(Path(out)/'config.json', config)
     return Path(out)
+
+methods['contrastive_reconstruction'].importer = import_original

@@ -260,6 +260,7 @@ class Method:
     scores:object=None # `(learner, table, protocol) -> dict`: its own published measures
     base:str|None=None # Method whose finished run it cannot do without (`--init`)
     pictures:object=None # `(learner, table, rows, folder) -> files`: its own pictures
+    importer:object=None # `(file, out, **options) -> run`: makes a run of a checkpoint of its authors
 
 methods = {}
 method_names = ['classifier', 'region_grouping', 'contrastive_reconstruction', 'visual_words', 'activation_diversity',
@@ -274,10 +275,12 @@ def register(
     scores=None, # `(learner, table, protocol) -> dict`: its own published measures, which `evaluate` adds
     base:str=None, # Method whose finished run it cannot do without (`--init`)
     pictures=None, # `(learner, table, rows shown, folder) -> files`: its own pictures, which `visualize` adds
+    importer=None, # `(file, out, **options) -> run`: makes a run of a checkpoint of its authors
 )->Method:
     "Add a method to the registry under the name of its learner factory"
     name = learner.__name__.removesuffix('_learner')
-    methods[name] = Method(name, model, learner, recipes or {}, summary, tuple(extra), scores, base, pictures)
+    methods[name] = Method(name, model, learner, recipes or {}, summary, tuple(extra), scores, base,
+                           pictures, importer)
     return methods[name]
 
 def get_method(

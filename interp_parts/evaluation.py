@@ -154,6 +154,7 @@ def evaluate_lab_kmeans(
 def _baselines(metrics, k):
     "Baselines of the score `k` by name: its own, then those of other models kept in `metrics` as dicts"
     own = {b.replace('_', ' '): metrics.get(f'{k}_{b}') for b in BASELINES.get(k, ('majority',))}
+    if f'{k}_feature_kmeans' in metrics: own['feature kmeans'] = metrics[f'{k}_feature_kmeans']
     return {**own, **{n.replace('_', ' '): v[k] for n,v in metrics.items() if isinstance(v, dict) and k in v}}
 
 def _row(metrics, k):

@@ -209,10 +209,17 @@ def _grey_maps(root, images):
     files = [folder/f.relative_to(root).with_suffix('.png') for f in images]
     return make_files(files, lambda i,f: save_png(f, load_part_mask(colour[i])))
 
+def _fashion_paper(df, root):
+    "The table with the authors' masks of the test images"
+    return add_masks(df, _need(root, *(f'{"../"*n}supervisedlabels' for n in range(5)),
+                               do='unpack deepfashion_supervisedlabels.tar.gz there'))
+
 def read_deepfashion(
     path, # Folder Anno/segmentation of In-shop Clothes Retrieval, or one above it
+    protocol:str='official', # Or 'paper': masks of the test images from supervisedlabels
 )->pd.DataFrame:
     "The table of DeepFashion In-shop with label maps; `test` is query and gallery"
+    pick(protocol, ('official','paper'), '--protocol')
     shop = 'In-shop Clothes Retrieval Benchmark/Anno/segmentation'
     root = _home(path, 'DeepFashion_segmentation_train.json', 'Anno/segmentation', 'segmentation', shop,
                  f'DeepFashion/{shop}',
@@ -230,7 +237,7 @@ def read_deepfashion(
                                 pairs=[], masks='ground truth',
                                 protocol='official lists, test = query + gallery', licence=a['licence'],
                                 citation=a['citation']))
-    return check_masks(df, empty=False)
+    return check_masks(df, empty=False) if protocol == 'official' else _fashion_paper(df, root)
 
 # %% ../nbs/01d_part_readers.ipynb #f6a91fbf
 _legs = 'lblleg lbuleg lear leye lflleg lfuleg {}muzzle neck rblleg rbuleg rear reye rflleg rfuleg {}tail torso'

@@ -235,7 +235,9 @@ BASELINES = {'keypoint_error':('mean_predictor','constant_parts'), 'pointing':('
              'pointing_mask':('constant_parts',), 'nmi':_by_place, 'ari':_by_place, 'fg_nmi':_by_place,
              'fg_ari':_by_place, 'fg_purity':_by_place, 'fg_pixel_purity':_by_place,
              'pixel_nmi':_by_place, 'pixel_ari':_by_place, 'fg_pixel_nmi':_by_place, 'fg_pixel_ari':_by_place,
-             'part_iou':_by_place, 'named_part_iou':_by_place, 'base_agreement':(), 'words_on_object':('random',),
+             'part_iou':_by_place, 'named_part_iou':_by_place,
+             **dict.fromkeys(('crop_fg_nmi','crop_fg_ari','masked_nmi','masked_ari'), _by_place),
+             'base_agreement':(), 'words_on_object':('random',),
              'keypoint_purity':('random',), 'part_purity':('random',),
              **{f'attention_iou_{q}':('mean_cam','shuffled','centre') for q in (50,75,90)}}
 

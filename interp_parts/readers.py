@@ -349,15 +349,22 @@ def get_reader(
 def read_data(
     name:str, # One of `readers`
     path, # The dataset's folder, or the file of a table
-    **options # The reader's own, such as protocol='interpretability'
+    **options # The reader's own, such as protocol='interpretability'; any: masks, a folder of masks
 )->pd.DataFrame:
     "The table of the dataset `name` at `path`"
     reader = get_reader(name)
     known = list(inspect.signature(reader).parameters)[1:]
+    masks = None if 'masks' in known else options.pop('masks', None)
     for o in options:
         if not known: raise ConfigError(f'option of --data {name}', repr(o), 'none', 'leave it out')
-        pick(o, known, f'option of --data {name}')
+        pick(o, [*known, 'masks'], f'option of --data {name}')
     if not Path(path).exists():
         raise DataError(path, 'no such file or folder', f'the data of --data {name}', 'check --path')
     with reading(path, f'the data of --data {name}', 'check --path, or restore the files'):
-        return reader(path, **options)
+        df = reader(path, **options)
+        return df if masks is None else _other_masks(df, masks)
+
+def _other_masks(df, folder):
+    "The table with masks of a folder: for its test rows, or for all rows if it has none"
+    from interp_parts.part_readers import add_masks
+    return add_masks(df, str(folder), ('test',) if 'mask' in df else None)

@@ -4,11 +4,13 @@
 
 # %% auto #0
 __all__ = ['settings_defaults', 'known_options', 'make_settings', 'pick_device', 'check_settings', 'read_rows', 'make_learner',
-           'train_run', 'run_rows', 'evaluate_run', 'visualize_run', 'image_files', 'predict_run', 'features_run']
+           'train_run', 'run_rows', 'evaluate_run', 'visualize_run', 'image_files', 'on_foreground', 'predict_run',
+           'features_run', 'foreground_run', 'import_run']
 
 # %% ../nbs/30a_runs.ipynb #d88bbbb2
-import copy, inspect, json, math, shutil, time
+import copy, inspect, json, math, shutil, time, warnings
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np, pandas as pd, torch
@@ -17,8 +19,9 @@ from .core import *
 from .data import *
 from .backbones import *
 from .training import *
-from .readers import read_data
+from .readers import read_data, readers
 from .masks import add_grabcut_masks
+from .foreground import supervised_labels
 from .evaluation import *
 from .visualization import *
 from .report import *
@@ -66,6 +69,12 @@ def _place(settings, method, key, value):
         kind = _options(get_method(method).model, get_method(method).learner).get(key)
         if kind in (bool,int,float,str) and value is not None: _check_kind(f'--set {key}', value, kind())
 
+def _recipe(method, name):
+    "A recipe by its name, or by a word of it that no other recipe of the method has, such as cub"
+    known = get_method(method).recipes
+    having = [k for k in known if name in k.split('_')]
+    return copy.deepcopy(known[having[0]] if name not in known and len(having) == 1 else pick(name, known, '--recipe'))
+
 def make_settings(
     method:str, # Registered name
     recipe:str=None, # Published settings by name
@@ -75,7 +84,7 @@ def make_settings(
 )->dict:
     "All settings of a training; later sources win"
     s = {**settings_defaults, 'model':{}, 'fit':{}, 'reader':{}}
-    r = copy.deepcopy(pick(recipe, get_method(method).recipes, '--recipe')) if recipe else {}
+    r = _recipe(method, recipe) if recipe else {}
     if not isinstance(config or {}, dict):
         raise ConfigError('--config', type(config).__name__, 'a dictionary of settings')
     for source in (r, config or {}, {k:v for k,v in (options or {}).items() if v is not None}, extra or {}):
@@ -219,10 +228,20 @@ def run_rows(
     config:dict, # Of a run
     path=None, # Another folder of the same data
     run=None, # Folder of the run; None: no masks are made
+    reader:dict=None, # Options of the reader other than those of the training
 )->pd.DataFrame:
     "The table a run was trained on"
-    t = config['training']
-    return read_rows(dict(t, path=path or t['path']), run and config['method'], run)
+    t,opts = config['training'],dict(reader or {})
+    protocol = opts.pop('protocol', t.get('protocol'))
+    t = dict(t, path=path or t['path'], protocol=protocol, reader={**t.get('reader', {}), **opts})
+    return read_rows(t, run and config['method'], run)
+
+def _evaluation_options(options):
+    "Options of the reader (`data.NAME`), and of `evaluate`"
+    own = {k:v for k,v in (options or {}).items() if not k.startswith('data.')}
+    kinds = {k:_options(evaluate)[k] for k in ('fit','flip','use_mask','seed','ridge')}
+    for k,v in own.items(): _check_kind(f'--set {k}', v, pick(k, kinds, '--set')())
+    return {k[5:]:v for k,v in (options or {}).items() if k not in own},own
 
 def _untrained(learn, run):
     "The learner with the weights before its first step"
@@ -242,16 +261,22 @@ def evaluate_run(
     baselines:bool=True, # Also the untrained model and Lab-colour clusters?
     device='auto', # Where the model goes
     workers:int=2, # Processes that decode images
+    options:dict=None, # Options of `evaluate`, and with `data.` before their names of the reader
 )->dict:
     "Score a run, write RUN/metrics.json and return it"
+    reader,opts = _evaluation_options(options)
     learn = load_run(run, pick_device(device), workers=workers)
-    df = run_rows(learn.config, path, run)
+    df = run_rows(learn.config, path, run, reader)
     own = get_method(learn.config['method']).scores
-    res = {**evaluate(learn, df, protocol, test=split), **(own(learn, df, protocol) if own else {})}
+    mine = own(learn, df, protocol) if own else {}
+    res = {**evaluate(learn, df, protocol, test=split, **opts), **mine}
+    beside = lambda d: {k:v for k,v in d.items() if not (k in mine and isinstance(v, float))}
     if baselines and 'keypoint_error' in res or baselines and 'fg_nmi' in res:
         k = next(learn.parts(df[:1]))[0].n_parts
-        res['lab_kmeans'] = evaluate_lab_kmeans(learn, df, k, protocol)
-    if baselines and _untrained(learn, run): res['untrained'] = evaluate(learn, df, protocol, test=split)
+        res['lab_kmeans'] = beside(evaluate_lab_kmeans(learn, df, k, protocol))
+    if baselines and _untrained(learn, run):
+        res['untrained'] = beside(evaluate(learn, df, protocol, test=split, **opts))
+    if reader: res['reader'] = ', '.join(f'{k}={v}' for k,v in reader.items())
     old = Path(run)/'metrics.json'
     kept = {k:v for k,v in (read_json(old) if old.exists() else {}).items() if k == 'plain_classifier'}
     res = dict(res, **kept, seed=learn.config['training'].get('seed'),
@@ -307,19 +332,42 @@ def _answer(learn, p, path):
     return dict(image=str(path), **answer, explains=vocab[p.target[0]], contribution_kind=p.contribution_kind,
                 parts=parts)
 
+def on_foreground(
+    p:Parts, # Of images of one size, without a background
+    mask:torch.Tensor, # (B,H,W) foreground, in network-input pixels
+)->Parts:
+    "The parts on the foreground alone; the rest is one more part, the background"
+    m = torch.nn.functional.interpolate(mask[:,None].float(), p.maps.shape[2:], mode='bilinear', align_corners=False)
+    maps = torch.cat([p.maps*m, 1-m], 1)
+    counts = None if p.contribution is None else torch.nn.functional.pad(p.contribution, (0,1))
+    return replace(p, maps=maps, presence=maps.amax((2,3)), background=p.n_parts, contribution=counts, boxes=None)
+
+def _with_masks(files, folder):
+    "A table of each file; with the mask of the same name, if the folder has one"
+    known = {f.stem:str(f) for f in sorted(Path(folder).rglob('*')) if f.suffix.lower() in _endings} if folder else {}
+    if folder and not known: raise DataError(folder, 'no mask in it', 'a folder of PNG files named as the images')
+    lost = [f.name for f in files if folder and f.stem not in known]
+    if lost: warnings.warn(f'{folder}: no mask for {len(lost)} of {len(files)} images ({lost[0]}): parts everywhere')
+    for f in files:
+        mask = dict(mask=known[f.stem]) if f.stem in known else {}
+        yield part_table([dict(image=str(f.resolve()), split='test', **mask)], 'images')
+
 def predict_run(
     run, # Folder of a run
     images, # Files and folders
     out=None, # Folder for pictures; default RUN/predictions
     device='auto', # Where the model goes
+    masks=None, # Folder with foreground masks named as the images, for methods without a background
 ):
     "Yield an answer for each image, and draw its explanation"
     learn = load_run(run, pick_device(device))
     files,out = image_files(images),Path(out or Path(run)/'predictions')
-    df = part_table(dict(image=[str(f.resolve()) for f in files], split='test'), 'images')
     bad = find_broken(files)
     if bad: raise DataError(bad[0][0], bad[0][1], 'a complete image', 'replace it or leave it out')
-    for f,(x,p,b) in zip(files, learn.items(df, bs=1)):
+    for f,(x,p,b) in zip(files, (i for df in _with_masks(files, masks) for i in learn.items(df, bs=1))):
+        if b.mask is not None and p.background is not None:
+            raise ConfigError('--masks', f"{learn.config['method']} finds the background itself", 'no masks')
+        if b.mask is not None: p = on_foreground(p, b.mask)
         save_picture(explain(x, p, learn.dls.vocab, multi=learn.dls.multi), out/f'{f.stem}.png')
         yield _answer(learn, p, f)
 
@@ -350,3 +398,44 @@ def _features(p, b):
     centers = part_centers(p.maps, b.size[0])/b.size[0].flip(0)
     cols = dict(presence=p.presence, centers=centers, embedding=p.embedding, logits=p.logits)
     return [{k:v[i].float().numpy() for k,v in cols.items() if v is not None} for i in range(len(b))]
+
+# %% ../nbs/30a_runs.ipynb #d5195970
+def foreground_run(
+    out, # Folder for the masks; the network is in its sub-folder .foreground
+    settings:dict, # data, path, protocol and reader, as in a run
+    **options # Of `supervised_labels`: backbone, weights, pretrained, size, epochs ...
+)->pd.DataFrame:
+    "Train a foreground network and write a mask for each image of a table; returns the table with these masks"
+    if not settings.get('data') or not settings.get('path'):
+        raise ConfigError('--data and --path', 'missing', 'images, with masks or boxes', '--data cub_parts --path DIR')
+    if Path(out).exists() and any(Path(out).iterdir()):
+        raise ConfigError(out, 'exists', 'a new folder', 'use another --out')
+    known = {*_options(supervised_labels), 'threshold', 'largest'} - {'df','folder','splits','predict'}
+    for k in options: pick(k, sorted(known), '--set')
+    check_backbone(options.get('backbone', 'resnet34'))
+    df = read_rows(dict(settings, masks=str(Path(out)/'.boxes')), 'contrastive_reconstruction')
+    return supervised_labels(df, out, splits=None, **options)
+
+# %% ../nbs/30a_runs.ipynb #e0c4d2e6
+def import_run(
+    method:str, # Registered name
+    file, # Checkpoint of its authors
+    out, # Folder of the run
+    data:str='cub_parts', # Data it was trained on: a reader's name
+    say=print, # Where words go
+    **options # Of the method's importer, such as data_path, protocol and size
+)->Path:
+    "Make a run of a checkpoint of a method's authors, and say what they scored with it"
+    make = get_method(method).importer
+    if make is None:
+        can = [m for m in method_names if get_method(m).importer]
+        raise ConfigError('import', f'{method} reads no checkpoint of its authors', ' or '.join(can))
+    pick(data, readers, '--data')
+    if Path(out).exists() and (not Path(out).is_dir() or any(Path(out).iterdir())):
+        raise ConfigError(out, 'exists', 'a new folder', 'use another --out')
+    run = make(file, out, data=data, **options)
+    write_model_card(run)
+    marks = ', '.join(f'{k} {v:.4f}' for k,v in read_json(run/'config.json').get('published', {}).items())
+    say(f'{run}: next, interp-parts evaluate {run} --protocol paper')
+    if marks: say(f'which should then give (published, not run here): {marks}')
+    return run

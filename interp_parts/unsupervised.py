@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['VIEWS', 'VARIANTS', 'PUBLISHED', 'at_points', 'part_scores_at', 'name_points', 'KeypointBatches', 'KeypointClusters',
-           'keypoint_suite', 'score_keypoints', 'resize_labels', 'PixelScores', 'pixel_item', 'score_pixels',
-           'trainer_centers', 'regression_columns', 'guess_columns', 'score_regression', 'evaluate_unsupervised',
-           'unsupervised_scores']
+           'keypoint_suite', 'score_keypoints', 'resize_labels', 'PixelScores', 'pixel_item', 'pixel_batch',
+           'score_pixels', 'trainer_centers', 'regression_columns', 'guess_columns', 'score_regression',
+           'evaluate_unsupervised', 'unsupervised_scores']
 
 # %% ../nbs/20e_unsupervised.ipynb #c4b329ff
 from types import SimpleNamespace
@@ -23,7 +23,7 @@ from .baselines import XYKMeans, strip_parts, xy_parts
 from .part_scores import parts_at
 from .reconstruction_losses import upsample_logits
 from .instance_crops import instance_crop, pad_square
-from .part_readers import load_part_mask
+from .part_readers import load_part_mask, tight_box
 
 # %% ../nbs/20e_unsupervised.ipynb #c72aeeb2
 def at_points(
@@ -200,6 +200,17 @@ def pixel_item(
     m = None if mask is None else np.asarray(mask.resize(wh, Image.Resampling.NEAREST)) > 0
     return np.asarray(im.resize(wh, Image.Resampling.BILINEAR)),resize_labels(labels, wh, how),m
 
+def pixel_batch(
+    i:int, # Number of the image
+    labels:np.ndarray, # (H,W) true parts
+    mask=None, # (H,W) predicted foreground; None: where there are true parts
+)->Batch:
+    "What baselines that know no colours are told of an image: its foreground, and the box of it"
+    on = labels > 0 if mask is None else mask
+    x0,y0,x1,y1 = tight_box(on) or (0, 0, on.shape[1]-1, on.shape[0]-1)
+    size,box = torch.tensor([on.shape]),torch.tensor([[x0,y0,x1-x0+1,y1-y0+1]]).float()
+    return Batch(torch.tensor([i]), [''], size, size, box=box, mask=torch.from_numpy(on.copy())[None])
+
 def score_pixels(
     parts, # `parts(x) -> Parts` of normalised images (1,3,H,W), such as `learner.model.parts`
     df, # Rows of a table with `part_mask`
@@ -208,18 +219,26 @@ def score_pixels(
     how:str='nearest', # Resizing of label maps of the view 'short'
     stats=imagenet_stats, # Mean and deviation the model expects
     device='cpu', # Where the model is
+    fit=None, # Training rows; given: also strips of the foreground's box, and k-means on x,y
 )->dict:
-    "FG or full scores of pixels"
+    "FG or full scores of pixels, and those of baselines"
     pick(view, VIEWS, 'view')
-    scores = PixelScores()
+    xy,suite,scores = XYKMeans(),{'':lambda p,b: p},{}
+    for i in range(0 if fit is None else len(fit)):
+        xy.update(pixel_batch(i, *pixel_item(fit.iloc[i], view, size, how)[1:]))
     for i in range(len(df)):
         im,labels,mask = pixel_item(df.iloc[i], view, size, how)
         if view == 'short' and mask is None:
             raise DataError(df.attrs.get('name', 'table'), "no column 'mask'", 'predicted foreground masks',
                             'see `predict_masks`')
         p = parts(normalize(torch.from_numpy(im.copy()).permute(2,0,1)[None], stats).to(device)).cpu()
-        scores.update(p.maps, labels[None].copy(), mask if mask is None else mask[None], align=view != 'short')
-    return scores.result()
+        b,on = pixel_batch(i, labels, mask),[k for k in range(p.n_parts) if k != p.background]
+        if i == 0 and fit is not None: suite = keypoint_suite(len(on), xy)
+        for end,make in suite.items():
+            maps = make(p, b).maps[:,on if end == '' else slice(len(on))] # no background: the mask says where it is
+            scores.setdefault(end, PixelScores()).update(
+                maps, labels[None].copy(), mask if mask is None else mask[None], align=view != 'short')
+    return {f'{k}{end}':v for end,s in scores.items() for k,v in s.result().items()}
 
 # %% ../nbs/20e_unsupervised.ipynb #8a283f89
 def trainer_centers(
@@ -320,7 +339,8 @@ def evaluate_unsupervised(
         return {**_evaluate_keypoints(learner, fit, test, compat, regression, kw), **common}
     name = df.attrs.get('name', 'table')
     if 'part_mask' not in df: raise DataError(name, 'no keypoints and no part maps', 'annotations to score')
-    run = lambda view,how='nearest': score_pixels(learner.model.parts, test, view, how=how, **kw)
+    few = fit.sample(min(500, len(fit)), random_state=0) if len(fit) else None
+    run = lambda view,how='nearest': score_pixels(learner.model.parts, test, view, how=how, fit=few, **kw)
     if 'box' in df: return {**run('crop'), **common}
     if 'mask' not in df: return {**run('pad'), **common}
     return {**run('pad'), **run('short', 'bilinear' if compat else 'nearest'), **common}
@@ -335,6 +355,13 @@ def _evaluate_keypoints(learner, fit, test, compat, regression, kw):
     errors = {v:score_regression(learner.model.parts, fit, test, v, **kw) for v in VARIANTS}
     return {**res, 'keypoint_regression':errors}
 
+_crop_names = dict(fg_nmi='crop_fg_nmi', fg_ari='crop_fg_ari', nmi='masked_nmi', ari='masked_ari')
+
+def _own_name(k):
+    "The name of a score of the keypoint protocol that no general score has"
+    start = next((o for o in _crop_names if k == o or k.startswith(f'{o}_')), None)
+    return _crop_names[start] + k[len(start):] if start else k
+
 def unsupervised_scores(
     learner, # A `PartLearner`
     df, # Any table
@@ -343,7 +370,8 @@ def unsupervised_scores(
     "`evaluate_unsupervised` as far as the table has something to score; what a method registers as its own measures"
     points = {'keypoints','box'} <= set(df) and len(df.attrs.get('keypoints') or [])
     if protocol == 'accuracy' or not (points or 'part_mask' in df) or not {'train','test'} <= set(df.split): return {}
-    return evaluate_unsupervised(learner, df, 'paper' if protocol == 'paper' else 'fixed')
+    scores = evaluate_unsupervised(learner, df, 'paper' if protocol == 'paper' else 'fixed')
+    return {_own_name(k):v for k,v in scores.items()} if points and protocol != 'paper' else scores
 
 # %% ../nbs/20e_unsupervised.ipynb #a3439fc6
 PUBLISHED = dict(cub={ # kp 001, 002, 003, all, FG-NMI, FG-ARI, NMI, ARI
