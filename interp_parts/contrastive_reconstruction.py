@@ -244,6 +244,7 @@ def contrastive_reconstruction_learner(
     warp:dict=None, # Options of `RandomWarp`
     jitter:dict=None, # Options of `ColorJitter`
     kmeans:int=0, # Steps that first teach the model clusters of the frozen network's features; 0: none, as published
+    kmeans_centered:bool=False, # Clusters of features relative to their image's foreground, see `FeatureKMeans`?
     pretrained:bool=True, # Download the weights of backbone and frozen network?
     weights:str=None, # Backbone weights in a local file
     compat:bool=False, # The published quirks too?
@@ -260,7 +261,7 @@ def contrastive_reconstruction_learner(
                          **{**quirks, **(losses or {})})
     cbs = [rec, *([PolyDecay()] if compat else []), *(cbs or [])]
     learn = PartLearner(dls, model.to(dls.device), loss_func=no_prediction, splitter=_groups, cbs=cbs)
-    if kmeans: cluster_start(learn, net, kmeans)
+    if kmeans: cluster_start(learn, net, kmeans, centered=kmeans_centered)
     return learn
 
 # %% ../nbs/11_contrastive_reconstruction.ipynb #957459c0

@@ -13,6 +13,7 @@ from torch import nn
 from .core import *
 from .data import *
 from .training import few_rows
+from .instance_crops import still_items
 from .perceptual import perceptual
 from .reconstruction_losses import upsample_logits
 
@@ -23,13 +24,23 @@ class FeatureKMeans:
         phi:nn.Module, # Gives a list of maps of images in 0..1, such as `perceptual`
         k:int, # Clusters
         seed:int=0, # Of the pixel sample and of k-means
-    ): self.phi,self.k,self.seed = phi,k,seed
+        centered:bool=False, # Features relative to their image's foreground, see above?
+    ): self.phi,self.k,self.seed,self.centered = phi,k,seed,centered
 
     @torch.no_grad()
-    def features(self, x):
+    def features(self, x, mask=None):
         "Concatenated maps (B,C,h,w) of images in 0..1, at the resolution of the last"
         maps = self.phi(x)
-        return torch.cat([F.adaptive_avg_pool2d(f, maps[-1].shape[2:]) for f in maps], 1).float()
+        f = torch.cat([F.adaptive_avg_pool2d(f, maps[-1].shape[2:]) for f in maps], 1).float()
+        if not self.centered: return f
+        self.widths,on = [m.shape[1] for m in maps],_cells_on(mask, f)
+        return f - (f*on).sum((2,3), keepdim=True)/on.sum((2,3), keepdim=True).clamp_min(1)
+
+    def _scaled(self, f):
+        "Channels over their deviation, then each level of length 1"
+        if not self.centered: return f
+        levels = (f/self.dev.to(f.device)).split(self.widths, -1)
+        return torch.cat([F.normalize(v, dim=-1) for v in levels], -1)
 
     def fit(self,
         items, # Iterates `(images in 0..1, masks (B,H,W) or None)`
@@ -40,15 +51,15 @@ class FeatureKMeans:
         rows = torch.cat([c[torch.randperm(len(c), generator=g)[:n]] for x,mask in items for c in self._cells(x, mask)])
         if len(rows) < self.k:
             raise DataError('k-means', f'{len(rows)} foreground cells', f'at least {self.k}', 'look at the masks')
-        found = KMeans(self.k, n_init=4, random_state=self.seed).fit(rows.numpy())
+        self.dev = rows.std(0).clamp_min(1e-6)
+        found = KMeans(self.k, n_init=4, random_state=self.seed).fit(self._scaled(rows).numpy())
         self.centers = torch.from_numpy(found.cluster_centers_).float()
         return self
 
     def _cells(self, x, mask):
         "Features (N,C) of the foreground cells of each image"
-        f = self.features(x)
-        on = torch.ones_like(f[:,:1]) if mask is None else F.adaptive_avg_pool2d(mask[:,None].to(f), f.shape[2:])
-        return [a[m > .5] for a,m in zip(f.flatten(2).transpose(1,2).cpu(), on.flatten(1).cpu())]
+        f = self.features(x, mask)
+        return [a[m > 0] for a,m in zip(f.flatten(2).transpose(1,2).cpu(), _cells_on(mask, f).flatten(1).cpu())]
 
     def fit_batches(self,
         batches, # Iterates `(normalised images, Batch)`, such as `PartBatches`
@@ -57,27 +68,33 @@ class FeatureKMeans:
         "The same from batches"
         return self.fit(((denormalize(x, batches.stats), b.mask) for x,b in batches), n)
 
-    def distances(self, x):
+    def distances(self, x, mask=None):
         "Squared distances (B,K,h,w) to the centres"
-        f,c = self.features(x),self.centers.to(x.device)
+        f,c = self.features(x, mask),self.centers.to(x.device)
+        f = self._scaled(f.movedim(1, -1)).movedim(-1, 1)
         product = torch.einsum('kc,bchw->bkhw', c, f)
         d = f.square().sum(1, keepdim=True) - 2*product + c.square().sum(1)[:,None,None]
         return d.clamp_min(0)
 
-    def nearest(self, x):
+    def nearest(self, x, mask=None):
         "One-hot maps (B,K,h,w) of the nearest centre"
-        return F.one_hot(self.distances(x).argmin(1), self.k).permute(0,3,1,2).float()
+        return F.one_hot(self.distances(x, mask).argmin(1), self.k).permute(0,3,1,2).float()
 
-    def parts(self, x):
+    def parts(self, x, mask=None):
         "`Parts` of images in 0..1"
-        near = self.nearest(x)
+        near = self.nearest(x, mask)
         return Parts(near, near.amax((2,3)))
 
     def over(self,
         batches, # Iterates `(normalised images, Batch)`, such as `PartBatches`
     ):
         "Yield `(Parts, Batch)`, as a learner's `parts` does"
-        for x,b in batches: yield self.parts(denormalize(x, batches.stats)).cpu(),b
+        for x,b in batches: yield self.parts(denormalize(x, batches.stats), b.mask).cpu(),b
+
+def _cells_on(mask, f):
+    "Which cells (B,1,h,w) of the maps `f` are more than half foreground, 0 or 1; all without a mask"
+    if mask is None: return torch.ones_like(f[:,:1])
+    return (F.adaptive_avg_pool2d(mask[:,None].to(f), f.shape[2:]) > .5).to(f)
 
 # %% ../nbs/11f_feature_clusters.ipynb #b22e7f59
 def published_kmeans(
@@ -105,19 +122,21 @@ def cluster_start(
     phi:nn.Module, # Frozen network
     steps:int=100, # Of Adam
     lr:float=1e-3, # Its learning rate
+    centered:bool=False, # See `FeatureKMeans`
 ):
-    "Teach a model the clusters of a frozen network's features of some training images"
+    "Teach a model the clusters of a frozen network's features of some training images, and of their mirror images"
     dls,device = learn.dls,learn.dls.device
-    batches = PartBatches(few_rows(dls), dls.view.size, 'squash', bs=dls.bs, stats=dls.stats)
-    data = [(x.to(device), b.mask.to(device)) for x,b in batches]
-    clean = [(denormalize(x, dls.stats), m) for x,m in data]
-    km = FeatureKMeans(phi.to(device), learn.model.config['n_parts']).fit(clean)
-    near = [km.nearest(x) for x,_ in clean]
+    items = still_items(dls.train.dataset, few_rows(dls), dls.view)
+    images,masks = (torch.stack([v.as_subclass(torch.Tensor) for v in vs]).to(device).split(dls.bs) for vs in zip(*items))
+    clean = [(x.float()/255, m) for x,m in zip(images, masks)]
+    km = FeatureKMeans(phi.to(device), learn.model.config['n_parts'], centered=centered).fit(clean)
+    data = [(normalize(x, dls.stats), m, km.nearest(c, m)) for x,(c,m) in zip(images, clean)]
+    data += [tuple(v.flip(-1) for v in d) for d in data]
     opt = torch.optim.Adam([p for g in learn.model.groups() for p in g], lr)
     learn.model.train()
     for i in range(steps):
-        (x,mask),to = data[i % len(data)],near[i % len(data)]
-        opt.zero_grad(); cluster_loss(learn.model(x).logits, to, mask).backward(); opt.step()
+        x,mask,near = data[i % len(data)]
+        opt.zero_grad(); cluster_loss(learn.model(x).logits, near, mask).backward(); opt.step()
 
 def cluster_loss(
     logits:torch.Tensor, # (B,K,h,w)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['CROPS', 'jitter_box', 'square_box', 'crop_box', 'scale_longest', 'Crop', 'instance_crop', 'random_crop',
-           'InstanceDataset', 'focus', 'pad_square']
+           'InstanceDataset', 'still_items', 'focus', 'pad_square']
 
 # %% ../nbs/11e_instance_crops.ipynb #71b9749f
 import random
@@ -143,6 +143,16 @@ class _Places:
         if ds.crop == 'random' and ds.train: return random_crop((w,h), self.size, flip, ds.chance)
         box = ds.boxes[ds.row] if ds.crop == 'box' else None
         return instance_crop(box, (w,h), self.size, .05*ds.train, flip, ds.chance)
+
+def still_items(
+    ds, # `PartDataset` of a training
+    rows, # Rows of its table
+    view, # `View` of the training
+)->list:
+    "Images (3,H,W) and masks (H,W) of rows as the training sees them, without jitter, mirror or brightness"
+    if isinstance(ds, InstanceDataset): still = InstanceDataset(rows, view, ['mask'], crop=ds.crop)
+    else: still = PartDataset(rows, view, ['mask'])
+    return [(o[0],o[-1]) for o in map(still.__getitem__, range(len(still)))]
 
 def focus(
     dls, # From `part_dls`

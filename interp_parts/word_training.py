@@ -196,7 +196,7 @@ class WordPhases(Callback):
         self.timing,self.falls = dict(warm=warm, start=start, every=every),(step,gamma)
         self.last,self.weight_decay,self.reset = dict(epochs=last_epochs, lr=last_lr),weight_decay,reset
         self.distinct,self.train_last,self.bn_train,self.attend_warm = distinct,train_last,bn_train,attend_warm
-        self.prune,self.keep = prune,keep
+        self.prune,self.at_most = prune,keep
 
     def before_train(self):
         self.plan,m = word_plan(self.n_epoch, **self.timing),self.learn.model
@@ -231,7 +231,7 @@ class WordPhases(Callback):
         m = self.learn.model
         n = len(m.words)
         if self.prune: self._drop(self._needless())
-        if self.keep and self.keep < len(m.words): self._drop(self._margins().argsort()[:-self.keep].tolist())
+        if self.at_most and self.at_most < len(m.words): self._drop(self._margins().argsort()[:-self.at_most].tolist())
         if len(m.words) < n: self._on_table(torch.optim.Adam([m.last.weight], lr=self.last['lr']), 0)
 
     def _needless(self):
