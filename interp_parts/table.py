@@ -130,7 +130,7 @@ def score_run(
         learn.model = model
         got = {n:v for n,v in _scores(learn, df, explain_n).items() if isinstance(v, (int,float))}
         if not whole.classifies and 'label' in df: got |= dict(probe=True, accuracy=probe_accuracy(learn, train, test))
-        rows.append({**common, **got, **explain_cost(learn, df), 'parts':kind, 'n_parts':n})
+        rows.append({**got, **common, **explain_cost(learn, df), 'parts':kind, 'n_parts':n})
     return rows
 
 def _about(c):
