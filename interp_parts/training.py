@@ -531,7 +531,7 @@ def save_run(
     "Write config.json and model.safetensors, and the list of the split if it was drawn here"
     save_tensors(Path(run)/'model.safetensors', learn.model)
     from interp_parts.classification_readers import write_split
-    table = getattr(learn.dls, 'table', None)
+    table = vars(learn.dls).get('table') # of a loaded run it is not read for this
     if table is not None and table.attrs.get('drawn'): write_split(table, Path(run)/'split.txt')
     write_json(Path(run)/'config.json', config)
 
