@@ -245,8 +245,12 @@ def _cell(v):
     "Mean, and deviation if there are several values"
     v = pd.to_numeric(v, errors='coerce').dropna()
     if not len(v): return ''
-    mean = f'{v.mean():.3f}' if v.abs().max() < 100 else f'{v.mean():.0f}'
-    return mean if len(v) < 2 else f'{mean} ± {v.std():.3f}' if v.abs().max() < 100 else f'{mean} ± {v.std():.0f}'
+    digits = 0 if v.abs().max() >= 100 else 3
+    return f'{v.mean():.{digits}f}' + (f' ± {v.std():.{digits}f}' if len(v) > 1 else '')
+
+def _counts(v):
+    "Whole numbers, each once"
+    return ' '.join(f'{n:.0f}' for n in sorted(set(v.dropna())))
 
 def summary(
     table:pd.DataFrame, # One row a run and kind of parts
@@ -257,7 +261,7 @@ def summary(
     out = []
     for (m,n),g in table.groupby(['method','n_parts'], sort=False):
         mark = '*' if g.get('probe', pd.Series([False])).fillna(False).astype(bool).any() else ''
-        cells = {c:_cell(g[c]) for c in cols}
+        cells = {c:(_counts if c == 'predictors' else _cell)(g[c]) for c in cols}
         key = ' '.join(sorted(set(g.config.dropna()))) if 'config' in g else ''
         out.append({'method':m.replace('_', ' ')+mark, 'parts':str(n), 'seeds':str(len(g)), **cells, 'config':key})
     return pd.DataFrame(out)
