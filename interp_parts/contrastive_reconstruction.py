@@ -296,6 +296,8 @@ _fit = dict(optimizer='sgd', lr=(1e-5,1e-4), schedule='poly', clip=5., options=d
 _model = dict(n_parts=4, net='DeepLab50_2branch', backbone='resnet50.tv_in1k', crop='box')
 _common = dict(size=256, resize='squash', bs=6, brightness=0.)
 _note = 'transcribed, full scale not run; weights of torchvision instead of Caffe'
+_drawn = dict(n_parts=4, backbone='resnet10t', stride=8, stage='stride', phi='mobilenetv2_100', phi_taps=(3,), crop='box',
+              losses=dict(equivariance=2000., semantic=5000., contrast=2000., centered=True, relative=True))
 recipes = dict(
     cr_cub_k4=dict(_common, data='cub_parts', protocol='cachedir', model=_model, fit=dict(_fit, epochs=100),
                    note=_note),
@@ -304,7 +306,9 @@ recipes = dict(
                                         'the number of epochs depends on the number of training images'),
     **{f'pascal_{c}':dict(_common, data='pascal_part', protocol=c, model=_model, fit=dict(_fit, epochs=100),
                           note=_note + '; the settings of CUB, since those of PASCAL are in an unseen supplement')
-       for c in pascal_parts})
+       for c in pascal_parts},
+    drawn_birds=dict(data='cub', size=96, resize='squash', bs=24, brightness=0., model=_drawn,
+                     fit=dict(lr=(2e-3,8e-3), epochs=7), note='ours, for drawn birds on a CPU; nothing published'))
 register(contrastive_reconstruction_learner, ContrastiveReconstruction, recipes,
          'parts reconstruct features and colours, without labels (Choudhury et al., NeurIPS 2021)',
          extra=('mask',), scores=reconstruction_scores, pictures=reconstruction_pictures)
