@@ -141,7 +141,7 @@ def check_table(
     _check_labels(df, name)
     bad = find_broken(df.image.unique()) if files and not _files_later.get() else []
     broken = [f'{p} ({why})' for p,why in bad]
-    if bad: raise DataError(name, f'{len(bad)} unusable files: {_first(broken)}', 'complete images',
+    if bad: raise DataError(name, f"{len(bad)} unusable file{'s'*(len(bad) != 1)}: {_first(broken)}", 'complete images',
                             'restore them or take their rows out')
     return df
 
