@@ -239,6 +239,7 @@ def contrastive_reconstruction_learner(
     phi_gains=None, # Their weights
     phi_norm:bool=False, # Divide each tap by its length at each place?
     phi_weights:str=None, # Its weights in a local file
+    phi_size:int=None, # Shorter side to which images are scaled for it, in pixels; default: as they are
     crop:str='view', # Training crops: 'view', 'box' or 'random'
     losses:dict=None, # Options of `Reconstruction`: weights, tau, symmetric ...
     warp:dict=None, # Options of `RandomWarp`
@@ -255,7 +256,7 @@ def contrastive_reconstruction_learner(
     dls = focus(dls, crop)
     model = ContrastiveReconstruction(n_parts, backbone,
                                       compat=compat, pretrained=pretrained, weights=weights, **options)
-    net = perceptual(phi, phi_taps, phi_gains, phi_norm, pretrained, phi_weights)
+    net = perceptual(phi, phi_taps, phi_gains, phi_norm, pretrained, phi_weights, phi_size)
     quirks = dict(skip_first=True, batch_sum=True) if compat else {}
     rec = Reconstruction(net, warp=RandomWarp(**(warp or {})), jitter=ColorJitter(**(jitter or {})),
                          **{**quirks, **(losses or {})})
@@ -296,8 +297,10 @@ _fit = dict(optimizer='sgd', lr=(1e-5,1e-4), schedule='poly', clip=5., options=d
 _model = dict(n_parts=4, net='DeepLab50_2branch', backbone='resnet50.tv_in1k', crop='box')
 _common = dict(size=256, resize='squash', bs=6, brightness=0.)
 _note = 'transcribed, full scale not run; weights of torchvision instead of Caffe'
-_drawn = dict(n_parts=4, backbone='resnet10t', stride=8, stage='stride', phi='mobilenetv2_100', phi_taps=(3,), crop='box',
-              losses=dict(equivariance=2000., semantic=5000., contrast=2000., centered=True, relative=True))
+_drawn = dict(n_parts=4, backbone='resnet10t', stride=8, stage='stride', dilations=(1,2,3,6), crop='box',
+              phi='mobilenetv2_100', phi_taps=(3,), phi_size=192,
+              warp=dict(mirror=True, padding='border', scale=(.5,2.), degrees=30.),
+              losses=dict(equivariance=1000., semantic=5000., contrast=1000., centered=True, relative=True))
 recipes = dict(
     cr_cub_k4=dict(_common, data='cub_parts', protocol='cachedir', model=_model, fit=dict(_fit, epochs=100),
                    note=_note),
@@ -308,7 +311,7 @@ recipes = dict(
                           note=_note + '; the settings of CUB, since those of PASCAL are in an unseen supplement')
        for c in pascal_parts},
     drawn_birds=dict(data='cub', size=96, resize='squash', bs=24, brightness=0., model=_drawn,
-                     fit=dict(lr=(2e-3,8e-3), epochs=7), note='ours, for drawn birds on a CPU; nothing published'))
+                     fit=dict(lr=(5e-3,2e-2), epochs=7), note='ours, for drawn birds on a CPU; nothing published'))
 register(contrastive_reconstruction_learner, ContrastiveReconstruction, recipes,
          'parts reconstruct features and colours, without labels (Choudhury et al., NeurIPS 2021)',
          extra=('mask',), scores=reconstruction_scores, pictures=reconstruction_pictures)
