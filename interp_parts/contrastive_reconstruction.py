@@ -299,8 +299,8 @@ _common = dict(size=256, resize='squash', bs=6, brightness=0.)
 _note = 'transcribed, full scale not run; weights of torchvision instead of Caffe'
 _drawn = dict(n_parts=4, backbone='resnet10t', stride=8, stage='stride', dilations=(1,2,3,6), crop='box',
               phi='mobilenetv2_100', phi_taps=(3,), phi_size=192,
-              warp=dict(mirror=True, padding='border', scale=(.5,2.), degrees=30.),
-              losses=dict(equivariance=1000., semantic=5000., contrast=1000., centered=True, relative=True))
+              warp=dict(mirror=True, padding='border', scale=(.8,2.5), degrees=20., shift=.3),
+              losses=dict(equivariance=2000., semantic=5000., visual=3000., contrast=1000., centered=True, relative=True))
 recipes = dict(
     cr_cub_k4=dict(_common, data='cub_parts', protocol='cachedir', model=_model, fit=dict(_fit, epochs=100),
                    note=_note),
@@ -311,7 +311,7 @@ recipes = dict(
                           note=_note + '; the settings of CUB, since those of PASCAL are in an unseen supplement')
        for c in pascal_parts},
     drawn_birds=dict(data='cub', size=96, resize='squash', bs=24, brightness=0., model=_drawn,
-                     fit=dict(lr=(5e-3,2e-2), epochs=7), note='ours, for drawn birds on a CPU; nothing published'))
+                     fit=dict(lr=(5e-3,2e-2), epochs=8), note='ours, for drawn birds on a CPU; nothing published'))
 register(contrastive_reconstruction_learner, ContrastiveReconstruction, recipes,
          'parts reconstruct features and colours, without labels (Choudhury et al., NeurIPS 2021)',
          extra=('mask',), scores=reconstruction_scores, pictures=reconstruction_pictures)
