@@ -240,12 +240,15 @@ def contrastive_reconstruction_learner(
     phi_norm:bool=False, # Divide each tap by its length at each place?
     phi_weights:str=None, # Its weights in a local file
     phi_size:int=None, # Shorter side to which images are scaled for it, in pixels; default: as they are
+    phi_mirror:bool=False, # Its maps of an image and of its mirror image, averaged?
     crop:str='view', # Training crops: 'view', 'box' or 'random'
     losses:dict=None, # Options of `Reconstruction`: weights, tau, symmetric ...
     warp:dict=None, # Options of `RandomWarp`
     jitter:dict=None, # Options of `ColorJitter`
     kmeans:int=0, # Steps that first teach the model clusters of the frozen network's features; 0: none, as published
     kmeans_centered:bool=False, # Clusters of features relative to their image's foreground, see `FeatureKMeans`?
+    kmeans_images:int=256, # Training images that they are taught on, at most
+    kmeans_warped:bool=False, # With the warps and colours of the training?
     pretrained:bool=True, # Download the weights of backbone and frozen network?
     weights:str=None, # Backbone weights in a local file
     compat:bool=False, # The published quirks too?
@@ -256,13 +259,15 @@ def contrastive_reconstruction_learner(
     dls = focus(dls, crop)
     model = ContrastiveReconstruction(n_parts, backbone,
                                       compat=compat, pretrained=pretrained, weights=weights, **options)
-    net = perceptual(phi, phi_taps, phi_gains, phi_norm, pretrained, phi_weights, phi_size)
+    net = perceptual(phi, phi_taps, phi_gains, phi_norm, pretrained, phi_weights, phi_size, phi_mirror)
     quirks = dict(skip_first=True, batch_sum=True) if compat else {}
     rec = Reconstruction(net, warp=RandomWarp(**(warp or {})), jitter=ColorJitter(**(jitter or {})),
                          **{**quirks, **(losses or {})})
     cbs = [rec, *([PolyDecay()] if compat else []), *(cbs or [])]
     learn = PartLearner(dls, model.to(dls.device), loss_func=no_prediction, splitter=_groups, cbs=cbs)
-    if kmeans: cluster_start(learn, net, kmeans, centered=kmeans_centered)
+    if kmeans:
+        views = dict(warp=rec.warp, jitter=rec.jitter) if kmeans_warped else {}
+        cluster_start(learn, net, kmeans, centered=kmeans_centered, n=kmeans_images, **views)
     return learn
 
 # %% ../nbs/11_contrastive_reconstruction.ipynb #957459c0
@@ -297,9 +302,9 @@ _fit = dict(optimizer='sgd', lr=(1e-5,1e-4), schedule='poly', clip=5., options=d
 _model = dict(n_parts=4, net='DeepLab50_2branch', backbone='resnet50.tv_in1k', crop='box')
 _common = dict(size=256, resize='squash', bs=6, brightness=0.)
 _note = 'transcribed, full scale not run; weights of torchvision instead of Caffe'
-_drawn = dict(n_parts=4, backbone='resnet10t', stride=8, stage='stride', dilations=(1,2,3,6), crop='box',
+_drawn = dict(n_parts=4, backbone='resnet10t', stride=8, stage='stride', dilations=(1,2,4,8), crop='box',
               phi='mobilenetv2_100', phi_taps=(3,), phi_size=192,
-              warp=dict(mirror=True, padding='border', scale=(.8,2.5), degrees=20., shift=.3),
+              warp=dict(mirror=True, padding='border', scale=(.9,3.), degrees=20., shift=.3),
               losses=dict(equivariance=2000., semantic=5000., visual=3000., contrast=1000., centered=True, relative=True))
 recipes = dict(
     cr_cub_k4=dict(_common, data='cub_parts', protocol='cachedir', model=_model, fit=dict(_fit, epochs=100),
@@ -311,7 +316,7 @@ recipes = dict(
                           note=_note + '; the settings of CUB, since those of PASCAL are in an unseen supplement')
        for c in pascal_parts},
     drawn_birds=dict(data='cub', size=96, resize='squash', bs=24, brightness=0., model=_drawn,
-                     fit=dict(lr=(5e-3,2e-2), epochs=8), note='ours, for drawn birds on a CPU; nothing published'))
+                     fit=dict(lr=(5e-3,2e-2), epochs=14), note='ours, for drawn birds on a CPU; nothing published'))
 register(contrastive_reconstruction_learner, ContrastiveReconstruction, recipes,
          'parts reconstruct features and colours, without labels (Choudhury et al., NeurIPS 2021)',
          extra=('mask',), scores=reconstruction_scores, pictures=reconstruction_pictures)

@@ -123,21 +123,30 @@ def cluster_start(
     steps:int=100, # Of Adam
     lr:float=1e-3, # Its learning rate
     centered:bool=False, # See `FeatureKMeans`
+    n:int=256, # Training images, at most
+    warp=None, # Changes images, clusters and masks together, such as a `RandomWarp`; default: mirrors each second batch
+    jitter=None, # Changes colours of images in 0..1, such as a `ColorJitter`
 ):
-    "Teach a model the clusters of a frozen network's features of some training images, and of their mirror images"
+    "Teach a model the clusters of a frozen network's features of some training images"
     dls,device = learn.dls,learn.dls.device
-    items = still_items(dls.train.dataset, few_rows(dls), dls.view)
+    items = still_items(dls.train.dataset, few_rows(dls, n), dls.view)
     stacked = (torch.stack([v.as_subclass(torch.Tensor) for v in vs]).to(device) for vs in zip(*items))
     images,masks = (s.split(dls.bs) for s in stacked)
     clean = [(x.float()/255, m) for x,m in zip(images, masks)]
     km = FeatureKMeans(phi.to(device), learn.model.config['n_parts'], centered=centered).fit(clean)
-    data = [(normalize(x, dls.stats), m, km.nearest(c, m)) for x,(c,m) in zip(images, clean)]
-    data += [tuple(v.flip(-1) for v in d) for d in data]
-    opt = torch.optim.Adam([p for g in learn.model.groups() for p in g], lr)
+    data = [(x, km.nearest(x, m), m) for x,m in clean]
+    params = [p for g in learn.model.groups() for p in g]
+    opt = torch.optim.Adam(params)
+    rate = torch.optim.lr_scheduler.OneCycleLR(opt, lr, total_steps=max(steps, 2), pct_start=.1, cycle_momentum=False)
     learn.model.train()
     for i in range(steps):
-        x,mask,near = data[i % len(data)]
-        opt.zero_grad(); assignment_loss(learn.model(x).logits, near, mask).backward(); opt.step()
+        x,near,mask = data[i % len(data)]
+        near,mask = upsample_logits(near, x.shape[2:]),mask[:,None].to(x)
+        if jitter: x = jitter(x)
+        x,near,mask = warp(x, near, mask) if warp else [v.flip(-1) if i//len(data) % 2 else v for v in (x,near,mask)]
+        opt.zero_grad()
+        assignment_loss(learn.model(normalize(x*255, dls.stats)).logits, near, mask[:,0] > .5).backward()
+        opt.step(); rate.step()
 
 def assignment_loss(
     logits:torch.Tensor, # (B,K,h,w)

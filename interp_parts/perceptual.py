@@ -47,7 +47,7 @@ class Taps(nn.Module):
         norm:bool=False, # Divide each tap by its length at each place?
     ):
         super().__init__()
-        self.gains,self.norm,self.size = tuple(gains),norm,None
+        self.gains,self.norm,self.size,self.mirror = tuple(gains),norm,None,False
         for k,v in zip(('mean','std'), stats):
             self.register_buffer(k, torch.tensor(v, dtype=torch.float32)[:,None,None])
 
@@ -62,7 +62,10 @@ class Taps(nn.Module):
     def forward(self, x):
         "List of (B,C,h,w) maps of images (B,3,H,W) in 0..1, scaled to a shorter side of `self.size` if there is one"
         if self.size: x = F.interpolate(x, scaled_to(x.shape[2:], self.size), mode='bilinear', align_corners=False)
-        return [g*f for g,f in zip(self.gains, self.maps((x-self.mean)/self.std))]
+        x = (x-self.mean)/self.std
+        maps = self.maps(x)
+        if self.mirror: maps = [(f + m.flip(-1))/2 for f,m in zip(maps, self.maps(x.flip(-1)))]
+        return [g*f for g,f in zip(self.gains, maps)]
 
 def scaled_to(
     shape, # Height and width, in pixels
@@ -155,12 +158,13 @@ def perceptual(
     pretrained:bool=True, # Download the weights?
     weights:str=None, # Local safetensors file
     size:int=None, # Shorter side to which images are scaled for it, in pixels; default: as they are
+    mirror:bool=False, # The mean of the maps of an image and of its mirror image, turned back?
     **options # Of `VGGTaps`
 )->Taps:
     "A frozen network that gives several feature maps"
     if size is not None and size < 1: raise ConfigError('phi_size', size, 'at least 1 pixel')
     net = _named(name, taps, gains, norm, pretrained, weights, options)
-    net.size = size
+    net.size,net.mirror = size,mirror
     return net
 
 def _named(name, taps, gains, norm, pretrained, weights, options):
