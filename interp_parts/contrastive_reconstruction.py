@@ -306,6 +306,11 @@ _drawn = dict(n_parts=4, backbone='resnet10t', stride=8, stage='stride', dilatio
               phi='mobilenetv2_100', phi_taps=(3,), phi_size=192,
               warp=dict(mirror=True, padding='border', scale=(.9,3.), degrees=20., shift=.3),
               losses=dict(equivariance=2000., semantic=5000., visual=3000., contrast=1000., centered=True, relative=True))
+_real = dict(n_parts=4, backbone='mobilenetv2_100', stride=16, dilations=(1,2,4), crop='box',
+             phi='mobilenetv2_100', phi_taps=(3,4), phi_size=256, phi_mirror=True,
+             kmeans=600, kmeans_centered=True, kmeans_images=1200, kmeans_warped=True,
+             warp=dict(mirror=True, padding='border', scale=(.9,1.6), degrees=15., shift=.15),
+             losses=dict(equivariance=1000., semantic=3000., visual=100., contrast=3000., centered=True, relative=True))
 recipes = dict(
     cr_cub_k4=dict(_common, data='cub_parts', protocol='cachedir', model=_model, fit=dict(_fit, epochs=100),
                    note=_note),
@@ -316,7 +321,9 @@ recipes = dict(
                           note=_note + '; the settings of CUB, since those of PASCAL are in an unseen supplement')
        for c in pascal_parts},
     drawn_birds=dict(data='cub', size=96, resize='squash', bs=24, brightness=0., model=_drawn,
-                     fit=dict(lr=(5e-3,2e-2), epochs=14), note='ours, for drawn birds on a CPU; nothing published'))
+                     fit=dict(lr=(5e-3,2e-2), epochs=14), note='ours, for drawn birds on a CPU; nothing published'),
+    cub_cpu=dict(data='cub_parts', protocol='grabcut', size=128, resize='squash', bs=24, brightness=0., model=_real,
+                 fit=dict(lr=(1e-4,1e-3), epochs=3), note='ours, for real birds on a CPU, masks made from boxes; nothing published'))
 register(contrastive_reconstruction_learner, ContrastiveReconstruction, recipes,
          'parts reconstruct features and colours, without labels (Choudhury et al., NeurIPS 2021)',
          extra=('mask',), scores=reconstruction_scores, pictures=reconstruction_pictures)

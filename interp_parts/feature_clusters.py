@@ -7,6 +7,7 @@ __all__ = ['FeatureKMeans', 'published_kmeans', 'FeatureParts', 'cluster_start',
 
 # %% ../nbs/11f_feature_clusters.ipynb #30dab0ac
 import torch, torch.nn.functional as F
+from fastprogress.fastprogress import progress_bar
 from sklearn.cluster import KMeans
 from torch import nn
 
@@ -139,7 +140,8 @@ def cluster_start(
     opt = torch.optim.Adam(params)
     rate = torch.optim.lr_scheduler.OneCycleLR(opt, lr, total_steps=max(steps, 2), pct_start=.1, cycle_momentum=False)
     learn.model.train()
-    for i in range(steps):
+    bar = progress_bar(range(steps), leave=False) if hasattr(learn, 'progress') else range(steps)
+    for i in bar:
         x,near,mask = data[i % len(data)]
         near,mask = upsample_logits(near, x.shape[2:]),mask[:,None].to(x)
         if jitter: x = jitter(x)
