@@ -129,6 +129,7 @@ def cluster_start(
     jitter=None, # Changes colours of images in 0..1, such as a `ColorJitter`
 ):
     "Teach a model the clusters of a frozen network's features of some training images"
+    if n < 1: raise ConfigError('kmeans_images', n, 'at least 1')
     dls,device = learn.dls,learn.dls.device
     items = still_items(dls.train.dataset, few_rows(dls, n), dls.view)
     stacked = (torch.stack([v.as_subclass(torch.Tensor) for v in vs]).to(device) for vs in zip(*items))
