@@ -323,7 +323,7 @@ recipes = dict(
     drawn_birds=dict(data='cub', size=96, resize='squash', bs=24, brightness=0., model=_drawn,
                      fit=dict(lr=(5e-3,2e-2), epochs=14), note='ours, for drawn birds on a CPU; nothing published'),
     real_birds=dict(data='cub_parts', protocol='grabcut', size=128, resize='squash', bs=24, brightness=0., model=_real,
-                 fit=dict(lr=(1e-4,1e-3), epochs=3), note='ours, for real birds on a CPU, masks made from boxes; nothing published'))
+                    fit=dict(lr=(1e-4,1e-3), epochs=3), note='ours, for real birds on a CPU, masks made from boxes; nothing published'))
 register(contrastive_reconstruction_learner, ContrastiveReconstruction, recipes,
          'parts reconstruct features and colours, without labels (Choudhury et al., NeurIPS 2021)',
          extra=('mask',), scores=reconstruction_scores, pictures=reconstruction_pictures)
