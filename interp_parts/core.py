@@ -4,21 +4,19 @@
 
 # %% auto #0
 __all__ = ['KINDS', 'methods', 'method_names', 'InterpPartsError', 'DataError', 'ConfigError', 'CheckpointError', 'TrainingError',
-           'nearest', 'pick', 'Parts', 'check_parts', 'cat_batches', 'Batch', 'eval_mode', 'PartModel', 'PickLogits',
-           'SplitTargets', 'PartLearner', 'Method', 'register', 'get_method', 'create_learner', 'atomic_path',
-           'write_text', 'write_json', 'read_json', 'reading']
+           'nearest', 'pick', 'Parts', 'check_parts', 'cat_batches', 'Batch', 'eval_mode', 'PartModel', 'load_original',
+           'PickLogits', 'SplitTargets', 'PartLearner', 'Method', 'register', 'get_method', 'create_learner']
 
-# %% ../nbs/00_core.ipynb #92466f41
-import difflib, importlib, json, os, tempfile
+# %% ../nbs/00_core.ipynb #5d38d18c
+import difflib, importlib
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, replace
-from pathlib import Path
 
 import torch
-from torch import nn
 from fastai.callback.core import Callback
 from fastai.learner import Learner
 from fastcore.foundation import L
+from torch import nn
 
 # %% ../nbs/00_core.ipynb #08a7e0f6
 class InterpPartsError(ValueError):
@@ -179,6 +177,8 @@ class PartModel(nn.Module):
     "Base class of all methods: `forward(x)` returns an object with `.logits`; `_parts` makes `Parts`"
     needs_grad = False # Does `_parts` differentiate?
     classifies = True # Are the logits those of classes, or attributes, of an image?
+    original_needs = 'the same architecture' # What a checkpoint of the original code has to be made with
+    original_constants = () # Tensors of such a checkpoint that never change
     def __init__(self,
         **config # JSON-able constructor arguments of the subclass, stored with a run
     ):
@@ -187,6 +187,12 @@ class PartModel(nn.Module):
 
     def _parts(self, x, target): raise NotImplementedError(f'{type(self).__name__} has no _parts')
 
+    def original_views(self,
+        tensors:dict=None, # Tensors under our names, such as gradients; default the model's state
+    )->dict:
+        "The tensors under the names of the original code, as views into ours"
+        raise NotImplementedError(f'{type(self).__name__} has no published checkpoint')
+
     def parts(self,
         x:torch.Tensor, # (B,3,H,W) normalised images
         target=None, # Class or attribute to explain: int, (B,) tensor, or None for the predicted class
@@ -194,6 +200,21 @@ class PartModel(nn.Module):
         "Where the parts are in `x`, and what each counted, in evaluation mode"
         if isinstance(target, int): target = torch.full((len(x),), target, device=x.device)
         with eval_mode(self), torch.set_grad_enabled(self.needs_grad): return self._parts(x, target)
+
+def load_original(
+    model:PartModel, # One that has `original_views`
+    state:dict, # Tensors or arrays under the original's names, with or without the `module.` of DataParallel
+    file='checkpoint', # Where they are from, for messages
+)->PartModel:
+    "Write tensors of the original code into `model`; each has to fit"
+    state = {k.removeprefix('module.'):v for k,v in state.items() if k.removeprefix('module.') not in model.original_constants}
+    views = model.original_views()
+    fits = lambda k: k in views and k in state and tuple(views[k].shape) == tuple(state[k].shape)
+    wrong = sorted(k for k in views.keys() | state.keys() if not fits(k))
+    got = f'{len(wrong)} tensors do not fit ({", ".join(wrong[:3])})'
+    if wrong: raise CheckpointError(file, got, model.original_needs)
+    with torch.no_grad(): [v.copy_(torch.as_tensor(state[k])) for k,v in views.items()]
+    return model
 
 # %% ../nbs/00_core.ipynb #ccfa0502
 class PickLogits(Callback):
@@ -283,11 +304,13 @@ def register(
                            pictures, importer)
     return methods[name]
 
+def _load(name): importlib.import_module({'classifier':'interp_parts.models.classifier'}.get(name, f'interp_parts.{name}'))
+
 def get_method(
     name:str, # Such as 'region_grouping'
 )->Method:
     "The method called `name`, imported if need be"
-    if name not in methods: importlib.import_module(f"interp_parts.{pick(name, method_names, 'method')}")
+    if name not in methods: _load(pick(name, method_names, 'method'))
     return methods[name]
 
 def create_learner(
@@ -297,59 +320,3 @@ def create_learner(
 )->PartLearner:
     "A learner of the method called `name`"
     return get_method(name).learner(dls, **options)
-
-# %% ../nbs/00_core.ipynb #989588a8
-_umask = os.umask(0); os.umask(_umask)
-
-@contextmanager
-def atomic_path(
-    path, # File to be written
-):
-    "A temporary path to write to; it becomes `path` when the block ends well and vanishes when it does not"
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    fd,tmp = tempfile.mkstemp(dir=path.parent, prefix=f'.{path.stem}-', suffix=path.suffix)
-    os.close(fd)
-    try:
-        yield Path(tmp)
-        with open(tmp, 'rb+') as f: os.fsync(f.fileno())
-        os.chmod(tmp, 0o666 & ~_umask)
-        os.replace(tmp, path)
-    finally: Path(tmp).unlink(missing_ok=True)
-
-def write_text(
-    path, # File to be written
-    text:str, # Its content
-):
-    "Write a text file in one piece"
-    with atomic_path(path) as tmp: tmp.write_text(text, encoding='utf-8')
-
-def write_json(
-    path, # File to be written
-    obj, # Anything JSON can hold
-):
-    "Write a JSON file in one piece"
-    write_text(path, json.dumps(obj, indent=1, allow_nan=False) + '\n')
-
-def read_json(
-    path, # File to be read
-):
-    "Read a JSON file; one that is missing or damaged is named"
-    try: return json.loads(Path(path).read_text(encoding='utf-8'))
-    except FileNotFoundError: raise CheckpointError(path, 'no such file') from None
-    except (ValueError, RecursionError, OSError) as e: raise CheckpointError(path, f'not JSON ({e})') from None
-
-@contextmanager
-def reading(
-    path, # File or folder that is read in the block
-    expected:str='', # What it should be
-    do:str='', # What to type or change next
-    error=DataError, # Kind of the error
-):
-    "Whatever a file makes the block raise becomes one error that names the file"
-    try: yield
-    except InterpPartsError: raise
-    except FileNotFoundError as e: raise error(e.filename or path, 'no such file', expected, do) from None
-    except Exception as e:
-        said = ' '.join(str(e).split())[:200]
-        raise error(path, f'cannot be read ({type(e).__name__}: {said})', expected, do) from e

@@ -4,13 +4,13 @@ import math
 import numpy as np, torch
 from torch import nn
 
-from interp_parts.activation_diversity import ActivationDiversity, load_original, original_views
-from interp_parts.casia_net import CasiaNet, SameConv2d, legacy_upsample
-from interp_parts.diversity import AdamHat, IdentityLoss, filter_diversity, response_diversity
-from interp_parts.faces import (partly_hidden, pool_templates, pooled_distances, pooled_search,
-                                rank_rates, roc, search_fold, set_distances, tar_at_far, templates, verify_fold)
-from interp_parts.peaks import Peaks, average_locations
-from interp_parts.occlusion import FaceMesh, fill_polygons, warp_windows
+from interp_parts.activation_diversity.model import ActivationDiversity
+from interp_parts.core import load_original
+from interp_parts.activation_diversity.network import CasiaNet, SameConv2d, legacy_upsample
+from interp_parts.activation_diversity.losses import AdamHat, IdentityLoss, filter_diversity, response_diversity
+from interp_parts.evaluation.faces import partly_hidden, pool_templates, pooled_distances, pooled_search, rank_rates, roc, search_fold, set_distances, tar_at_far, templates, verify_fold
+from interp_parts.activation_diversity.peaks import Peaks, average_locations
+from interp_parts.activation_diversity.occlusion import FaceMesh, fill_polygons, warp_windows
 
 KEPT = 260 # channels that the original's FAD keeps, whatever the width
 EDGE = 46  # pixels of the outline of one window, which rounding may move
@@ -66,7 +66,7 @@ def recorded_model(r):
     "Our model with the recorded parameters, which are checked"
     top,dfc = int(r['gfc_dim']),int(r['dfc_dim'])
     model = ActivationDiversity(int(r['subjects']), features=Trunk(int(r['df_dim']), top), filters=dfc, stable=KEPT)
-    shapes = {k:tuple(v.shape) for k,v in original_views(model).items()}
+    shapes = {k:tuple(v.shape) for k,v in model.original_views().items()}
     r.exact('param_names', sorted(shapes))
     state = generated(shapes, shapes, int(r['seed']))
     for name,f in (('param_sum', lambda v: v.astype(np.float64).sum()),
@@ -125,7 +125,7 @@ def is_noise(name):
 
 def gradients(r, model, x, occ):
     "Of the total: whole arrays, slices and norms; some are zero in theory"
-    grads = {k:as_numpy(v) for k,v in original_views(model, {k:p.grad for k,p in model.named_parameters()}).items()}
+    grads = {k:as_numpy(v) for k,v in model.original_views({k:p.grad for k,p in model.named_parameters()}).items()}
     if 'n_params' in r: r.exact('n_params', sum(g.size for g in grads.values()))
     for k in r.find('grad__(.+)'): r.near(f'grad__{k}', grads[k.replace('.','/')],
                                           1e-4 if is_noise(k) else 1e-3*r.top(f'grad__{k}'))

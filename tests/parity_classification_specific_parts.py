@@ -7,14 +7,14 @@ from timm.layers import ConvNormAct
 from timm.models.inception_v3 import InceptionA
 from torch import nn
 
-from interp_parts.classification_specific_parts import (FEATURES, find_boxes, fit_l1, fit_l2, fit_liblinear,
-                                                        input_gradients, published_crop, published_inception,
-                                                        published_input, published_minimum, published_objective,
-                                                        published_rescale, published_search, saliency,
-                                                        write_part_locs)
-from interp_parts.part_boxes import best_boxes, cluster_pixels
-from interp_parts.saliency import correct, feature_weights, image_colors, pooled, salient, weighted_saliency
-from interp_parts.sparse_svm import svm_objective
+from interp_parts.classification_specific_parts.boxes import FEATURES, find_boxes
+from interp_parts.classification_specific_parts.published import published_crop, published_inception, published_input, published_minimum, published_objective, published_rescale, published_search
+from interp_parts.classification_specific_parts.saliency_maps import input_gradients, saliency
+from interp_parts.classification_specific_parts.svm import fit_l1, fit_l2, fit_liblinear
+from interp_parts.data.readers.file_lists import write_part_locs
+from interp_parts.classification_specific_parts.boxes import best_boxes, cluster_pixels
+from interp_parts.classification_specific_parts.saliency_maps import correct, feature_weights, image_colors, pooled, salient, weighted_saliency
+from interp_parts.classification_specific_parts.svm import svm_objective
 
 def shares(r, name, theirs, ours, least):
     "At least the share `least` of the elements is equal; the self-test changes three times as many as may differ"

@@ -8,23 +8,21 @@ from fastai.vision.core import TensorMask
 from PIL import Image
 from torch import nn
 
-from interp_parts.clustering import Contingency, ari, nmi
-from interp_parts.contrastive_reconstruction import (BGR_MEAN, ContrastiveReconstruction, Reconstruction, Segmented,
-                                                     original_net, poly_lr)
+from interp_parts.evaluation.clustering import Contingency, ari, nmi
+from interp_parts.contrastive_reconstruction.losses import Reconstruction
+from interp_parts.contrastive_reconstruction.model import BGR_MEAN, ContrastiveReconstruction, Segmented, poly_lr
+from interp_parts.contrastive_reconstruction.published import original_net
 from interp_parts.core import Batch, Parts
-from interp_parts.deeplab import UNet, unit_parts
-from interp_parts.instance_crops import crop_box, instance_crop, jitter_box, pad_square, scale_longest, square_box
-from interp_parts.landmarks import part_centers, to_frame, trim_to_stride
-from interp_parts.part_readers import area_part, decode_colors, paint_parts, part_colors, pascal_parts, tight_box
-from interp_parts.perceptual import VGGTaps, rgb_to_lab
-from interp_parts.reconstruction_losses import (consistency, contrastive_loss, draw_positives, equivariance_loss,
-                                                part_moments, upsample_logits)
-from interp_parts.reconstruction_pictures import drawing_centers, voc_colors
-from interp_parts.training import torch_opt
-from interp_parts.unsupervised import (KeypointClusters, PixelScores, at_points, name_points, regression_columns,
-                                       trainer_centers)
-from interp_parts.warps import (RandomWarp, control_points, move_points, projective, random_similarity, similarity,
-                                tps_grid, tps_inverse, warp)
+from interp_parts.contrastive_reconstruction.networks import UNet, unit_parts
+from interp_parts.contrastive_reconstruction.crops import crop_box, instance_crop, jitter_box, pad_square, scale_longest, square_box
+from interp_parts.evaluation.landmarks import part_centers, to_frame, trim_to_stride
+from interp_parts.data.readers.parts import area_part, decode_colors, paint_parts, DEEPFASHION_COLORS, pascal_parts, tight_box
+from interp_parts.contrastive_reconstruction.frozen import VGGTaps, rgb_to_lab
+from interp_parts.contrastive_reconstruction.losses import consistency, contrastive_loss, draw_positives, equivariance_loss, part_moments, upsample_logits
+from interp_parts.contrastive_reconstruction.pictures import drawing_centers, voc_colors
+from interp_parts.training.optim import torch_opt
+from interp_parts.contrastive_reconstruction.scores import KeypointClusters, PixelScores, at_points, name_points, regression_columns, trainer_centers
+from interp_parts.contrastive_reconstruction.warps import RandomWarp, control_points, move_points, projective, random_similarity, similarity, tps_grid, tps_inverse, warp
 
 def generated(n, i, seed):
     "`n` numbers in -0.5..0.5: entry `i` of the rule that made the recorded parameters"
@@ -374,7 +372,7 @@ def normal_points(c, pts, size):
 
 def fashion(r):
     "Colours and padding of DeepFashion"
-    r.exact('df_colors', np.array(part_colors))
+    r.exact('df_colors', np.array(DEEPFASHION_COLORS))
     sums = np.arange(len(r.arrays['df_lut']))
     grey = np.stack([sums//3, (sums+1)//3, (sums+2)//3], -1) # three values of each sum
     r.exact('df_lut', decode_colors(grey[None], compat=True)[0])

@@ -7,18 +7,19 @@ import numpy as np, torch, torch.nn.functional as F
 from torch import nn
 from torchvision.models.resnet import Bottleneck as ResNetBottleneck
 
-from interp_parts.backbones import split_params
-from interp_parts.data import View
-from interp_parts.evaluation import accuracy, attribute_accuracy, weighted_mean
-from interp_parts.landmarks import (KeypointRegression, eye_distance, eye_frame, keypoint_errors, mean_error,
-                                    part_centers, to_frame, trim_to_stride)
-from interp_parts.overlays import (assignment_overlay, attention_map, attention_overlay, hard_assignment, part_colors,
-                                   part_images)
-from interp_parts.readers import binary_labels, scale_factors, scops_filter
-from interp_parts.region_grouping import (Bottleneck, GroupingUnit, RegionGrouping, StackedBottleneck, assign_pixels,
-                                          beta_quantiles, blur_kernel, describe_parts, load_original, occurrence,
-                                          occurrence_loss, original_views, part_attention, stacked_attention)
-from interp_parts.training import multi_label_loss, torch_opt
+from interp_parts.training.optim import split_params
+from interp_parts.data.views import View
+from interp_parts.evaluation.scoring import accuracy, accuracy_per_attribute, weighted_mean
+from interp_parts.evaluation.landmarks import KeypointRegression, eye_distance, eye_frame, keypoint_errors, mean_error, part_centers, to_frame, trim_to_stride
+from interp_parts.visualization.overlays import assignment_overlay, attention_map, attention_overlay, hard_assignment, part_colors, part_images
+from interp_parts.data.readers.faces import binary_labels, scale_factors, scops_filter
+from interp_parts.core import load_original
+from interp_parts.region_grouping.grouping import GroupingUnit, assign_pixels, describe_parts
+from interp_parts.region_grouping.model import Bottleneck, RegionGrouping, part_attention
+from interp_parts.region_grouping.prior import beta_quantiles, blur_kernel, occurrence, occurrence_loss
+from interp_parts.region_grouping.stacked import StackedBottleneck, stacked_attention
+from interp_parts.training.losses import multi_label_loss
+from interp_parts.training.optim import torch_opt
 
 def grouping(r):
     "The grouping unit: outputs and gradients of every case, and how prototypes start"
@@ -158,7 +159,7 @@ def two_steps(r, net, x):
         r.close(f'losses_step{step}', torch.stack([*losses, total]), 1e-3)
         if step == 1: first_step(r, net, out)
         opt.step()
-    views = original_views(net)
+    views = net.original_views()
     for part,tol in (('p2',1e-2), ('b2',5e-3)):
         for k in r.find(f'{part}/(.+)'): r.close(f'{part}/{k}', views[k], tol)
 
@@ -167,9 +168,9 @@ def prediction_loss(net, logits, y): return multi_label_loss(logits, y > 0) if n
 def first_step(r, net, out):
     "Outputs in training, gradients and buffers of the first step"
     outputs(r, out, 'train_', logits=1e-3, att=1e-3, assign=1e-3)
-    grads = original_views(net, {k:p.grad for k,p in net.named_parameters()})
+    grads = net.original_views({k:p.grad for k,p in net.named_parameters()})
     for k in r.find('g1/(.+)'): r.close(f'g1/{k}', grads[k], 2e-3, rounding(r, k))
-    buffers = original_views(net)
+    buffers = net.original_views()
     for k in r.find('b1/(.+)'): r.close(f'b1/{k}', buffers[k], 5e-3)
 
 def rounding(r, name):
@@ -187,7 +188,7 @@ def full(r):
                          published=True, compat=True)
     architecture(r, net)
     salt,x = int(r['salt']),r.tensor('x')
-    state = {k:generated(k, v, salt) for k,v in original_views(net).items()}
+    state = {k:generated(k, v, salt) for k,v in net.original_views().items()}
     load_original(net, {**state, 'grouping.weight':r.tensor('grouping_weight')[...,None,None]})
     with torch.no_grad():
         outputs(r, net.eval()(x), '', logits=2e-4, att=1e-4, assign=2e-4)
@@ -195,9 +196,9 @@ def full(r):
 
 def architecture(r, net):
     "Names and shapes of the state, and parameters of each top module"
-    shapes = {k:','.join(map(str, v.shape)) for k,v in original_views(net).items()}
+    shapes = {k:','.join(map(str, v.shape)) for k,v in net.original_views().items()}
     sizes = Counter()
-    for k,v in original_views(net, dict(net.named_parameters())).items(): sizes[k.partition('.')[0]] += v.numel()
+    for k,v in net.original_views(dict(net.named_parameters())).items(): sizes[k.partition('.')[0]] += v.numel()
     named(r, 'state_keys', 'state_shapes', shapes)
     named(r, 'param_groups', 'param_counts', sizes)
 
@@ -285,8 +286,8 @@ def metrics(r):
     "Accuracies in percent and the weighted mean"
     bits = r.tensor('bin_logits'),r.tensor('bin_target')
     bits = bits[0],bits[1].view(bits[0].shape)
-    r.close('bin_acc_threshold_half_on_logit', 100*attribute_accuracy(*bits, .5).mean(), 1e-5)
-    r.close('bin_acc_threshold_zero', 100*attribute_accuracy(*bits).mean(), 1e-5)
+    r.close('bin_acc_threshold_half_on_logit', 100*accuracy_per_attribute(*bits, .5).mean(), 1e-5)
+    r.close('bin_acc_threshold_zero', 100*accuracy_per_attribute(*bits).mean(), 1e-5)
     r.close('top1', 100*accuracy(r.tensor('cls_logits'), r.tensor('cls_target')), 1e-5)
     r.close('meter_avg', weighted_mean(r['meter_vals'], r['meter_n']), 1e-5)
 

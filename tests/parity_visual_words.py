@@ -9,20 +9,19 @@ from fastai.data.load import DataLoader
 from PIL import Image
 from torch import nn
 
-from interp_parts.backbones import Backbone, split_params
-from interp_parts.base_model import grad_cam
+from interp_parts.models.backbones import Backbone
+from interp_parts.training.optim import split_params
+from interp_parts.visual_words.base import grad_cam
 from interp_parts.core import Batch, PartLearner
-from interp_parts.data import imagenet_stats, normalize
-from interp_parts.training import fit_run
-from interp_parts.visual_words import VisualWords, load_original, original_views
-from interp_parts.word_layer import (attention_loss, cluster_loss, log_similarity, mean_pair_distance, mean_separation,
-                                     nearest_maps, nearest_words, own_cluster_loss, resize_maps, to_unit, weight_norm,
-                                     word_classes, word_distances)
-from interp_parts.word_pictures import heat, write_nearest, write_projection
-from interp_parts.word_projection import (activation_boxes, class_votes, conv_chain, drop_words, nearest_patches,
-                                          project_words, receptive_boxes, receptive_field)
-from interp_parts.word_scores import area, mask_iou, word_attention
-from interp_parts.word_training import WordLoss, WordPhases
+from interp_parts.data.images import imagenet_stats, normalize
+from interp_parts.training.fit import fit_run
+from interp_parts.core import load_original
+from interp_parts.visual_words.model import VisualWords
+from interp_parts.visual_words.layer import attention_loss, cluster_loss, log_similarity, mean_pair_distance, mean_separation, nearest_maps, nearest_words, own_cluster_loss, resize_maps, to_unit, weight_norm, word_classes, word_distances
+from interp_parts.visual_words.pictures import heat, write_nearest, write_projection
+from interp_parts.visual_words.projection import activation_boxes, class_votes, conv_chain, drop_words, nearest_patches, project_words, receptive_boxes, receptive_field
+from interp_parts.visual_words.scores import area, mask_iou, word_attention
+from interp_parts.visual_words.training import WordLoss, WordPhases
 
 class Stub(nn.Module):
     "The recordings' backbone: a convolution as wide as its stride, batch norm, ReLU"
@@ -79,7 +78,7 @@ def one_batch(r, case, net, x, y, a):
     total = ce + sum(loss.terms().values())
     total.backward()
     logged(r, case, net, o, y, a, k, dict(loss=total, cross_ent=ce))
-    grads = original_views(net, {n:p.grad for n,p in net.named_parameters()})
+    grads = net.original_views({n:p.grad for n,p in net.named_parameters()})
     for n in r.find(rf'{case}\.grad\.(.+)'):
         r.close(f'{case}.grad.{n}', grads[n], 2e-6 if r.arrays[f'{case}.grad.{n}'].dtype == np.float32 else 1e-7, 1e-9)
     for n,g in dict(grad_x_l1=x.grad.abs().sum((1,2,3)), grad_x_img0=x.grad[0]).items():
@@ -172,7 +171,7 @@ def normalized(u8):
 def after_stages(r, phases, x, y):
     "States and accuracies of all stages"
     for stage,net in phases.stages.items():
-        views = original_views(net)
+        views = net.original_views()
         for k in r.find(rf'{stage}\.(.+)'): r.close(f'{stage}.{k}', views[k], 1e-6, 1e-9)
     for name,stage in dict(joint='s2_joint', push='s3_push', last='s4_last').items():
         with torch.no_grad(): right = (phases.stages[stage](x).logits.argmax(1) == y).double().mean()

@@ -1,4 +1,4 @@
-"Checks that run no notebook: `python tools/check.py [clean export outputs imports links api surface cells] [--flags slow]`"
+"Checks that run no notebook: `python tools/check.py [clean export outputs imports links api house surface cells] [--flags slow]`"
 import argparse, ast, io, os, re, shutil, subprocess, sys, tempfile, tokenize
 from collections import Counter
 from functools import partial
@@ -8,6 +8,7 @@ from urllib.parse import unquote
 from execnb.nbio import read_nb
 
 from notebooks import ROOT, cleaned, directives, is_test, notebooks, output_problems, skip_reason
+from house import problems
 from surface import changed
 
 MAX_SKIPPED = 0.1 # of the cells that have something to test
@@ -111,7 +112,7 @@ def documented(
 
 def api():
     "Every public function and class has a docstring, and a comment on each argument"
-    for f in sorted((ROOT/'interp_parts').glob('*.py')):
+    for f in sorted((ROOT/'interp_parts').rglob('*.py')):
         src = f.read_text(encoding='utf-8')
         lines = commented_lines(src)
         for node in ast.parse(src).body:
@@ -119,6 +120,10 @@ def api():
             if not ast.get_docstring(node): yield f'{rel(f)}: {node.name} has no docstring'
             missing = [name for name,line in documented(node) if line not in lines]
             if missing: yield f"{rel(f)}: {node.name}: no comment on {', '.join(missing)}"
+
+def house():
+    "Imports go down, without circles; see tools/house.py"
+    yield from problems()
 
 def surface():
     "Public names, arguments and default values are those of tests/surface.txt"
@@ -135,7 +140,7 @@ def cells(
     print(f'{len(reasons)-skipped.total()} cells run, {skipped.total()} skipped ({why}): {part:.1%}')
     if part > MAX_SKIPPED: yield f'more than {MAX_SKIPPED:.0%} of the cells are skipped'
 
-checks = {f.__name__:f for f in (clean, export, outputs, imports, links, api, surface, cells)}
+checks = {f.__name__:f for f in (clean, export, outputs, imports, links, api, house, surface, cells)}
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__)

@@ -12,7 +12,7 @@ def command(
     subprocess.run([sys.executable, '-c', 'from interp_parts.cli import main; main()', *map(str, args)], check=True)
 
 def main():
-    for o in pkgutil.iter_modules(interp_parts.__path__): importlib.import_module(f'interp_parts.{o.name}')
+    for o in pkgutil.walk_packages(interp_parts.__path__, 'interp_parts.'): importlib.import_module(o.name)
     with tempfile.TemporaryDirectory() as d:
         birds,run = Path(d)/'birds',Path(d)/'run'
         command('synthesize', 'birds', birds, '--n', 120)

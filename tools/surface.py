@@ -1,5 +1,5 @@
 "Write tests/surface.txt, the public names with their arguments and default values: `python tools/surface.py`"
-import ast, difflib
+import ast, difflib, tempfile
 from pathlib import Path
 
 from notebooks import ROOT
@@ -43,14 +43,27 @@ def surface(
         elif isinstance(node, ast.FunctionDef) and node.name[0] != '_': text = [node.name+signature(node)]
         elif isinstance(node, ast.ClassDef) and node.name[0] != '_': text = of_class(node)
         else: continue
-        yield from (f'{file.stem}.{t}' for t in text if t)
+        yield from (t for t in text if t)
 
-def lines()->list:
-    "The surface of all modules"
-    return [t for f in sorted((ROOT/'interp_parts').glob('*.py')) if f.stem[0] != '_' for t in surface(f)]
+def lines(
+    folder:Path=ROOT/'interp_parts', # A package
+)->list:
+    "The surface of all modules of all packages"
+    files = [f for f in sorted(folder.rglob('*.py')) if f.stem[0] != '_']
+    name = lambda f: '.'.join(f.relative_to(folder).with_suffix('').parts)
+    return [f'{name(f)}.{t}' for f in files for t in surface(f)]
+
+def sees_packages()->bool:
+    "Does a module that is added in a sub-package show?"
+    with tempfile.TemporaryDirectory() as d:
+        f = Path(d)/'data'/'readers'/'added.py'
+        f.parent.mkdir(parents=True)
+        f.write_text('def added(n=3): "A new name"')
+        return lines(Path(d)) == ['data.readers.added.added(n=3)']
 
 def changed()->list:
     "What is no longer as it was written down"
+    if not sees_packages(): return ['tools/surface.py does not see modules in sub-packages']
     old = FILE.read_text(encoding='utf-8').splitlines()
     return list(difflib.unified_diff(old, lines(), FILE.name, 'interp_parts', n=0, lineterm=''))
 
