@@ -1,14 +1,15 @@
-"Checks that run no notebook: `python tools/check.py [clean export outputs imports links api house surface cells] [--flags slow]`"
+"Checks that run no notebook: `python tools/check.py [clean export outputs imports links api house requirements surface cells] [--flags slow]`"
 import argparse, ast, io, os, re, shutil, subprocess, sys, tempfile, tokenize
 from collections import Counter
 from functools import partial
+from importlib.metadata import packages_distributions
 from pathlib import Path
 from urllib.parse import unquote
 
 from execnb.nbio import read_nb
 
-from notebooks import ROOT, cleaned, directives, is_test, notebooks, output_problems, skip_reason
-from house import problems
+from notebooks import ROOT, cleaned, directives, is_test, notebooks, output_problems, settings, skip_reason
+from house import modules, problems
 from surface import changed
 
 MAX_SKIPPED = 0.1 # of the cells that have something to test
@@ -125,6 +126,20 @@ def house():
     "Imports go down, without circles; see tools/house.py"
     yield from problems()
 
+def requirements():
+    "Whatever the package imports is declared in settings.ini"
+    plain = lambda o: re.split(r'[^A-Za-z0-9._-]', o)[0].lower().replace('_', '-')
+    declared = {plain(o) for o in settings().requirements.split()}
+    names,seen = packages_distributions(),{}
+    for m in modules(ROOT).values():
+        for node in ast.walk(m.tree):
+            tops = [o.name for o in node.names] if isinstance(node, ast.Import) else []
+            if isinstance(node, ast.ImportFrom) and not node.level: tops = [node.module]
+            for o in tops: seen.setdefault(o.split('.')[0], m.name)
+    for top,where in sorted(seen.items()):
+        if top in sys.stdlib_module_names or top == 'interp_parts': continue
+        if not declared & {plain(o) for o in names.get(top, [top])}: yield f'{where} imports {top}; declare it in settings.ini'
+
 def surface():
     "Public names, arguments and default values are those of tests/surface.txt"
     for l in changed(): yield f'{l}; if this is meant, run "make surface" and say so in CHANGELOG.md'
@@ -140,7 +155,7 @@ def cells(
     print(f'{len(reasons)-skipped.total()} cells run, {skipped.total()} skipped ({why}): {part:.1%}')
     if part > MAX_SKIPPED: yield f'more than {MAX_SKIPPED:.0%} of the cells are skipped'
 
-checks = {f.__name__:f for f in (clean, export, outputs, imports, links, api, house, surface, cells)}
+checks = {f.__name__:f for f in (clean, export, outputs, imports, links, api, house, requirements, surface, cells)}
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__)

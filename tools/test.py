@@ -52,9 +52,11 @@ def steps(
     "Function of a log file by step; later notebooks tend to take longer, so they start first"
     python = lambda *args: partial(command, args=args)
     names = [str(f.relative_to(ROOT)) for f in reversed(notebooks())]
-    checks = ('clean', 'export', 'outputs', 'imports', 'links', 'api', 'surface', 'cells')
+    checks = ('clean', 'export', 'outputs', 'imports', 'links', 'api', 'house', 'requirements', 'surface', 'cells')
     return {'pages':python('tools/pages.py'), 'parity':python('tests/parity.py', 'tests/fixtures/parity', '--selftest'),
             **{o:partial(notebook, nb=o, flags=flags, seed=seed) for o in names}, 'readme':python('tools/readme.py', '--check'),
+            'old runs':python('tests/old_runs.py', '--selftest'), 'old imports':python('tests/old_imports.py'),
+            'house rules':python('tools/house.py', '--selftest'),
             **{o:python('tools/check.py', o, '--flags', flags) for o in checks}}
 
 def run(
