@@ -1,4 +1,4 @@
-"Checks that run no notebook: `python tools/check.py [clean export outputs imports links api house requirements surface cells] [--flags slow]`"
+"Checks that run no notebook: `python tools/check.py [clean export outputs imports links api house requirements reading surface cells] [--flags slow]`"
 import argparse, ast, io, os, re, shutil, subprocess, sys, tempfile, tokenize
 from collections import Counter
 from functools import partial
@@ -144,6 +144,29 @@ def surface():
     "Public names, arguments and default values are those of tests/surface.txt"
     for l in changed(): yield f'{l}; if this is meant, run "make surface" and say so in CHANGELOG.md'
 
+MINUTES = 15, 20 # to read a notebook: what a page shows, and with its hidden cells; 200 words or 25 lines a minute
+
+def minutes(
+    nb, # A notebook
+)->tuple:
+    "Minutes to read it, without and with hidden cells"
+    shown = hidden = 0
+    for cell in nb.cells:
+        if cell.cell_type == 'markdown': shown += len(cell.source.split())/200
+        elif cell.cell_type == 'code' and not {'default_exp'} & directives(cell).keys() and 'nbdev_export'+'(' not in cell.source:
+            lines = sum(bool(l.strip()) and not l.startswith('#|') for l in cell.source.splitlines())/25
+            if 'hide' in directives(cell): hidden += lines
+            else: shown += lines
+    return shown, shown+hidden
+
+def reading():
+    "A notebook of the package is read in fifteen minutes"
+    for f in notebooks():
+        nb = read_nb(f)
+        if not any('default_exp' in directives(c) for c in nb.cells): continue
+        for got,most,what in zip(minutes(nb), MINUTES, ('shown', 'with hidden cells')):
+            if got > most: yield f'{rel(f)}: {got:.1f} minutes to read, {what}; split it by idea, or hide tests of edge cases'
+
 def cells(
     flags=(), # Flags whose cells run
 ):
@@ -155,7 +178,7 @@ def cells(
     print(f'{len(reasons)-skipped.total()} cells run, {skipped.total()} skipped ({why}): {part:.1%}')
     if part > MAX_SKIPPED: yield f'more than {MAX_SKIPPED:.0%} of the cells are skipped'
 
-checks = {f.__name__:f for f in (clean, export, outputs, imports, links, api, house, requirements, surface, cells)}
+checks = {f.__name__:f for f in (clean, export, outputs, imports, links, api, house, requirements, reading, surface, cells)}
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__)

@@ -52,7 +52,7 @@ def steps(
     "Function of a log file by step; later notebooks tend to take longer, so they start first"
     python = lambda *args: partial(command, args=args)
     names = [str(f.relative_to(ROOT)) for f in reversed(notebooks())]
-    checks = ('clean', 'export', 'outputs', 'imports', 'links', 'api', 'house', 'requirements', 'surface', 'cells')
+    checks = ('clean', 'export', 'outputs', 'imports', 'links', 'api', 'house', 'requirements', 'reading', 'surface', 'cells')
     return {'pages':python('tools/pages.py'), 'parity':python('tests/parity.py', 'tests/fixtures/parity', '--selftest'),
             **{o:partial(notebook, nb=o, flags=flags, seed=seed) for o in names}, 'readme':python('tools/readme.py', '--check'),
             'old runs':python('tests/old_runs.py', '--selftest'), 'old imports':python('tests/old_imports.py'),
@@ -94,7 +94,8 @@ def main():
     print('FAIL' if left else 'ok  ', '        left behind:', ', '.join(left) or 'nothing')
     failed = sum(not ok for ok,_ in results.values()) + bool(left)
     print(f"realdata cells {'run on INTERP_PARTS_DATA' if data else 'are skipped: set INTERP_PARTS_DATA to run them'}")
-    for name,n in dict(parity=2, cells=1).items(): print(f"{name}: {', '.join(results[name][1][-n:])}")
+    told = {'parity':2, 'old runs':2, 'old imports':1, 'cells':1} # last lines of a step that are shown
+    for name,n in told.items(): print(f"{name}: {', '.join(results[name][1][-n:])}")
     print(f'{len(todo)+1-failed} passed, {failed} failed')
     sys.exit(failed > 0)
 
