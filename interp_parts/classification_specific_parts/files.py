@@ -6,7 +6,7 @@
 __all__ = ['cub_groups', 'to_image', 'file_crops', 'input_crops', 'write_features', 'read_features', 'digest', 'weights_digest',
            'Store', 'random_boxes', 'keypoint_boxes', 'groups_of', 'image_rngs', 'drawn_boxes', 'box_maps']
 
-# %% ../../nbs/14_classification_specific_parts/06_files.ipynb #395505b2
+# %% ../../nbs/14_classification_specific_parts/06_files.ipynb #03906346
 import hashlib, zlib
 from pathlib import Path
 
@@ -16,7 +16,7 @@ from torchvision.ops import roi_align
 from ..core import CheckpointError, ConfigError, DataError
 from ..data.images import load_image
 from ..data.views import Placement, View
-from ..files import atomic_path, read_json, reading, write_json
+from ..files import atomic_path, claim, claim_file, mark_npz, read_json, reading, write_json
 
 # %% ../../nbs/14_classification_specific_parts/06_files.ipynb #c5e98efa
 def to_image(
@@ -70,7 +70,9 @@ def write_features(
     out = {}
     for s,(f,y) in splits.items():
         out[f'{s}/features'],out[f'{s}/labels'] = np.asarray(f, np.float32),np.asarray(y)
-    with atomic_path(path) as tmp: np.savez(tmp, **out)
+    with atomic_path(claim_file(path, ('parts','run'))) as tmp:
+        np.savez(tmp, **out)
+        mark_npz(tmp)
 
 def _arrays(path, expected, do=''):
     "All arrays of an npz file; NumPy gives whatever else is in it as bytes"
@@ -142,6 +144,7 @@ class Store:
             out = {k:np.asarray(v) for k,v in make().items()}
             self.made.append(name); self.say(name)
             if self.dir and keep:
+                claim(self.dir, 'parts')
                 if also: also(out)
                 self._save(name, key, out)
         if '/' not in name: self.memory[name,key] = out
@@ -164,7 +167,7 @@ class Store:
             return {k:np.concatenate([g[k] for g in got]) for k in got[0]}
         out = self.get(name, key, join, also=also)
         if self.dir:
-            for f in (self.dir/f'{name}-pieces').glob('*'): f.unlink()
+            for f in (self.dir/f'{name}-pieces').glob('[0-9]*.[jn]*'): f.unlink()
         return out
 
 # %% ../../nbs/14_classification_specific_parts/06_files.ipynb #a9bfabd1

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['check_labels', 'PartPipeline', 'given_boxes', 'CSParts']
 
-# %% ../../nbs/14_classification_specific_parts/07_pipeline.ipynb #625edfd4
+# %% ../../nbs/14_classification_specific_parts/07_pipeline.ipynb #0a32db28
 from dataclasses import asdict, replace
 
 import numpy as np, pandas as pd, torch
@@ -28,6 +28,7 @@ from ..data.loaders import PartBatches
 from ..data.readers.file_lists import write_part_locs
 from ..data.table import part_table
 from ..data.views import View
+from ..files import claim
 from ..training.runs import fingerprint
 
 # %% ../../nbs/14_classification_specific_parts/07_pipeline.ipynb #2244c26f
@@ -409,6 +410,7 @@ def write_splits(self:PartPipeline,
     if not own.all(): got.append((~own, *map(self.others(table[~own]).get, ('boxes','f'))))
     boxes,f = (np.empty((len(table), *got[0][i].shape[1:])) for i in (1,2))
     for rows,b,v in got: boxes[rows],f[rows] = b,v
+    claim(self.store.dir, 'parts')
     write_part_locs(self._parts_folder/'parts'/'part_locs.txt', table.get('id', table.index), boxes)
     on = {s:(table.split == s).to_numpy() for s in dict.fromkeys(table.split)}
     for folder,v in ((self.store.dir/'global',f[:,-1:]), (self._parts_folder,f)):

@@ -7,7 +7,7 @@ __all__ = ['SHARED_PARTS', 'COLUMNS', 'SomeParts', 'most_present', 'part_descrip
            'score_run', 'PeakMemory', 'explain_cost', 'know_nothing_rows', 'table_settings', 'make_table', 'summary',
            'table_text', 'side_by_side', 'table_page']
 
-# %% ../../nbs/30_command/05_comparison.ipynb #7605c9a4
+# %% ../../nbs/30_command/05_comparison.ipynb #a17c78c5
 import base64, hashlib, html, json, math, re, time
 from pathlib import Path
 
@@ -24,7 +24,7 @@ from ..evaluation.baselines import XYKMeans, constant_parts, strip_parts, xy_par
 from ..evaluation.explanations import Consistency, evaluate_explanations
 from ..evaluation.parts import evaluate_parts
 from ..evaluation.scoring import evaluate, split_rows
-from ..files import read_json, write_json, write_text
+from ..files import claim, read_json, write_json, write_text
 from ..training.runs import fingerprint, load_run
 from ..visualization.overlays import Picture, parts_overlay, save_picture
 
@@ -222,7 +222,8 @@ def make_table(
     say=print, # Where words go
 )->pd.DataFrame:
     "Train and score every method on the same images; resumable. Writes table.csv, table.md and report.html"
-    out,rows,names = Path(out),[],_table_methods(methods)
+    names,rows = _table_methods(methods),[]
+    out = claim(out, 'table', [options.get('path'), options.get('weights')])
     todo = [(m,s) for s in range(seeds) for m in names]
     for i,(m,s) in enumerate(todo):
         say(f'{i+1}/{len(todo)} {m}, seed {s}')

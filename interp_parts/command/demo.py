@@ -5,14 +5,12 @@
 # %% auto #0
 __all__ = ['demo_settings', 'demo_fit', 'demo_parts', 'demo_plain', 'run_demo']
 
-# %% ../../nbs/30_command/03_demo.ipynb #aadf69bd
-import shutil, time
-from pathlib import Path
+# %% ../../nbs/30_command/03_demo.ipynb #1b1934e8
+import time
 
 from .runs import evaluate_run, make_settings, train_run, visualize_run
-from ..core import ConfigError
 from ..evaluation.scoring import format_metrics
-from ..files import write_json
+from ..files import claim, write_json
 from ..synthetic.birds import synthetic_birds
 
 # %% ../../nbs/30_command/03_demo.ipynb #68bc6128
@@ -30,10 +28,7 @@ def run_demo(
     say=print, # Where words go
 )->dict:
     "Render, train, score, draw; returns the metrics"
-    out,t = Path(out),time.time()
-    if out.exists() and any(out.iterdir()):
-        if not (out/'birds').is_dir(): raise ConfigError('--out', f'{out} exists and is not of a demo', 'a new folder')
-        shutil.rmtree(out)
+    out,t = claim(out, 'demo'),time.time()
     synthetic_birds(out/'birds', n=n, size=96, seed=seed, workers=2)
     say(f"{n} birds rendered in {out/'birds'}: {time.time()-t:.0f} s")
     common = dict(data='cub', path=str(out/'birds'), seed=seed, epochs=epochs)

@@ -7,7 +7,7 @@ __all__ = ['settings_defaults', 'known_options', 'make_settings', 'pick_device',
            'evaluate_run', 'visualize_run', 'image_files', 'on_foreground', 'predict_run', 'features_run',
            'foreground_run', 'import_run']
 
-# %% ../../nbs/30_command/02_runs.ipynb #d6bdb905
+# %% ../../nbs/30_command/02_runs.ipynb #f03707b2
 import copy, inspect, json, math, shutil, time, warnings
 from dataclasses import replace
 from pathlib import Path
@@ -24,7 +24,8 @@ from ..data.table import BAD_IMAGE, bad_image_line, part_table
 from ..data.views import RESIZES
 from ..evaluation.landmarks import part_centers
 from ..evaluation.scoring import evaluate, evaluate_lab_kmeans, split_rows
-from ..files import atomic_path, load_tensors, read_json, save_tensors, write_json
+from ..files import (atomic_path, check_claim, claim, claim_file, free_name, load_tensors, mark_npz,
+                                occupied, read_json, replaceable, save_tensors, start_folder, write_json)
 from ..models.backbones import backbone_stats, check_backbone, weights_about
 from ..models.foreground import supervised_labels
 from ..training.fit import fit_run
@@ -151,11 +152,15 @@ def _identity(method, s):
     kept = {k:v for k,v in s.items() if k not in ('workers','device','save_every')}
     return json.loads(json.dumps(dict(method=method, **kept), default=str))
 
+def _inputs(s):
+    "Files and folders that a training reads"
+    return [s[k] for k in ('path','init','weights','masks')]
+
 def _prepare(run, method, s, resume, overwrite):
     "True if the run is finished already; errors for a run that exists and is not meant"
-    if not run.exists() or not any(run.iterdir()): return False
-    if overwrite: shutil.rmtree(run); return False
-    if not resume: raise ConfigError(run, 'exists', 'a new folder', 'pass --resume or --overwrite')
+    if overwrite or not occupied(check_claim(run, 'run', _inputs(s))): return False
+    again = '' if replaceable(run, 'run', _inputs(s)) else ' or --overwrite'
+    if not resume: raise ConfigError(run, 'exists', 'a new folder', f'pass --resume{again}')
     f = run/'settings.json'
     if not f.exists(): return False
     old,new = read_json(f),_identity(method, s)
@@ -163,7 +168,7 @@ def _prepare(run, method, s, resume, overwrite):
     diff = sorted(k for k in old.keys() | new.keys() if known(old, k) != known(new, k))
     if diff:
         raise ConfigError(run, f'was trained with another {", ".join(diff)}', 'the same settings',
-                          'use another --out, or --overwrite')
+                          f'use another --out{again}')
     for f in run.rglob('.*-????????.*'): f.unlink() # what a killed process was writing
     return all((run/f).exists() for f in ('model.safetensors','README.md'))
 
@@ -196,15 +201,19 @@ def train_run(
     run,s = Path(out),settings
     get_method(method); check_settings(s)
     if _prepare(run, method, s, resume, overwrite): say(f'{run}: finished already'); return run
-    made = not run.exists()
-    try: _train(method, run, s, resume, say)
+    fresh,start = overwrite or not run.exists(),time.time()
+    with start_folder(run, 'run', _inputs(s), overwrite): learn,config = _start(method, run, s, say)
+    try: _train(learn, run, s, config, resume, start)
     except BaseException:
-        if made and read_state(run) is None: shutil.rmtree(run, ignore_errors=True)
+        if fresh and read_state(run) is None: shutil.rmtree(run, ignore_errors=True)
         raise
+    write_model_card(run)
+    if line := bad_image_line(learn.dls.table, late_bad_images(learn.dls)): say(line)
     return run
 
-def _train(method, run, s, resume, say):
-    start,df = time.time(),read_rows(s, method, run)
+def _start(method, run, s, say):
+    "The learner and its configuration, and the files that a training begins with"
+    df = read_rows(s, method, run)
     learn = make_learner(method, s, df)
     d = learn.dls
     say(f"{method}: {len(d.train.dataset)} training images, {d.c} {'attributes' if d.multi else 'classes'}, "
@@ -215,10 +224,11 @@ def _train(method, run, s, resume, say):
         save_tensors(run/'state'/'initial.safetensors', learn.model)
         write_json(run/'settings.json', _identity(method, s)); write_json(run/'config.json', config)
         write_json(run/'state'/'initial.json', learn.model.config)
+    return learn,config
+
+def _train(learn, run, s, config, resume, start):
     fit_run(learn, s['epochs'], run, resume, save_every=s['save_every'], **s['fit'])
     save_run(learn, run, dict(config, model=learn.model.config, seconds=round(time.time()-start, 1)))
-    write_model_card(run)
-    if line := bad_image_line(df, late_bad_images(d)): say(line)
 
 # %% ../../nbs/30_command/02_runs.ipynb #10d12216
 def _evaluation_options(options):
@@ -251,6 +261,7 @@ def evaluate_run(
     "Score a run, write RUN/metrics.json and return it"
     reader,opts = _evaluation_options(options)
     learn = load_run(run, pick_device(device), workers=workers)
+    claim(run, 'run')
     df = run_rows(learn.config, path, run, reader)
     own = get_method(learn.config['method']).scores
     mine = own(learn, df, protocol) if own else {}
@@ -337,6 +348,12 @@ def _with_masks(files, folder):
         mask = dict(mask=known[f.stem]) if f.stem in known else {}
         yield part_table([dict(image=str(f.resolve()), split='test', **mask)], 'images')
 
+def _picture_files(files, out):
+    "The file of each image's picture, none of which is there already and not ours"
+    if not occupied(out): claim(out, 'pictures')
+    do = f'pass a new folder, such as --out {free_name("pictures")}'
+    return [claim_file(out/f'{f.stem}.png', do=do) for f in files]
+
 def predict_run(
     run, # Folder of a run
     images, # Files and folders
@@ -349,11 +366,12 @@ def predict_run(
     files,out = image_files(images),Path(out or Path(run)/'predictions')
     bad = find_broken(files)
     if bad: raise DataError(bad[0][0], bad[0][1], 'a complete image', 'replace it or leave it out')
-    for f,(x,p,b) in zip(files, (i for df in _with_masks(files, masks) for i in learn.items(df, bs=1))):
+    items = (i for df in _with_masks(files, masks) for i in learn.items(df, bs=1))
+    for f,picture,(x,p,b) in zip(files, _picture_files(files, out), items):
         if b.mask is not None and p.background is not None:
             raise ConfigError('--masks', f"{learn.config['method']} finds the background itself", 'no masks')
         if b.mask is not None: p = on_foreground(p, b.mask)
-        save_picture(explain(x, p, learn.dls.vocab, multi=learn.dls.multi), out/f'{f.stem}.png')
+        save_picture(explain(x, p, learn.dls.vocab, multi=learn.dls.multi), picture)
         yield _answer(learn, p, f)
 
 # %% ../../nbs/30_command/02_runs.ipynb #a203fb71
@@ -366,6 +384,7 @@ def features_run(
     workers:int=2, # Processes that decode images
 )->dict:
     "Write, and return, arrays of all images of a run's data: image, split, label, presence, centers, embedding, logits"
+    claim_file(out)
     learn = load_run(run, pick_device(device), workers=workers)
     df = run_rows(learn.config, path)
     rows = split_rows(df, (split,)) if split else df
@@ -376,6 +395,7 @@ def features_run(
     if 'label' in rows: res['label'] = rows.label.to_numpy(int)
     with atomic_path(out) as tmp:
         with open(tmp, 'wb') as f: np.savez(f, **res)
+        mark_npz(tmp)
     return res
 
 def _features(p, b):
@@ -393,11 +413,11 @@ def foreground_run(
     "Train a foreground network and write a mask for each image of a table; returns the table with these masks"
     if not settings.get('data') or not settings.get('path'):
         raise ConfigError('--data and --path', 'missing', 'images, with masks or boxes', '--data cub_parts --path DIR')
-    if Path(out).exists() and any(Path(out).iterdir()):
-        raise ConfigError(out, 'exists', 'a new folder', 'use another --out')
+    check_claim(out, 'masks', [settings['path'], options.get('weights')], new=True)
     known = {*_options(supervised_labels), 'threshold', 'largest'} - {'df','folder','splits','predict'}
     for k in options: pick(k, sorted(known), '--set')
     check_backbone(options.get('backbone', 'resnet34'))
+    claim(out, 'masks')
     df = read_rows(dict(settings, masks=str(Path(out)/'.boxes')), 'contrastive_reconstruction')
     return supervised_labels(df, out, splits=None, **options)
 
@@ -416,9 +436,8 @@ def import_run(
         can = [m for m in method_names if get_method(m).importer]
         raise ConfigError('import', f'{method} reads no checkpoint of its authors', ' or '.join(can))
     pick(data, readers, '--data')
-    if Path(out).exists() and (not Path(out).is_dir() or any(Path(out).iterdir())):
-        raise ConfigError(out, 'exists', 'a new folder', 'use another --out')
-    run = make(file, out, data=data, **options)
+    check_claim(out, 'run', [file, options.get('data_path')], new=True)
+    run = claim(make(file, out, data=data, **options), 'run')
     write_model_card(run)
     marks = ', '.join(f'{k} {v:.4f}' for k,v in read_json(run/'config.json').get('published', {}).items())
     say(f'{run}: next, interp-parts evaluate {run} --protocol paper')

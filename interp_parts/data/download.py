@@ -90,9 +90,11 @@ def download_file(
         name = PurePosixPath(urlsplit(url).path).name
         if not name: raise ConfigError('url', url, 'the address of a file')
         dest = dest/name
-    if dest.exists() and not _checked(dest, size, sha256, md5): return dest
+    if dest.exists():
+        if not (why := _checked(dest, size, sha256, md5)): return dest
+        raise DataError(dest, why, 'the file as published', 'move it away and type the same again')
     dest.parent.mkdir(parents=True, exist_ok=True)
-    part,tag = dest.with_name(f'{dest.name}.part'),dest.with_name(f'{dest.name}.part.tag')
+    part,tag = dest.with_name(f'.{dest.name}.part'),dest.with_name(f'.{dest.name}.part.tag')
     why,again = _transfer(url, part, size, timeout, report),''
     if why and part.exists(): again = ', or type the same again to go on'
     if not why:

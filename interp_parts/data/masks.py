@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['grabcut_mask', 'add_grabcut_masks', 'check_masks', 'label_files', 'add_masks']
 
-# %% ../../nbs/01_data/05_masks.ipynb #c4ee9819
+# %% ../../nbs/01_data/05_masks.ipynb #7eb3e430
 import hashlib, os
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -16,7 +16,7 @@ from PIL import Image
 from ..core import DataError
 from .images import broken, image_size, load_image
 from .table import SPLITS, first_few
-from ..files import atomic_path
+from ..files import atomic_path, claim
 
 # %% ../../nbs/01_data/05_masks.ipynb #e58575a5
 def _box_pixels(box, w, h, scale=1.):
@@ -100,7 +100,7 @@ def add_grabcut_masks(
     if 'mask' in df:
         raise DataError(name, 'there are masks already', 'a table without them', "df.drop(columns='mask') first")
     if 'box' not in df: raise DataError(name, 'no column box', 'boxes to start from', 'GrabCut cannot help here')
-    cache = Path(os.path.abspath(cache_dir))
+    cache = claim(os.path.abspath(cache_dir), 'grabcut', df.image[:1])
     with ThreadPoolExecutor(max(1, workers)) as pool:
         masks = list(pool.map(lambda p,b: _cached_mask(p, b, cache, iters, size), df.image, df.box))
     out = df.assign(mask=masks)

@@ -6,8 +6,8 @@
 __all__ = ['feature_levels', 'FeaturePyramid', 'ForegroundNet', 'mask_loss', 'foreground_iou', 'MaskTarget', 'foreground_learner',
            'predict_masks', 'save_foreground', 'load_foreground', 'supervised_labels']
 
-# %% ../../nbs/03_models/03_foreground.ipynb #407ad46f
-import warnings
+# %% ../../nbs/03_models/03_foreground.ipynb #6a8d0469
+import os, warnings
 from pathlib import Path
 
 import cv2, numpy as np, pandas as pd, torch, torch.nn.functional as F
@@ -21,7 +21,7 @@ from ..data.masks import add_masks
 from ..data.readers.files import save_png
 from ..data.table import SPLITS
 from ..data.views import View
-from ..files import SCHEMA, load_tensors, read_json, save_tensors, write_json
+from ..files import SCHEMA, claim, load_tensors, read_json, save_tensors, write_json
 from .backbones import Backbone, backbone_stats
 from ..training.fit import fit_run
 from ..training.optim import seed_everything, split_params
@@ -124,7 +124,8 @@ def foreground_learner(
 
 # %% ../../nbs/03_models/03_foreground.ipynb #089f6678
 def _relative(paths):
-    "The last parts of each path, as many as tell them apart, two or more"
+    "The last parts of each path without '..', as many as tell them apart, two or more"
+    paths = [Path(os.path.abspath(p)) for p in paths]
     most = max(len(p.parts) for p in paths)
     depth = next((k for k in range(2, most) if len({p.parts[-k:] for p in paths}) == len(set(paths))), most-1)
     return [Path(*p.parts[-depth:]) for p in paths]
@@ -150,13 +151,14 @@ def predict_masks(
     largest:bool=False, # Keep the largest region only?
 )->pd.DataFrame:
     "Write a mask for each image of `splits` into `folder`; returns the table with these masks"
+    folder = claim(folder, 'masks')
     rows = df[df.split.isin(SPLITS if splits is None else splits)].drop_duplicates('image')
     names,empty = dict(zip(rows.index, _relative([Path(p) for p in rows.image]))),0
     for x,b in learn.batches(rows[['image','split']]):
         for i,p in zip(b.index.tolist(), learn.model.parts(x.to(learn.dls.device)).cpu().maps[:,0]):
             mask = _full_size(p, learn.dls.view, b.original[b.index.tolist().index(i)].tolist()) >= threshold
             empty += not mask.any()
-            save_png((Path(folder)/names[i]).with_suffix('.png'),
+            save_png((folder/names[i]).with_suffix('.png'),
                      (_largest(mask) if largest else mask).astype(np.uint8)*255)
     if empty: warnings.warn(f'nothing found in {empty} of {len(rows)} images: their masks are empty')
     return add_masks(df, folder, splits)
@@ -168,7 +170,7 @@ def save_foreground(
 ):
     "Write config.json and model.safetensors"
     d = learn.dls
-    save_tensors(Path(folder)/'model.safetensors', learn.model)
+    save_tensors(claim(folder, 'foreground')/'model.safetensors', learn.model)
     write_json(Path(folder)/'config.json',
                dict(schema=SCHEMA, kind='foreground', model=learn.model.config, stats=d.stats,
                                                 view=dict(size=d.view.size, resize=d.view.resize), versions=versions()))
@@ -207,6 +209,7 @@ def supervised_labels(
     if 'mask' not in df:
         raise DataError(df.attrs.get('name'), 'no column mask', 'masks of the training images',
                         'add_grabcut_masks makes them from boxes')
+    claim(folder, 'masks')
     seed_everything(seed)
     dls = part_dls(df, size, resize, bs, ('mask',), stats=backbone_stats(backbone), workers=workers, seed=seed,
                    device=device)

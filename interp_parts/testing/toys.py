@@ -6,7 +6,7 @@
 __all__ = ['BIRD', 'disc_image', 'disc_table', 'ellipse', 'toy_bird', 'ToyNet', 'Halves', 'ColourMaps', 'quiet', 'max_difference',
            'median_seconds', 'picture_sheet', 'damaged', 'without', 'cut']
 
-# %% ../../nbs/40_testing/01_toys.ipynb #a2fb3a0b
+# %% ../../nbs/40_testing/01_toys.ipynb #bce61aee
 import shutil, tempfile, time
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,7 +18,7 @@ from torch import nn
 from ..core import PartModel, Parts
 from ..data.table import part_table
 
-# %% ../../nbs/40_testing/01_toys.ipynb #1f1da3b1
+# %% ../../nbs/40_testing/01_toys.ipynb #87c37676
 def disc_image(
     rng, # NumPy generator
     label:int, # Class, 0 to 3
@@ -34,7 +34,7 @@ def disc_image(
     for (x,y),c in zip(at, colours): a[(xx-x)**2 + (yy-y)**2 < 49] = c
     return Image.fromarray(a.clip(0, 255).astype('uint8')), np.c_[at, np.ones(2)]
 
-# %% ../../nbs/40_testing/01_toys.ipynb #033be582
+# %% ../../nbs/40_testing/01_toys.ipynb #cd681d28
 def _disc_row(folder, i, label, size, split):
     im,points = disc_image(np.random.default_rng(i), label, size)
     yy,xx = np.mgrid[:size,:size]
@@ -59,7 +59,7 @@ def disc_table(
     names = ['red or yellow', 'blue or green']
     return part_table(rows, 'discs', classes=[f'class {i}' for i in range(n_classes)], keypoints=names, pairs=[])
 
-# %% ../../nbs/40_testing/01_toys.ipynb #b98cad68
+# %% ../../nbs/40_testing/01_toys.ipynb #85c5eed2
 def ellipse(
     cy:float, # Row of the centre
     cx:float, # Column of the centre
@@ -71,7 +71,7 @@ def ellipse(
     y,x = np.mgrid[:size,:size]
     return ((y-cy)/ry)**2 + ((x-cx)/rx)**2 < 1
 
-# %% ../../nbs/40_testing/01_toys.ipynb #26a8d53d
+# %% ../../nbs/40_testing/01_toys.ipynb #4ca81fe5
 BIRD = ((44,88,15,15), (68,64,23,33), (64,56,10,22), (78,28,7,19)) # head, body, wing, tail: cy, cx, ry, rx
 
 def toy_bird(
@@ -88,7 +88,7 @@ def toy_bird(
     maps = torch.stack([torch.from_numpy(owner == k).float() for k in range(5)])[None]
     return torch.from_numpy(im/255).float().permute(2, 0, 1), Parts(maps, maps.amax((2,3)), background=4)
 
-# %% ../../nbs/40_testing/01_toys.ipynb #06c7572e
+# %% ../../nbs/40_testing/01_toys.ipynb #fcb6673c
 class ToyNet(nn.Module):
     "3x3 convolutions with batch norm, the first ones at stride 2"
     def __init__(self,
@@ -104,7 +104,7 @@ class ToyNet(nn.Module):
 
     def forward(self, x): return self.net(x)
 
-# %% ../../nbs/40_testing/01_toys.ipynb #b43c19ff
+# %% ../../nbs/40_testing/01_toys.ipynb #8152e5fa
 class Halves(PartModel):
     "Two parts, the left and the right half; class scores from their mean brightness"
     def __init__(self,
@@ -124,7 +124,7 @@ class Halves(PartModel):
         out.target = target
         return out
 
-# %% ../../nbs/40_testing/01_toys.ipynb #248bc45f
+# %% ../../nbs/40_testing/01_toys.ipynb #841daf3f
 class ColourMaps(nn.Module):
     "Six maps (B,6,h,w) at stride 2: how much there is of a colour, smoothed over 5x5 pixels; its weights are fixed"
     channels,stride = 6,2
@@ -140,7 +140,7 @@ class ColourMaps(nn.Module):
 
     def forward(self, x): return F.relu(self.conv(x))
 
-# %% ../../nbs/40_testing/01_toys.ipynb #9be08f0a
+# %% ../../nbs/40_testing/01_toys.ipynb #7c0e55a0
 @contextmanager
 def quiet(
     learn, # A fastai `Learner`
@@ -158,7 +158,7 @@ def max_difference(
     d = (a-b).abs().max()
     return (d/b.abs().max() if relative else d).item()
 
-# %% ../../nbs/40_testing/01_toys.ipynb #80d9c4b2
+# %% ../../nbs/40_testing/01_toys.ipynb #1c3b7fb0
 def median_seconds(
     f, # Function without arguments
     n:int=5, # Calls
@@ -182,7 +182,7 @@ def picture_sheet(
     w = max(r.shape[1] for r in rows)
     return Image.fromarray(np.vstack([np.pad(r, ((0,0),(0,w-r.shape[1]),(0,0)), constant_values=255) for r in rows]))
 
-# %% ../../nbs/40_testing/01_toys.ipynb #5b8fb214
+# %% ../../nbs/40_testing/01_toys.ipynb #15f8d766
 def damaged(
     folder, # A good folder
     f, # Function of the copy's path

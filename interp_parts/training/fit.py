@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['defaults', 'History', 'read_history', 'fit_run']
 
-# %% ../../nbs/04_training/05_fit.ipynb #9df0e02e
+# %% ../../nbs/04_training/05_fit.ipynb #63e355f0
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -13,7 +13,7 @@ import pandas as pd
 from fastai.callback.core import Callback
 from fastai.callback.training import GradientClip
 
-from ..files import load_tensors, write_text
+from ..files import claim, load_tensors, write_text
 from .guards import StopNonFinite, WatchParts
 from .optim import keep_memory, scheduled, torch_opt
 from .state import Resume, SaveState, read_state, say_unsaved, stops_gently
@@ -65,6 +65,7 @@ def fit_run(
     keep_memory()
     learn.opt_func,learn.wd_bn_bias,learn.train_bn = torch_opt(optimizer, **(options or {})),True,False
     lrs = list(lr)[-len(learn.splitter(learn.model)):]
+    if run: claim(run, 'run')
     state = read_state(run) if resume and run else None
     start = state['epoch'] if state else 0
     save = SaveState(run, start, save_every) if run else None

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['fingerprint', 'versions', 'run_config', 'save_run', 'BlankLoaders', 'blank_dls', 'load_run']
 
-# %% ../../nbs/04_training/06_runs.ipynb #0ce94e98
+# %% ../../nbs/04_training/06_runs.ipynb #761becf2
 import hashlib, platform
 from functools import cached_property
 from pathlib import Path
@@ -17,7 +17,7 @@ from ..core import CheckpointError, DataError, PartLearner, get_method
 from ..data.images import NormalizeImages
 from ..data.loaders import PartDataset
 from ..data.views import View
-from ..files import SCHEMA, load_tensors, read_json, reading, save_tensors, write_json
+from ..files import SCHEMA, claim, load_tensors, read_json, reading, save_tensors, write_json
 from .optim import keep_memory
 
 # %% ../../nbs/04_training/06_runs.ipynb #936e4d8c
@@ -57,7 +57,7 @@ def save_run(
     config:dict, # From `run_config`
 ):
     "Write config.json and model.safetensors, and the list of the split if it was drawn here"
-    save_tensors(Path(run)/'model.safetensors', learn.model)
+    save_tensors(claim(run, 'run')/'model.safetensors', learn.model)
     from interp_parts.data.table import write_split
     table = vars(learn.dls).get('table') # of a loaded run it is not read for this
     if table is not None and table.attrs.get('drawn'): write_split(table, Path(run)/'split.txt')

@@ -6,7 +6,7 @@
 __all__ = ['explain_words', 'explain_title', 'explain', 'shown', 'caption', 'assignment_grid', 'attention_grid', 'Gallery',
            'gallery', 'save_visualization']
 
-# %% ../../nbs/21_visualization/02_figures.ipynb #fecf4dfa
+# %% ../../nbs/21_visualization/02_figures.ipynb #894fd0d9
 import math, random, textwrap
 from itertools import islice
 from pathlib import Path
@@ -20,6 +20,7 @@ from matplotlib.patches import Patch
 from ..core import Batch, ConfigError, PartLearner, Parts, pick
 from ..data.images import denormalize, load_image, normalize
 from ..data.views import View
+from ..files import claim, made_file
 from .overlays import (Picture, attention_map, attention_overlay, clip_lines,
                                                  hard_assignment, heat_scale, part_colors, part_region, parts_overlay,
                                                  save_picture, to_rgb)
@@ -302,7 +303,7 @@ def save_visualization(
     soft:bool=False, # Fade the overlays by presence and by the map's value?
 )->list:
     "Write RUN/visualization/*.png and return the files"
-    out,first,g = Path(run_dir)/'visualization',[],Gallery()
+    out,first,g = claim(Path(run_dir)/'visualization', 'pictures'),[],Gallery()
     for x,p,b in items:
         if len(first) < n: first.append((x,p,b))
         g.add(x, p)
@@ -311,7 +312,8 @@ def save_visualization(
         fig,name = explain(x, p, classes, multi=multi, soft=soft),_name(classes, _target(p, None))
         title = f'{Path(b.path[0]).name}: {fig.get_suptitle()}'
         files.append(save_picture(fig, out/f'explanation_{i:03}.png', title, explain_words(p, name)))
-    for old in (set(out.glob('explanation_*.png')) | set(out.glob('overview_*.png'))) - set(files): old.unlink()
+    for old in (set(out.glob('explanation_*.png')) | set(out.glob('overview_*.png'))) - set(files):
+        if made_file(old): old.unlink()
     return files
 
 # %% ../../nbs/21_visualization/02_figures.ipynb #82d8847c

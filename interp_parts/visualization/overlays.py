@@ -7,7 +7,7 @@ __all__ = ['to_rgb', 'part_colors', 'upsample_image', 'hard_assignment', 'part_i
            'parts_overlay', 'attention_map', 'heat_scale', 'attention_overlay', 'part_window', 'part_region', 'Picture',
            'png_bytes', 'save_picture', 'clip_lines']
 
-# %% ../../nbs/21_visualization/01_overlays.ipynb #80bebda5
+# %% ../../nbs/21_visualization/01_overlays.ipynb #83a15122
 import colorsys, io
 from base64 import b64encode
 from pathlib import Path
@@ -21,7 +21,7 @@ from matplotlib.patches import Patch
 from matplotlib.text import Text
 
 from ..core import DataError, Parts
-from ..files import atomic_path
+from ..files import atomic_path, claim_file
 
 # %% ../../nbs/21_visualization/01_overlays.ipynb #c3631992
 def to_rgb(
@@ -217,7 +217,7 @@ def png_bytes(
     "The figure as a PNG file of 256 colours"
     full,small,info = io.BytesIO(),io.BytesIO(),PngInfo()
     fig.savefig(full, format='png', dpi=dpi, facecolor='white')
-    for k,v in (('Title',title),('Description',text)): info.add_itxt(k, v)
+    for k,v in (('Title',title),('Description',text),('Software','interp_parts')): info.add_itxt(k, v)
     _few_colors(Image.open(full).convert('RGB'), fig).save(small, format='png', optimize=True, pnginfo=info)
     return small.getvalue()
 
@@ -242,7 +242,7 @@ def save_picture(
     text:str='', # Caption, stored in the file
 )->Path:
     "Write the figure in one piece and return its path"
-    with atomic_path(path) as tmp: tmp.write_bytes(png_bytes(fig, title, text))
+    with atomic_path(claim_file(path)) as tmp: tmp.write_bytes(png_bytes(fig, title, text))
     return Path(path)
 
 # %% ../../nbs/21_visualization/01_overlays.ipynb #39449f43

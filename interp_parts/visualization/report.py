@@ -6,7 +6,7 @@
 __all__ = ['score_rows', 'read_curves', 'chart', 'pictures', 'tables', 'licences', 'run_title', 'report_html', 'write_report',
            'model_card', 'write_model_card']
 
-# %% ../../nbs/21_visualization/03_report.ipynb #3e752df0
+# %% ../../nbs/21_visualization/03_report.ipynb #6bfa51ee
 import base64, csv, html, io, math
 from pathlib import Path
 
@@ -14,7 +14,7 @@ from PIL import Image
 
 from ..core import CheckpointError
 from ..evaluation.parts import BASELINES
-from ..files import read_json, write_text
+from ..files import claim_file, read_json, write_text
 
 # %% ../../nbs/21_visualization/03_report.ipynb #6c660074
 class _Markup(str): "A string that is HTML already"
@@ -289,7 +289,8 @@ def report_html(
     body = [_tag('h1', run_title(config)), _tag('p', _lead(config, metrics), cls='lead'),
             *_section('Scores', _score_table(metrics), _details(metrics)), *_section('Training', *_curves(run, config)),
             *_section('Pictures', *pictures(run), *tables(run)), *_facts(config)]
-    head = [_tag('meta', charset='utf-8'), _tag('meta', name='viewport', content='width=device-width, initial-scale=1'),
+    head = [_tag('meta', charset='utf-8'), _tag('meta', name='generator', content='interp_parts'),
+            _tag('meta', name='viewport', content='width=device-width, initial-scale=1'),
             _tag('title', run_title(config)), _tag('style', _Markup(_CSS))]
     return '<!doctype html>\n' + _tag('html', _tag('head', *head), _tag('body', *body), lang='en') + '\n'
 
@@ -297,7 +298,7 @@ def write_report(
     run_dir, # Folder of the run
 )->Path:
     "Write RUN/report.html, one self-contained file, and return its path"
-    out = Path(run_dir)/'report.html'
+    out = claim_file(Path(run_dir)/'report.html', ('run','demo'))
     write_text(out, report_html(run_dir))
     return out
 
@@ -352,6 +353,6 @@ def write_model_card(
     run_dir, # Folder of the run
 )->Path:
     "Write RUN/README.md and return its path"
-    out = Path(run_dir)/'README.md'
+    out = claim_file(Path(run_dir)/'README.md', ('run','demo'))
     write_text(out, model_card(run_dir))
     return out

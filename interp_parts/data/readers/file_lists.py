@@ -3,7 +3,7 @@
 # %% auto #0
 __all__ = ['write_part_locs', 'read_part_locs', 'read_data_info', 'read_file_list', 'write_file_list']
 
-# %% ../../../nbs/01_data/readers/07_file_lists.ipynb #f50685b0
+# %% ../../../nbs/01_data/readers/07_file_lists.ipynb #f3e36fc1
 import os
 from pathlib import Path
 
@@ -12,7 +12,7 @@ import numpy as np, pandas as pd, yaml
 from ...core import ConfigError, DataError, pick
 from .folders import left_right_pairs
 from ..table import check_table, part_table
-from ...files import reading, write_text
+from ...files import claim, claim_file, reading, write_text
 
 # %% ../../../nbs/01_data/readers/07_file_lists.ipynb #0bb9f0b6
 def write_part_locs(
@@ -22,6 +22,7 @@ def write_part_locs(
 ):
     "Write boxes in the original's format, `uuid part x y w h`"
     line = lambda i,k,b: f"{i} {k+1} {' '.join(str(round(float(v))) for v in b)}\n"
+    claim_file(path, ('parts','run','lists'))
     write_text(path, ''.join(line(i, k, b) for i,bs in zip(ids, boxes) for k,b in enumerate(bs)))
 
 def read_part_locs(
@@ -155,7 +156,8 @@ def write_file_list(
     folder, # Where the lists go; images are linked, not copied
 ):
     "Write a table's lists in the original's layout"
-    root,folder = Path(os.path.commonpath([Path(p).parent for p in df.image])),Path(folder)
+    root = Path(os.path.commonpath([Path(p).parent for p in df.image]))
+    folder = claim(folder, 'lists', [root])
     ids = df.get('id', pd.Series(range(1, len(df)+1), df.index))
     write_text(folder/'images.txt', ''.join(f'{i} {Path(p).relative_to(root)}\n' for i,p in zip(ids, df.image)))
     write_text(folder/'labels.txt', ''.join(f'{l}\n' for l in df.label))
