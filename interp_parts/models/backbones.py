@@ -113,7 +113,10 @@ def _save_copies(net):
 
 # %% ../../nbs/03_models/01_backbones.ipynb #b7fcd984
 @patch
-def forward(self:Backbone, x):
+def forward(self:Backbone,
+    x:torch.Tensor, # Images (B,3,H,W)
+)->torch.Tensor:
+    "The feature map (B,C,h,w) of images"
     if self.stage != 'final':
         asked = dict(indices=[self.index], intermediates_only=True, output_fmt='NCHW')
         return self.net.forward_intermediates(x, **asked)[0]
