@@ -10,13 +10,14 @@ __all__ = ['STAGES', 'check_backbone', 'create_timm', 'weights_about', 'Backbone
 from pathlib import Path
 
 import timm, torch, torchvision
+from fastcore.basics import patch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 
 from ..core import CheckpointError, ConfigError, nearest, pick
 
-# %% ../../nbs/03_models/01_backbones.ipynb #eddab3ff
+# %% ../../nbs/03_models/01_backbones.ipynb #2846a3a6
 def check_backbone(
     name:str, # timm's name, such as 'resnet50' or 'resnet50.tv_in1k'
 )->str:
@@ -26,7 +27,12 @@ def check_backbone(
     like = ', '.join(nearest(name.split('.')[0], known))
     raise ConfigError('--backbone', repr(name), 'a timm model', f'did you mean {like}?')
 
-def create_timm(name, pretrained, **options):
+# %% ../../nbs/03_models/01_backbones.ipynb #b0209981
+def create_timm(
+    name:str, # timm's name
+    pretrained:bool, # Download timm's weights?
+    **options # Of `timm.create_model`, such as `dynamic_img_size` and `output_stride`
+)->nn.Module:
     "The timm model with those of `options` that it takes"
     for drop in ((), ('dynamic_img_size',), ('output_stride',), ('dynamic_img_size','output_stride')):
         kw = {k:v for k,v in options.items() if k not in drop}
@@ -35,6 +41,11 @@ def create_timm(name, pretrained, **options):
         except Exception as e: raise _no_download(name, e) if pretrained else e
     raise ConfigError('--backbone', name, 'a model that takes images of any size')
 
+def _no_download(name, e):
+    return CheckpointError(f'pretrained weights of {name}', f'could not be had ({type(e).__name__})',
+                           'a network connection', 'pass --weights FILE.safetensors or --no-pretrained')
+
+# %% ../../nbs/03_models/01_backbones.ipynb #84f4c1a8
 def weights_about(
     name:str, # timm's name of the backbone
     pretrained:bool=False, # Weights as timm has them?
@@ -46,11 +57,7 @@ def weights_about(
     cfg = timm.get_pretrained_cfg(name)
     return dict(file=cfg.hf_hub_id or cfg.url or name, licence=cfg.license or 'not stated by timm')
 
-def _no_download(name, e):
-    return CheckpointError(f'pretrained weights of {name}', f'could not be had ({type(e).__name__})',
-                           'a network connection', 'pass --weights FILE.safetensors or --no-pretrained')
-
-# %% ../../nbs/03_models/01_backbones.ipynb #b0209981
+# %% ../../nbs/03_models/01_backbones.ipynb #528679f8
 STAGES = ('stride', 'last', 'final')
 _norms = (nn.modules.batchnorm._BatchNorm,)
 
@@ -66,7 +73,8 @@ class Backbone(nn.Module):
         freeze_early:bool=False, # Keep the stages up to stride 4?
     ):
         super().__init__()
-        self.stage,self.freeze_bn = pick(stage, STAGES, 'stage'),freeze_bn
+        self.stage = pick(stage, STAGES, 'stage')
+        self.freeze_bn = freeze_bn
         dilate = dict(output_stride=stride) if stage != 'stride' and stride < 32 else {}
         self.net = create_timm(check_backbone(name), pretrained and weights is None, dynamic_img_size=True, **dilate)
         if weights is not None: load_weights(self.net, weights)
@@ -74,26 +82,7 @@ class Backbone(nn.Module):
         self._cut(self.net.feature_info, stride, name)
         _save_copies(self.net)
         self.early = self._early() if freeze_early else []
-        still = [*self.bns()*freeze_bn, *self.early]
-        for m in still: m.requires_grad_(False)
-
-    def _early(self):
-        "Modules of the stages up to stride 4"
-        ends = [f['module'] for f in self.net.feature_info if f['reduction'] <= 4]
-        names = [n for n,m in self.net.named_modules() if list(m.parameters(recurse=False))]
-        last = max([i for i,n in enumerate(names) for e in ends if f'{n}.'.startswith(f'{e}.')], default=-1)
-        return [self.net.get_submodule(n) for n in names[:last+1]]
-
-    def _cut(self, info, stride, name):
-        "Drop what comes after the chosen map"
-        if self.stage == 'final':
-            self.net.reset_classifier(0)
-            self.channels,self.stride = self.net.num_features,info[-1]['reduction']
-            return
-        at = [i for i,f in enumerate(info) if f['reduction'] <= stride or self.stage == 'last']
-        if not at: raise ConfigError('stride', stride, f"one of {sorted({f['reduction'] for f in info})} for {name}")
-        self.index,self.channels,self.stride = at[-1],info[at[-1]]['num_chs'],info[at[-1]]['reduction']
-        self.net.prune_intermediate_layers([self.index], prune_norm=False, prune_head=True)
+        for m in [*self.bns()*freeze_bn, *self.early]: m.requires_grad_(False)
 
     def bns(self)->list:
         "The batch norm layers"
@@ -104,16 +93,34 @@ class Backbone(nn.Module):
         for m in [*self.bns()*self.freeze_bn, *self.early]: m.eval()
         return self
 
-    def forward(self, x):
-        if self.stage != 'final':
-            asked = dict(indices=[self.index], intermediates_only=True, output_fmt='NCHW')
-            return self.net.forward_intermediates(x, **asked)[0]
-        return _as_map(self.net, self.net.forward_features(x), x)
+# %% ../../nbs/03_models/01_backbones.ipynb #cb671cf9
+@patch
+def _cut(self:Backbone, info, stride, name):
+    "Drop what comes after the chosen map"
+    if self.stage == 'final':
+        self.net.reset_classifier(0)
+        self.channels,self.stride = self.net.num_features,info[-1]['reduction']
+        return
+    at = [i for i,f in enumerate(info) if f['reduction'] <= stride or self.stage == 'last']
+    if not at: raise ConfigError('stride', stride, f"one of {sorted({f['reduction'] for f in info})} for {name}")
+    self.index,self.channels,self.stride = at[-1],info[at[-1]]['num_chs'],info[at[-1]]['reduction']
+    self.net.prune_intermediate_layers([self.index], prune_norm=False, prune_head=True)
 
 def _save_copies(net):
-    "Only ReLU gains by working in place: any other activation must keep a copy of its input for the backward pass"
+    "Let only ReLU work in place"
     for m in net.modules():
         if getattr(m, 'inplace', False) and not isinstance(m, nn.ReLU): m.inplace = False
+
+# %% ../../nbs/03_models/01_backbones.ipynb #b7fcd984
+@patch
+def forward(self:Backbone,
+    x:torch.Tensor, # Images (B,3,H,W)
+)->torch.Tensor:
+    "The feature map (B,C,h,w) of images"
+    if self.stage != 'final':
+        asked = dict(indices=[self.index], intermediates_only=True, output_fmt='NCHW')
+        return self.net.forward_intermediates(x, **asked)[0]
+    return _as_map(self.net, self.net.forward_features(x), x)
 
 def _as_map(net, f, x):
     "Features of any layout as (B,C,h,w)"
@@ -123,16 +130,26 @@ def _as_map(net, f, x):
         return f.transpose(1,2).unflatten(2, (h,w))
     return f.permute(0,3,1,2) if str(getattr(net, 'output_fmt', 'NCHW')).endswith('NHWC') else f
 
-# %% ../../nbs/03_models/01_backbones.ipynb #b7fcd984
+# %% ../../nbs/03_models/01_backbones.ipynb #1a38857a
+@patch
+def _early(self:Backbone):
+    "Modules of the stages up to stride 4"
+    ends = [f['module'] for f in self.net.feature_info if f['reduction'] <= 4]
+    names = [n for n,m in self.net.named_modules() if list(m.parameters(recurse=False))]
+    last = max([i for i,n in enumerate(names) for e in ends if f'{n}.'.startswith(f'{e}.')], default=-1)
+    return [self.net.get_submodule(n) for n in names[:last+1]]
+
+# %% ../../nbs/03_models/01_backbones.ipynb #9e5aba34
 def read_weights(
     path, # safetensors file
 )->dict:
-    "The tensors of a safetensors file; a file that is missing or of another kind is named"
+    "The tensors of a safetensors file by name"
     if not Path(path).is_file(): raise CheckpointError(path, 'no such file', 'a .safetensors file', 'check --weights')
     try: return load_file(path)
     except (SafetensorError, ValueError, OSError) as e:
         raise CheckpointError(path, f'not a safetensors file ({e})') from None
 
+# %% ../../nbs/03_models/01_backbones.ipynb #0ace4494
 def _torchvision_order(keys, name):
     "Names of the torchvision model that has exactly `keys`, in the order of its layers; None if there is none"
     known = [n for n in torchvision.models.list_models(module=torchvision.models) if 'regnet' not in n] # not on 'meta'
@@ -151,6 +168,7 @@ def _named_like(net, sd, path):
     names = [k for k in mine if k in sd or not counts(k) or any(map(counts, order))]
     return dict(zip(names, (sd[k] for k in order))) if len(names) == len(order) else sd
 
+# %% ../../nbs/03_models/01_backbones.ipynb #3d7e6914
 def _some(keys):
     more = f' and {len(keys)-3} more' if len(keys) > 3 else ''
     return ', '.join(sorted(keys)[:3]) + more if keys else 'none'
@@ -161,12 +179,14 @@ def _mismatch(path, mine, sd):
     got = f'weights of another model (missing: {missing}; unexpected: {more}; other shape: {_some(bad)})'
     return CheckpointError(path, got, 'the weights of --backbone')
 
+# %% ../../nbs/03_models/01_backbones.ipynb #03ee89cc
 def load_weights(
     net:nn.Module, # A full timm model
     path, # safetensors file with timm's or torchvision's names
 )->nn.Module:
     "Load all of `net` but its classifier from a file, or say what does not fit"
-    mine,sd = net.state_dict(),_named_like(net, read_weights(path), path)
+    mine = net.state_dict()
+    sd = _named_like(net, read_weights(path), path)
     head = {k for k in mine if k.startswith(net.default_cfg['classifier'] + '.')}
     sd = {k:v for k,v in sd.items() if k not in head or v.shape == mine[k].shape}
     need = {k for k in mine if k not in head and not k.endswith('num_batches_tracked')}
@@ -175,10 +195,10 @@ def load_weights(
     net.load_state_dict({k:v.float() if v.is_floating_point() else v for k,v in sd.items()}, strict=False)
     return net
 
-# %% ../../nbs/03_models/01_backbones.ipynb #c1b98c36
+# %% ../../nbs/03_models/01_backbones.ipynb #4ef2aace
 def backbone_stats(
     name:str, # timm's name
 )->tuple:
-    "Mean and deviation of the three channels that the network was trained with"
+    "Mean and standard deviation of the three channels that the network was trained with"
     cfg = timm.get_pretrained_cfg(check_backbone(name))
     return (tuple(cfg.mean),tuple(cfg.std)) if cfg else ((0.485,0.456,0.406),(0.229,0.224,0.225))
