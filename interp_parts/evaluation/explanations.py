@@ -13,7 +13,7 @@ import torch, torch.nn.functional as F
 
 from ..core import Batch, Parts, eval_mode
 from .baselines import constant_parts
-from .parts import peaks, upsample
+from .pixels import peaks, upsample
 
 # %% ../../nbs/20_evaluation/05_explanations.ipynb #e117dd06
 SIDE = 72/224 # Of the box, as a share of the input's side
