@@ -122,8 +122,6 @@ class KeypointError:
         for mine,more in zip(self.rows, other.rows): mine.update(more)
         return self
 
-
-
 # %% ../../nbs/20_evaluation/02_landmarks.ipynb #1280499f
 def _arrays(rows):
     "Centres, middles, keypoints and visibility of one set, in the order of the table"
@@ -145,6 +143,3 @@ def result(self:KeypointError):
     if not all(self.rows): return {}
     res = {k: e for k,v in self.errors().items() if (e := mean_error(v)) == e}
     return dict(res, predictors=_arrays(self.rows[True])[0][0].size) if self.ridge else res
-
-
-
