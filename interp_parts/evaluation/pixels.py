@@ -136,7 +136,7 @@ class PixelClustering:
         return self
 
     def result(self):
-        "pixel_nmi, pixel_ari, part_iou; with true parts also fg_pixel_nmi, fg_pixel_ari, fg_pixel_purity, named_part_iou"
+        "pixel_nmi, pixel_ari, part_iou; with true parts also fg_pixel_nmi, _ari, _purity and named_part_iou"
         if not self.full.table.sum(): return {}
         t = self.full.padded((2,1))
         res = dict(pixel_nmi=nmi(t), pixel_ari=ari(t), part_iou=_best_union_iou(t, self.background))
