@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['align_table']
 
-# %% ../../../nbs/01_data/readers/04b_alignment.ipynb #c8047a46
+# %% ../../../nbs/01_data/readers/04b_alignment.ipynb #d5bdd3ea
 from pathlib import Path
 
 import numpy as np, pandas as pd
@@ -15,7 +15,7 @@ from ...core import DataError
 from ..images import load_image
 from .files import DataFolder, save_png
 
-# %% ../../../nbs/01_data/readers/04b_alignment.ipynb #c7dd850f
+# %% ../../../nbs/01_data/readers/04b_alignment.ipynb #35683af4
 # eyes, nose tip, mouth corners
 _template = np.array([(32.1,42.1), (64.8,43.0), (46.6,61.0), (35.1,73.8), (58.8,75.2)])
 
@@ -30,7 +30,7 @@ def _face_template(size=110):
     "Where the five points go (5,2): the published crop of 96 in the middle of images of 110, scaled for other sizes"
     return _template.copy() if size == 96 else (_template+7)*size/110
 
-# %% ../../../nbs/01_data/readers/04b_alignment.ipynb #4b764270
+# %% ../../../nbs/01_data/readers/04b_alignment.ipynb #71f25b7b
 def _umeyama(src, dst):
     "Turn, scale and shift (2,3) that bring points `src` (P,2) nearest to `dst` (P,2)"
     s,d = (np.asarray(o, np.float64) for o in (src, dst))
@@ -41,14 +41,14 @@ def _umeyama(src, dst):
     m = np.array([[z.real,-z.imag],[z.imag,z.real]])
     return np.c_[m, md-m@ms]
 
-# %% ../../../nbs/01_data/readers/04b_alignment.ipynb #cb77bbd0
+# %% ../../../nbs/01_data/readers/04b_alignment.ipynb #ef96ced8
 def _align_face(image, points, size=110):
     "The aligned face, and the transform (2,3) from the photograph's pixels to its own"
     m = _umeyama(_five_points(points), _face_template(size))
     back = np.linalg.inv(np.r_[m, [[0,0,1]]])[:2]
     return image.transform((size,size), Image.Transform.AFFINE, tuple(back.ravel()), Image.Resampling.BICUBIC),m
 
-# %% ../../../nbs/01_data/readers/04b_alignment.ipynb #603cf7c4
+# %% ../../../nbs/01_data/readers/04b_alignment.ipynb #c3d65902
 def _moved(k, size):
     "Keypoints in the pixels of the aligned image"
     m = _umeyama(_five_points(k[:,:2]), _face_template(size))

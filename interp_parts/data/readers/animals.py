@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['read_awa2', 'read_pets', 'read_inaturalist']
 
-# %% ../../../nbs/01_data/readers/05b_animals.ipynb #71b9b5ba
+# %% ../../../nbs/01_data/readers/05b_animals.ipynb #524af0ba
 import numpy as np, pandas as pd
 from PIL import Image
 
@@ -16,7 +16,7 @@ from .files import DataFolder, save_png
 from .folders import random_split
 from ..table import check_table, first_few, part_table, use_split
 
-# %% ../../../nbs/01_data/readers/05b_animals.ipynb #adb3a6cb
+# %% ../../../nbs/01_data/readers/05b_animals.ipynb #22200435
 def _awa_rows(root, classes):
     "Rows (image, label) of all class folders"
     rows = [(str(p),i) for i,c in enumerate(classes) for p in (root.images(c) if (root/c).is_dir() else [])]
@@ -26,7 +26,7 @@ def _awa_rows(root, classes):
                         'unpack it again')
     return pd.DataFrame(rows, columns=['image','label'])
 
-# %% ../../../nbs/01_data/readers/05b_animals.ipynb #45c73661
+# %% ../../../nbs/01_data/readers/05b_animals.ipynb #b29f19a4
 def read_awa2(
     path, # Folder Animals_with_Attributes2, or the one above it
     protocol:str='images', # 'images' (all 50 classes) or 'zero-shot' (10 of them unseen)
@@ -47,7 +47,7 @@ def read_awa2(
     if valid: df = validation_split(df, valid, seed)
     return df if protocol == 'images' else hold_out_classes(df, root.lines('testclasses.txt'))
 
-# %% ../../../nbs/01_data/readers/05b_animals.ipynb #524d72d1
+# %% ../../../nbs/01_data/readers/05b_animals.ipynb #1d7339b5
 def _trimap(path):
     "Values 1, 2, 3 (H,W)"
     try:
@@ -64,7 +64,7 @@ def _pet_masks(root, names, border):
         save_png(f, ((tri == 1) | border & (tri == 3)).astype(np.uint8)*255)
     return root.made(f"masks-{'border' if border else 'inner'}", [f'{n}.png' for n in names], make)
 
-# %% ../../../nbs/01_data/readers/05b_animals.ipynb #c380691a
+# %% ../../../nbs/01_data/readers/05b_animals.ipynb #6a740923
 def _pet_list(root, name):
     "Names of images and class numbers of a list"
     rows = [l.split() for l in root.lines(name) if not l.startswith('#')]
@@ -72,7 +72,7 @@ def _pet_list(root, name):
         raise DataError(root/name, 'a row that is not `name class species breed`', '', 'restore the file')
     return [(r[0],int(r[1])-1) for r in rows]
 
-# %% ../../../nbs/01_data/readers/05b_animals.ipynb #50841d02
+# %% ../../../nbs/01_data/readers/05b_animals.ipynb #facb14b2
 def read_pets(
     path, # Folder with images/ and annotations/, or the one above it
     valid:float=0., # Share of each class's training images that becomes `valid`
@@ -91,7 +91,7 @@ def read_pets(
     if root.find('annotations/trimaps'): table['mask'] = _pet_masks(root, [n for n,*_ in rows], border)
     return official_table(table, 'pets', classes, 'official split', valid, seed)
 
-# %% ../../../nbs/01_data/readers/05b_animals.ipynb #f5247804
+# %% ../../../nbs/01_data/readers/05b_animals.ipynb #af573bcc
 def _largest_boxes(root, name):
     "Largest box by file name, of a COCO file"
     coco,best = root.json(name),{}
@@ -113,7 +113,7 @@ def _coco_rows(root, part, split):
     except (KeyError, TypeError, IndexError) as e:
         raise DataError(path, f'no {e}', 'COCO lists images, annotations and categories', 'restore it') from None
 
-# %% ../../../nbs/01_data/readers/05b_animals.ipynb #6abd7e91
+# %% ../../../nbs/01_data/readers/05b_animals.ipynb #d1e64771
 def read_inaturalist(
     path, # Folder with train2017.json, val2017.json and the images
     boxed:bool=False, # Only images that have a box?

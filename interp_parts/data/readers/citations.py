@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['ABOUT']
 
-# %% ../../../nbs/01_data/readers/01b_citations.ipynb #8021a835
+# %% ../../../nbs/01_data/readers/01b_citations.ipynb #12ab890b
 def _entry(name, kind, key, terms='research terms of its owners', **fields):
     "Name, licence and BibTeX entry of a data set"
     text = ', '.join(f'{k}={{{v}}}' for k,v in fields.items())
@@ -17,7 +17,7 @@ _van_horn = ('Van Horn, Grant and Mac Aodha, Oisin and Song, Yang and Cui, Yin a
 _nabirds = ('Van Horn, Grant and Branson, Steve and Farrell, Ryan and Haber, Scott and Barry, Jessie and '
             'Ipeirotis, Panos and Perona, Pietro and Belongie, Serge')
 
-# %% ../../../nbs/01_data/readers/01b_citations.ipynb #dc2eae46
+# %% ../../../nbs/01_data/readers/01b_citations.ipynb #fbc82c3e
 ABOUT = dict(
     cub=_entry('CUB-200-2011', 'techreport', 'WahCUB_200_2011',
         'non-commercial research and education, terms of its owners',
@@ -39,7 +39,7 @@ ABOUT = dict(
         author='Nilsback, Maria-Elena and Zisserman, Andrew',
         booktitle='Indian Conference on Computer Vision, Graphics and Image Processing', year=2008))
 
-# %% ../../../nbs/01_data/readers/01b_citations.ipynb #3938ea97
+# %% ../../../nbs/01_data/readers/01b_citations.ipynb #15c64d12
 ABOUT |= dict(
     dogs=_entry('Stanford Dogs', 'inproceedings', 'khosla2011dogs',
         'research terms of its owners; images from ImageNet',
@@ -60,7 +60,7 @@ ABOUT |= dict(
         title='Food-101: Mining Discriminative Components with Random Forests',
         author='Bossard, Lukas and Guillaumin, Matthieu and Van Gool, Luc', booktitle='ECCV', year=2014))
 
-# %% ../../../nbs/01_data/readers/01b_citations.ipynb #eb2cc38b
+# %% ../../../nbs/01_data/readers/01b_citations.ipynb #f27e6015
 ABOUT |= dict(
     celeba=_entry('CelebA', 'inproceedings', 'liu2015faceattributes',
         'non-commercial research, no redistribution of images', title='Deep Learning Face Attributes in the Wild',

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['OFFICIAL', 'validation_split', 'hold_out_classes', 'official_table']
 
-# %% ../../../nbs/01_data/readers/05_classification.ipynb #51f9357f
+# %% ../../../nbs/01_data/readers/05_classification.ipynb #488cb153
 import numpy as np, pandas as pd
 
 from ...core import ConfigError, DataError, pick
@@ -13,7 +13,7 @@ from .citations import ABOUT
 from .folders import random_split
 from ..table import check_table, part_table
 
-# %% ../../../nbs/01_data/readers/05_classification.ipynb #6a871a10
+# %% ../../../nbs/01_data/readers/05_classification.ipynb #d6e824f0
 def validation_split(
     df:pd.DataFrame, # A table with training rows
     part:float=0.1, # Share of each class's training images that becomes `valid`
@@ -29,7 +29,7 @@ def validation_split(
     out.attrs = {**df.attrs, 'protocol':said, 'drawn':True}
     return out
 
-# %% ../../../nbs/01_data/readers/05_classification.ipynb #86174306
+# %% ../../../nbs/01_data/readers/05_classification.ipynb #2ddc001d
 def hold_out_classes(
     df:pd.DataFrame, # A table with classes
     classes=0.2, # Names of the unseen classes, or the share of all classes that is chosen at random
@@ -48,13 +48,13 @@ def hold_out_classes(
                  'protocol':f"{df.attrs.get('protocol', '')}; {len(classes)} of {len(known)} classes unseen"}
     return out
 
-# %% ../../../nbs/01_data/readers/05_classification.ipynb #61b4ce8b
+# %% ../../../nbs/01_data/readers/05_classification.ipynb #2ab1c404
 OFFICIAL = dict(dogs=dict(train=12000, test=8580), flowers=dict(train=1020, valid=1020, test=6149),
                 stl10=dict(train=5000, test=8000), pets=dict(train=3680, test=3669),
                 food101=dict(train=75750, test=25250), nabirds=dict(train=23929, test=24633),
                 cars=dict(train=8144, test=8041)) # images by split
 
-# %% ../../../nbs/01_data/readers/05_classification.ipynb #98935767
+# %% ../../../nbs/01_data/readers/05_classification.ipynb #5db6f492
 def official_table(
     rows, # Columns of the table
     key:str, # Data set, one of `ABOUT`

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['read_cub_parts']
 
-# %% ../../../nbs/01_data/readers/06a_cub_parts.ipynb #6604be11
+# %% ../../../nbs/01_data/readers/06a_cub_parts.ipynb #f51757d7
 from pathlib import Path
 
 import numpy as np, pandas as pd
@@ -16,7 +16,7 @@ from .birds import read_cub
 from .files import DataFolder
 from .matlab import as_list, read_mat
 
-# %% ../../../nbs/01_data/readers/06a_cub_parts.ipynb #3df27d83
+# %% ../../../nbs/01_data/readers/06a_cub_parts.ipynb #857da358
 def _cleaned_row(im):
     "Name, box and keypoints of an entry of a cleaned list"
     x1,y1,x2,y2 = (float(im['bbox'][k].item()) for k in ('x1','y1','x2','y2'))
@@ -26,7 +26,7 @@ def _cleaned_row(im):
     pts[pts[:,2] <= 0] = 0
     return dict(name=im['rel_path'], box=(x1-1, y1-1, x2-x1, y2-y1), keypoints=pts)
 
-# %% ../../../nbs/01_data/readers/06a_cub_parts.ipynb #8d52d4c5
+# %% ../../../nbs/01_data/readers/06a_cub_parts.ipynb #15c2bec9
 def _cleaned_list(path):
     "Names (class/file), boxes and keypoints of a cleaned list of CUB"
     try: return pd.DataFrame([_cleaned_row(im) for im in as_list(read_mat(path, 'images')['images'])])
@@ -34,7 +34,7 @@ def _cleaned_list(path):
     except (KeyError, AttributeError, TypeError, ValueError) as e:
         raise DataError(path, f'entries without {e}', 'rel_path, bbox and parts (3,15)', 'restore the file') from None
 
-# %% ../../../nbs/01_data/readers/06a_cub_parts.ipynb #758a71cb
+# %% ../../../nbs/01_data/readers/06a_cub_parts.ipynb #29babdee
 def _keep_listed(df, path):
     "Training rows that a cleaned list names, and all others"
     names = set(_cleaned_list(path).name)
@@ -43,7 +43,7 @@ def _keep_listed(df, path):
         raise DataError(path, 'none of these training images', 'names such as 001.Black_footed_Albatross/x.jpg')
     return df[keep].reset_index(drop=True)
 
-# %% ../../../nbs/01_data/readers/06a_cub_parts.ipynb #db8dc6bf
+# %% ../../../nbs/01_data/readers/06a_cub_parts.ipynb #c0d918db
 def _with_masks(df, root, protocol):
     "The table with masks of segmentations/, or from GrabCut"
     if protocol == 'grabcut': return add_grabcut_masks(df.drop(columns='mask', errors='ignore'), root.cache('grabcut'))
@@ -60,7 +60,7 @@ def _training_rows(df, root, protocol, least):
     name = 'cachedir/cub/data/train_cub_cleaned.mat'
     return _keep_listed(df, root.need(name, f'../{name}', do='unpack cachedir.tar.gz there, or --protocol cleaned'))
 
-# %% ../../../nbs/01_data/readers/06a_cub_parts.ipynb #7e41a5c5
+# %% ../../../nbs/01_data/readers/06a_cub_parts.ipynb #b7de284d
 def read_cub_parts(
     path, # Folder CUB_200_2011, or the folder it is in
     protocol:str='official', # 'official', 'cleaned', 'cachedir', 'paper' or 'grabcut'

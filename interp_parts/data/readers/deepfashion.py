@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['read_deepfashion']
 
-# %% ../../../nbs/01_data/readers/06b_deepfashion.ipynb #281f0ed6
+# %% ../../../nbs/01_data/readers/06b_deepfashion.ipynb #821a2f7a
 from pathlib import Path
 
 import pandas as pd
@@ -17,7 +17,7 @@ from .files import DataFolder, save_png
 from .parts import fashion_names, load_part_mask
 from ..table import check_table, part_table
 
-# %% ../../../nbs/01_data/readers/06b_deepfashion.ipynb #c7c3fb9a
+# %% ../../../nbs/01_data/readers/06b_deepfashion.ipynb #8577eb63
 _fashion_lists = dict(train=('train',), test=('query','gallery'))
 
 def _fashion_names(root, part):
@@ -26,14 +26,14 @@ def _fashion_names(root, part):
     try: return [im['file_name'] for im in root.json(f)['images']]
     except (KeyError, TypeError) as e: raise DataError(f, f'no {e}', 'images with file_name', 'restore it') from None
 
-# %% ../../../nbs/01_data/readers/06b_deepfashion.ipynb #0a620ede
+# %% ../../../nbs/01_data/readers/06b_deepfashion.ipynb #62cfc664
 def _fashion_file(root, name):
     "Where an image is"
     in_high = root/'img_highres'/Path(*Path(name).parts[1:])
     ways = [root/name, root/'img_highres'/name, in_high]
     return next((w for w in ways if w.exists()), in_high if name.startswith('img/') else root/name)
 
-# %% ../../../nbs/01_data/readers/06b_deepfashion.ipynb #3aba52c4
+# %% ../../../nbs/01_data/readers/06b_deepfashion.ipynb #15c8f6f2
 def _grey_maps(root, images):
     "Grey part masks made from the colour label maps beside the images"
     colour = [f.with_name(f'{f.stem}_segment.png') for f in images]
@@ -53,7 +53,7 @@ def _fashion_rows(root):
     if all(i.isdigit() for i in items): table['identity'] = [int(i) for i in items]
     return table,classes
 
-# %% ../../../nbs/01_data/readers/06b_deepfashion.ipynb #fdee7bbc
+# %% ../../../nbs/01_data/readers/06b_deepfashion.ipynb #18a33e79
 def read_deepfashion(
     path, # Folder Anno/segmentation of In-shop Clothes Retrieval, or one above it
     protocol:str='official', # Or 'paper': masks of the test images from supervisedlabels

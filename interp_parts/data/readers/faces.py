@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['celeba_attributes', 'celeba_keypoints', 'read_celeba']
 
-# %% ../../../nbs/01_data/readers/04_faces.ipynb #d77cf496
+# %% ../../../nbs/01_data/readers/04_faces.ipynb #5df34b23
 import numpy as np, pandas as pd
 
 from ...core import DataError, pick
@@ -15,7 +15,7 @@ from .files import DataFolder, read_list
 from .folders import left_right_pairs
 from ..table import check_table, part_table
 
-# %% ../../../nbs/01_data/readers/04_faces.ipynb #4ef277b1
+# %% ../../../nbs/01_data/readers/04_faces.ipynb #7dcc0edb
 def _scops_filter(widths, heights, boxes, least=0.3):
     "Which images SCOPS keeps: (N,) bool, area of the box (N,4) >= `least` of the image's area"
     w,h,b = np.asarray(widths),np.asarray(heights),np.asarray(boxes)
@@ -25,14 +25,14 @@ def _binary_labels(values):
     "Attributes as 0 and 1, of -1 and 1 as in CelebA's list, or of 0 and 1"
     return (np.asarray(values) > 0).astype(int)
 
-# %% ../../../nbs/01_data/readers/04_faces.ipynb #5aa8b7be
+# %% ../../../nbs/01_data/readers/04_faces.ipynb #93c26ff7
 def _scale_factors(widths, heights, size, resize='squash'):
     "What x and y of annotations are multiplied by (N,2); 'squash' scales each axis by itself, 'short' both alike"
     wh = np.stack([widths, heights], -1).astype(float)
     if pick(resize, ('squash','short'), '--resize') == 'short': wh[:] = wh.min(-1, keepdims=True)
     return size/wh
 
-# %% ../../../nbs/01_data/readers/04_faces.ipynb #c69b385b
+# %% ../../../nbs/01_data/readers/04_faces.ipynb #731786e9
 celeba_attributes = '''5_o_Clock_Shadow Arched_Eyebrows Attractive Bags_Under_Eyes Bald Bangs Big_Lips Big_Nose
     Black_Hair Blond_Hair Blurry Brown_Hair Bushy_Eyebrows Chubby Double_Chin Eyeglasses Goatee
     Gray_Hair Heavy_Makeup High_Cheekbones Male Mouth_Slightly_Open Mustache Narrow_Eyes No_Beard
@@ -44,7 +44,7 @@ _celeba_page = 'get it from http://mmlab.ie.cuhk.edu.hk/projects/CelebA.html'
 _original_page = ('annotation.zip of the original repository has it, '
                   'see https://www.biostat.wisc.edu/~yli/cvpr2020-interp/')
 
-# %% ../../../nbs/01_data/readers/04_faces.ipynb #2dd7e637
+# %% ../../../nbs/01_data/readers/04_faces.ipynb #56e15d18
 def _official_partition(path):
     "Split by file name, of list_eval_partition.txt"
     split = read_list(path, 1).iloc[:,0].map({0:'train', 1:'valid', 2:'test'})
@@ -61,7 +61,7 @@ def _partition(folder):
     ids = {s:read_list(folder.need(*f, do=_original_page)).index for s,f in names.items()}
     return pd.concat([pd.Series(s, i) for s,i in ids.items()])
 
-# %% ../../../nbs/01_data/readers/04_faces.ipynb #ad0daa5c
+# %% ../../../nbs/01_data/readers/04_faces.ipynb #268ba997
 def _face_columns(folder, names):
     "Attributes and identities of the images, as far as there are any, and the attributes' names"
     attr,person = (folder.find(f) for f in ('list_attr_celeba.txt', 'identity_CelebA.txt'))
@@ -74,13 +74,13 @@ def _face_columns(folder, names):
         raise DataError(attr, f'{vals.shape[1]} attributes without names', '40', 'keep the header lines')
     return dict(labels=_binary_labels(vals).tolist()) | people,known
 
-# %% ../../../nbs/01_data/readers/04_faces.ipynb #833974b0
+# %% ../../../nbs/01_data/readers/04_faces.ipynb #bf82f82d
 def _face_points(folder, name, names):
     "Five landmarks (N,5,3) of a landmark file, all visible"
     pts = folder.rows(name, names, 10).to_numpy(float).reshape(-1,5,2)
     return np.concatenate([pts, np.ones((len(pts),5,1))], -1)
 
-# %% ../../../nbs/01_data/readers/04_faces.ipynb #49a749a8
+# %% ../../../nbs/01_data/readers/04_faces.ipynb #4ffa6c59
 def _aligned(folder):
     "Columns of the accuracy protocol"
     images = folder.need('img_align_celeba', 'aligned', do='unpack img_align_celeba.zip there')
@@ -89,7 +89,7 @@ def _aligned(folder):
     pts = dict(keypoints=list(_face_points(folder, marks, split.index))) if marks else {}
     return dict(name=split.index, image=[str(images/n) for n in split.index], split=split.to_numpy(), **pts)
 
-# %% ../../../nbs/01_data/readers/04_faces.ipynb #88d97e41
+# %% ../../../nbs/01_data/readers/04_faces.ipynb #a1f40d75
 def _image_sizes(folder, images, names):
     "Width and height (N,2), from list_imsize_celeba.txt or from the images' headers"
     if f := folder.find('list_imsize_celeba.txt'): return folder.rows(f, names, 2).to_numpy()
@@ -97,7 +97,7 @@ def _image_sizes(folder, images, names):
     check_table(part_table(dict(image=[str(images/n) for n in files], split='fit'), 'CelebA'))
     return pd.DataFrame([image_size(images/n) for n in files], files).loc[names].to_numpy()
 
-# %% ../../../nbs/01_data/readers/04_faces.ipynb #d8507b94
+# %% ../../../nbs/01_data/readers/04_faces.ipynb #3f9098d6
 def _without_mafl(folder):
     "Split by file name: the official one without MAFL in `train`, then MAFL as `fit` and `eval`"
     lists = (('fit','MAFL_training.txt'), ('eval','MAFL_testing.txt'))
@@ -120,7 +120,7 @@ def _in_the_wild(folder):
     return dict(name=split.index, image=[str(images/n) for n in split.index], split=split.to_numpy(), box=box.tolist(),
                 keypoints=list(_face_points(folder, marks, split.index)))
 
-# %% ../../../nbs/01_data/readers/04_faces.ipynb #3366f12f
+# %% ../../../nbs/01_data/readers/04_faces.ipynb #d19ef9fa
 def read_celeba(
     path, # Folder with the images and lists of CelebA
     protocol:str='accuracy', # 'accuracy' (aligned images) or 'interpretability' (in the wild, SCOPS filter, MAFL)

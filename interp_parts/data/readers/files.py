@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['IMAGE_SUFFIXES', 'read_list', 'read_names', 'DataFolder', 'save_png']
 
-# %% ../../../nbs/01_data/readers/01_files.ipynb #84a37508
+# %% ../../../nbs/01_data/readers/01_files.ipynb #92989f86
 import hashlib, os
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -20,7 +20,7 @@ from .matlab import read_mat
 from ..table import first_few
 from ...files import atomic_path, read_json
 
-# %% ../../../nbs/01_data/readers/01_files.ipynb #e6dad71b
+# %% ../../../nbs/01_data/readers/01_files.ipynb #0cfc0a25
 def read_list(
     path, # File of rows `id number number ...`, with or without CelebA's two header lines
     n:int|None=None, # Numbers in a row; None: any
@@ -44,7 +44,7 @@ def read_list(
 def _absent(path):
     return DataError(path, 'no such file', 'all lists of the data set', 'unpack it again, or check --path')
 
-# %% ../../../nbs/01_data/readers/01_files.ipynb #04193ced
+# %% ../../../nbs/01_data/readers/01_files.ipynb #e2f26b09
 def _check_list(path, df, n, unique):
     "Complain about text, missing numbers and double ids"
     if n is not None and df.shape[1] != n: raise DataError(path, f'rows of {df.shape[1]} numbers', f'{n} after the id')
@@ -55,7 +55,7 @@ def _check_list(path, df, n, unique):
     twice = df.index[df.index.duplicated()]
     if unique and len(twice): raise DataError(path, f'{first_few(list(twice.unique()))} listed twice')
 
-# %% ../../../nbs/01_data/readers/01_files.ipynb #dd51f478
+# %% ../../../nbs/01_data/readers/01_files.ipynb #35b15344
 def read_names(
     path, # File of rows `id name`; names may hold spaces
 )->dict:
@@ -68,7 +68,7 @@ def read_names(
     except ValueError:
         raise DataError(path, 'a row that is not `id name`', 'rows such as `7 left eye`', 'restore the file') from None
 
-# %% ../../../nbs/01_data/readers/01_files.ipynb #922d3381
+# %% ../../../nbs/01_data/readers/01_files.ipynb #abd5c6e7
 class DataFolder:
     "The folder of a data set: finds its files, reads its lists, keeps what is made from it"
     def __init__(self,
@@ -86,7 +86,7 @@ class DataFolder:
 
     def __truediv__(self, name): return self.path/name
 
-# %% ../../../nbs/01_data/readers/01_files.ipynb #8049a609
+# %% ../../../nbs/01_data/readers/01_files.ipynb #32dc975d
 @patch
 def find(self:DataFolder,
     *names:str, # Names that the file has in circulation
@@ -106,7 +106,7 @@ def need(self:DataFolder,
     if found is None: raise DataError(self/names[0], 'no such file or folder', ' or '.join(names[1:]), do)
     return found
 
-# %% ../../../nbs/01_data/readers/01_files.ipynb #e942dd6c
+# %% ../../../nbs/01_data/readers/01_files.ipynb #f09261ab
 @patch
 def lines(self:DataFolder,
     name, # Text file
@@ -125,7 +125,7 @@ def names(self:DataFolder,
     "Names by number, see `read_names`"
     return read_names(self/name)
 
-# %% ../../../nbs/01_data/readers/01_files.ipynb #a614b875
+# %% ../../../nbs/01_data/readers/01_files.ipynb #f7ffa5b2
 @patch
 def rows(self:DataFolder,
     name, # File of rows `id number number ...`
@@ -140,7 +140,7 @@ def rows(self:DataFolder,
                         'one row an image', 'restore the file')
     return df.loc[ids]
 
-# %% ../../../nbs/01_data/readers/01_files.ipynb #fe1c28d7
+# %% ../../../nbs/01_data/readers/01_files.ipynb #6ef6f408
 @patch
 def json(self:DataFolder,
     name, # JSON file
@@ -157,7 +157,7 @@ def mat(self:DataFolder,
     "Variables of a MATLAB file, see `read_mat`"
     return read_mat(self/name, *variables)
 
-# %% ../../../nbs/01_data/readers/01_files.ipynb #1f8b92a2
+# %% ../../../nbs/01_data/readers/01_files.ipynb #e98950ea
 IMAGE_SUFFIXES = ('.jpg', '.jpeg', '.png', '.bmp', '.gif', '.webp', '.tif', '.tiff', '.ppm', '.pgm')
 
 def _visible(paths, root):
@@ -178,7 +178,7 @@ def folders(self:DataFolder)->list:
     "Its visible sub-folders, in order"
     return _visible((p for p in self.path.iterdir() if p.is_dir()), self.path)
 
-# %% ../../../nbs/01_data/readers/01_files.ipynb #e5b2523a
+# %% ../../../nbs/01_data/readers/01_files.ipynb #70800150
 @patch
 def cache(self:DataFolder,
     what:str, # What you keep there
@@ -189,7 +189,7 @@ def cache(self:DataFolder,
     key = hashlib.sha256(str(self.path).encode()).hexdigest()[:8]
     return Path(home or Path.home()/'.cache'/'interp_parts')/f'{self.path.name}-{key}'/what
 
-# %% ../../../nbs/01_data/readers/01_files.ipynb #2d62c64c
+# %% ../../../nbs/01_data/readers/01_files.ipynb #00eaf5df
 def save_png(
     path, # PNG file to write
     pixels:np.ndarray, # (H,W) or (H,W,3) uint8
@@ -197,7 +197,7 @@ def save_png(
     "Write a PNG in one piece"
     with atomic_path(path) as tmp: Image.fromarray(pixels).save(tmp, format='PNG', compress_level=1)
 
-# %% ../../../nbs/01_data/readers/01_files.ipynb #51756e07
+# %% ../../../nbs/01_data/readers/01_files.ipynb #9055e84e
 @patch
 def made(self:DataFolder,
     what:str, # Name of their cache

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['flower_names', 'read_dogs', 'read_flowers', 'read_cars']
 
-# %% ../../../nbs/01_data/readers/05a_fine_grained.ipynb #cb9b2ae7
+# %% ../../../nbs/01_data/readers/05a_fine_grained.ipynb #a8b01fd3
 import os, re
 from pathlib import Path
 
@@ -16,7 +16,7 @@ from .classification import OFFICIAL, official_table
 from .files import DataFolder
 from .matlab import as_list
 
-# %% ../../../nbs/01_data/readers/05a_fine_grained.ipynb #17038ca0
+# %% ../../../nbs/01_data/readers/05a_fine_grained.ipynb #d8daeb5c
 def _voc_boxes(path):
     "Boxes (x, y, w, h) of the objects in a PASCAL VOC annotation file, largest first"
     try: text = Path(path).read_text(encoding='utf-8', errors='replace')
@@ -29,13 +29,13 @@ def _voc_boxes(path):
     boxes = [(max(x0-1, 0), max(y0-1, 0), x1-max(x0-1, 0), y1-max(y0-1, 0)) for x0,y0,x1,y1 in rows]
     return sorted(boxes, key=lambda b: -b[2]*b[3])
 
-# %% ../../../nbs/01_data/readers/05a_fine_grained.ipynb #c2b92ccb
+# %% ../../../nbs/01_data/readers/05a_fine_grained.ipynb #598dee29
 def _dog_boxes(root, files):
     "The box of each image, if the annotations are there"
     folder = root.find('Annotation', 'annotation', 'Annotations')
     return dict(box=[_voc_boxes((folder/f).with_suffix(''))[0] for f in files]) if folder else {}
 
-# %% ../../../nbs/01_data/readers/05a_fine_grained.ipynb #5e6e764f
+# %% ../../../nbs/01_data/readers/05a_fine_grained.ipynb #c7e97b8a
 def read_dogs(
     path, # Folder with Images/ and the lists, or the one above it
     valid:float=0., # Share of each breed's training images that becomes `valid`
@@ -53,7 +53,7 @@ def read_dogs(
                 label=[folders.index(f.split('/')[0]) for f in both], **_dog_boxes(root, both))
     return official_table(rows, 'dogs', [f.split('-', 1)[-1] for f in folders], 'official split', valid, seed)
 
-# %% ../../../nbs/01_data/readers/05a_fine_grained.ipynb #977b6870
+# %% ../../../nbs/01_data/readers/05a_fine_grained.ipynb #eba9ec50
 flower_names = [' '.join(n.split()) for n in '''
     pink primrose, hard-leaved pocket orchid, canterbury bells, sweet pea, english marigold, tiger lily, moon
     orchid, bird of paradise, monkshood, globe thistle, snapdragon, colt's foot, king protea, spear thistle, yellow
@@ -69,7 +69,7 @@ flower_names = [' '.join(n.split()) for n in '''
     mallow, magnolia, cyclamen, watercress, canna lily, hippeastrum, bee balm, ball moss, foxglove, bougainvillea,
     camellia, mallow, mexican petunia, bromelia, blanket flower, trumpet creeper, blackberry lily'''.split(',')]
 
-# %% ../../../nbs/01_data/readers/05a_fine_grained.ipynb #725b3dc6
+# %% ../../../nbs/01_data/readers/05a_fine_grained.ipynb #05a78d7c
 def _label(values, classes, path):
     "Class numbers from 0 of labels from 1"
     y = np.asarray(values).ravel().astype(int) - 1
@@ -77,7 +77,7 @@ def _label(values, classes, path):
     if bad: raise DataError(path, f'class {bad[0]}', f'1 to {len(classes)}', 'restore the file')
     return y.tolist()
 
-# %% ../../../nbs/01_data/readers/05a_fine_grained.ipynb #de7c822d
+# %% ../../../nbs/01_data/readers/05a_fine_grained.ipynb #ecc42849
 def read_flowers(
     path, # Folder with jpg/, imagelabels.mat and setid.mat, or the one above it
     protocol:str='trainval', # 'trainval' (train on train and validation images) or 'official' (three splits)
@@ -99,7 +99,7 @@ def read_flowers(
     official = n if protocol == 'official' else dict(train=n['train']+n['valid'], test=n['test'])
     return official_table(table, 'flowers', flower_names, f'{protocol} split', valid, seed, official)
 
-# %% ../../../nbs/01_data/readers/05a_fine_grained.ipynb #61b78aeb
+# %% ../../../nbs/01_data/readers/05a_fine_grained.ipynb #f2b2dd11
 def _car_kit(root):
     "Annotations as (image, split, annotation) and class names, in the layout with a devkit"
     labelled = root.need('cars_test_annos_withlabels.mat', subs=('','devkit'),
@@ -120,7 +120,7 @@ def _car_box(a):
     x0,y0,x1,y1 = (float(a[f'bbox_{k}'].item()) for k in ('x1','y1','x2','y2'))
     return x0-1,y0-1,x1-x0+1,y1-y0+1
 
-# %% ../../../nbs/01_data/readers/05a_fine_grained.ipynb #bb45a1db
+# %% ../../../nbs/01_data/readers/05a_fine_grained.ipynb #85b5ed87
 def read_cars(
     path, # Folder with cars_train/, cars_test/ and devkit/, or with car_ims/ and cars_annos.mat
     valid:float=0., # Share of each class's training images that becomes `valid`

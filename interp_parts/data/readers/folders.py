@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SPLIT_FOLDERS', 'RANDOM_SPLIT', 'left_right_pairs', 'random_split', 'read_folder', 'read_table']
 
-# %% ../../../nbs/01_data/readers/02_folders.ipynb #0359ea0a
+# %% ../../../nbs/01_data/readers/02_folders.ipynb #85f00dc3
 import json, os, zlib
 from pathlib import Path
 
@@ -15,7 +15,7 @@ from ...core import ConfigError, DataError
 from .files import DataFolder, IMAGE_SUFFIXES
 from ..table import SPLITS, check_copies, check_table, first_few, part_table
 
-# %% ../../../nbs/01_data/readers/02_folders.ipynb #41c9b6ee
+# %% ../../../nbs/01_data/readers/02_folders.ipynb #1b949860
 def left_right_pairs(
     names, # Keypoint names
 )->list:
@@ -23,7 +23,7 @@ def left_right_pairs(
     at = {n.lower():i for i,n in enumerate(names)}
     return [[i,at[n.replace('left','right')]] for n,i in at.items() if 'left' in n and n.replace('left','right') in at]
 
-# %% ../../../nbs/01_data/readers/02_folders.ipynb #8b21151f
+# %% ../../../nbs/01_data/readers/02_folders.ipynb #6525e4dd
 SPLIT_FOLDERS = dict(train='train', valid='valid', val='valid', validation='valid', test='test')
 RANDOM_SPLIT = 'random split, {test:.0%} of each class are test images, seed {seed} (no split was given)'
 
@@ -42,7 +42,7 @@ def random_split(
         out[np.random.default_rng([seed, zlib.crc32(c.encode())]).permutation(rows)[:n]] = 'test'
     return out
 
-# %% ../../../nbs/01_data/readers/02_folders.ipynb #d642bd85
+# %% ../../../nbs/01_data/readers/02_folders.ipynb #33108ec9
 def _split_layout(root):
     "Folders of the splits, or None if these are class folders"
     subs = {p.name:p for p in DataFolder(root).folders()}
@@ -53,7 +53,7 @@ def _split_layout(root):
         raise DataError(root/odd[0], 'beside folder train', f"only {', '.join(SPLIT_FOLDERS)}", 'move it elsewhere')
     return {p:SPLIT_FOLDERS[n] for n,p in subs.items()}
 
-# %% ../../../nbs/01_data/readers/02_folders.ipynb #436748d4
+# %% ../../../nbs/01_data/readers/02_folders.ipynb #347d4ad0
 def _class_rows(folder, split):
     "Rows (image, class, split) of the class folders in `folder`"
     found = {c.name:DataFolder(c).images() for c in DataFolder(folder).folders()}
@@ -66,7 +66,7 @@ def _class_rows(folder, split):
                         'fill it or remove it')
     return [(p,c,split) for c,ims in found.items() for p in ims]
 
-# %% ../../../nbs/01_data/readers/02_folders.ipynb #61bd1380
+# %% ../../../nbs/01_data/readers/02_folders.ipynb #d3c567d7
 def read_folder(
     path, # Folder of class folders, or of train, valid and test folders of class folders
     test:float=0.2, # Part of each class that is tested on, if there is no split
@@ -89,7 +89,7 @@ def read_folder(
                                 licence='not stated', citation='', **({} if splits else dict(drawn=True))))
     return check_copies(df) if splits and not copies else df
 
-# %% ../../../nbs/01_data/readers/02_folders.ipynb #e69c90d4
+# %% ../../../nbs/01_data/readers/02_folders.ipynb #f8e83414
 def _frame(path):
     "A CSV file as text, or a Parquet file"
     if not path.is_file(): raise DataError(path, 'no such file', 'a CSV or Parquet file', 'check --path')
@@ -103,7 +103,7 @@ def _frame(path):
     except (ValueError, OSError) as e:
         raise DataError(path, f'unreadable ({e})', 'a CSV file with a header line, or a Parquet file') from None
 
-# %% ../../../nbs/01_data/readers/02_folders.ipynb #0747f56d
+# %% ../../../nbs/01_data/readers/02_folders.ipynb #8fef0482
 class _Cells:
     "Cells of a file's column, row by row; what cannot be understood is named"
     def __init__(self, path, raw): self.path,self.raw = path,raw
@@ -118,7 +118,7 @@ class _Cells:
                                 'rows count from 0, after the header') from None
         return out
 
-# %% ../../../nbs/01_data/readers/02_folders.ipynb #88fb22e8
+# %% ../../../nbs/01_data/readers/02_folders.ipynb #7621dcdd
 def _is_empty(v):
     return v is None or v is pd.NA or isinstance(v, str) and not v.strip() or isinstance(v, float) and v != v
 def _value(v): return json.loads(v) if isinstance(v, str) else v.tolist() if hasattr(v, 'tolist') else v
@@ -132,7 +132,7 @@ def _whole(v):
     if int(v) != float(v): raise ValueError(v)
     return int(v)
 
-# %% ../../../nbs/01_data/readers/02_folders.ipynb #d02def33
+# %% ../../../nbs/01_data/readers/02_folders.ipynb #e845497e
 def _is_whole(text):
     try: return str(int(text)) == text
     except ValueError: return False
@@ -146,7 +146,7 @@ def _point(v):
     x,y,seen = (*map(float, v), 1.)[:3] if v is not None else (0, 0, 0)
     return (x, y, 1.) if seen and x == x and y == y else (0., 0., 0.)
 
-# %% ../../../nbs/01_data/readers/02_folders.ipynb #674cb850
+# %% ../../../nbs/01_data/readers/02_folders.ipynb #714c18c4
 def _as_dict(v):
     "A JSON object, or a list as an object with the keys 0, 1 ..."
     v = {} if _is_empty(v) else _value(v)
@@ -159,7 +159,7 @@ def _json_column(cells, col, f, expected):
     def known(d): return {k:names.index(k) for k in d} and d
     return names,cells(col, lambda v: [f(known(_as_dict(v)).get(n)) for n in names], expected)
 
-# %% ../../../nbs/01_data/readers/02_folders.ipynb #b07000b4
+# %% ../../../nbs/01_data/readers/02_folders.ipynb #e1f30555
 def _box_column(cells):
     "Boxes of one JSON column or of four"
     if 'box' in cells: return cells('box', lambda v: [float(x) for x in _value(v)], 'JSON [x, y, w, h]')
@@ -177,7 +177,7 @@ def _keypoint_columns(cells):
         pts = [[_point(p) for p in zip(*row)] for row in zip(zip(*xs), zip(*ys), zip(*seen))]
     return names,[np.array(p, dtype=float) for p in pts]
 
-# %% ../../../nbs/01_data/readers/02_folders.ipynb #1cb6f041
+# %% ../../../nbs/01_data/readers/02_folders.ipynb #a0691ba0
 def _label_column(cells):
     "Numbers from 0, and the classes' names"
     names = cells('label', _text, 'a class')
@@ -186,7 +186,7 @@ def _label_column(cells):
     classes = sorted(set(names))
     return [classes.index(n) for n in names],classes
 
-# %% ../../../nbs/01_data/readers/02_folders.ipynb #f1a2a30b
+# %% ../../../nbs/01_data/readers/02_folders.ipynb #490abe95
 def _table_columns(cells, folder):
     "Columns but the split, and names of classes, attributes and keypoints"
     file = lambda v: str(folder/_text(v))
@@ -200,7 +200,7 @@ def _table_columns(cells, folder):
     attrs['keypoints'],pts = _keypoint_columns(cells)
     return rows | (dict(keypoints=pts) if attrs['keypoints'] else {}),attrs
 
-# %% ../../../nbs/01_data/readers/02_folders.ipynb #2dbb62db
+# %% ../../../nbs/01_data/readers/02_folders.ipynb #d9b5a304
 _split_words = {**{s:s for s in SPLITS}, **SPLIT_FOLDERS}
 
 def read_table(

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['read_masked_folder']
 
-# %% ../../../nbs/01_data/readers/06c_masked_folder.ipynb #537a61ab
+# %% ../../../nbs/01_data/readers/06c_masked_folder.ipynb #72bd3f22
 import os
 from pathlib import Path
 
@@ -17,7 +17,7 @@ from .files import DataFolder, IMAGE_SUFFIXES
 from .folders import RANDOM_SPLIT, SPLIT_FOLDERS, random_split
 from ..table import check_table, first_few, part_table
 
-# %% ../../../nbs/01_data/readers/06c_masked_folder.ipynb #8e3cdbbc
+# %% ../../../nbs/01_data/readers/06c_masked_folder.ipynb #75d0fb3b
 def _split_and_class(rel, given):
     "Split (or None) and class of an image from its folders"
     folders = list(rel.parts[:-1])
@@ -30,7 +30,7 @@ def _image_names(root, masks):
     if not images: raise DataError(root, 'no image in it', f'files {", ".join(IMAGE_SUFFIXES)}', 'check --path')
     return [p.relative_to(root) for p in images]
 
-# %% ../../../nbs/01_data/readers/06c_masked_folder.ipynb #937bfe4c
+# %% ../../../nbs/01_data/readers/06c_masked_folder.ipynb #e56fe6aa
 def _split_columns(root, names, test, seed):
     "Split and class of each image, and what the split is"
     given = any(len(r.parts) > 1 and r.parts[0] == 'train' for r in names)
@@ -42,7 +42,7 @@ def _split_columns(root, names, test, seed):
                         'move it elsewhere')
     return split,kind,'split given by folders'
 
-# %% ../../../nbs/01_data/readers/06c_masked_folder.ipynb #a6fd578a
+# %% ../../../nbs/01_data/readers/06c_masked_folder.ipynb #0ae47039
 def read_masked_folder(
     path, # Folder with images/ and masks/, or a folder of images
     masks:str|None='masks', # Folder of masks, within `path` or anywhere; None: no masks

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['read_mat', 'as_list']
 
-# %% ../../../nbs/01_data/readers/01a_matlab.ipynb #c801107e
+# %% ../../../nbs/01_data/readers/01a_matlab.ipynb #0120afc4
 import struct, zlib
 from pathlib import Path
 
@@ -13,7 +13,7 @@ import numpy as np
 
 from ...core import DataError
 
-# %% ../../../nbs/01_data/readers/01a_matlab.ipynb #e15e51d2
+# %% ../../../nbs/01_data/readers/01a_matlab.ipynb #9f443a67
 def _elements(buf, order):
     "Type and data of the elements in `buf`"
     at = 0
@@ -25,7 +25,7 @@ def _elements(buf, order):
         if start + n > len(buf) or small > 4: raise ValueError(f'{start+n-len(buf):,} bytes are missing')
         yield kind,buf[start:start+n]
 
-# %% ../../../nbs/01_data/readers/01a_matlab.ipynb #48db7b3d
+# %% ../../../nbs/01_data/readers/01a_matlab.ipynb #96f2764c
 _stored = {1:'i1', 2:'u1', 3:'i2', 4:'u2', 5:'i4', 6:'u4', 7:'f4', 9:'f8', 12:'i8', 13:'u8'}
 _meant = {6:'f8', 7:'f4', 8:'i1', 9:'u1', 10:'i2', 11:'u2', 12:'i4', 13:'u4', 14:'i8', 15:'u8'}
 _odd = {3:'an object', 5:'a sparse matrix', 16:'a function', 17:'an object', 18:'an object'}
@@ -37,13 +37,13 @@ def _text(kind, raw, order, dims):
     if dims[0] < 2: return chars
     return [''.join(r).rstrip() for r in np.array(list(chars)).reshape(dims[::-1]).T.tolist()]
 
-# %% ../../../nbs/01_data/readers/01a_matlab.ipynb #8209ee85
+# %% ../../../nbs/01_data/readers/01a_matlab.ipynb #daf7fb5e
 def _numbers(kind, raw, order, dims, meant, logical):
     "Array of a numeric matrix"
     a = np.frombuffer(raw, order + _stored[kind]).reshape(dims, order='F')
     return a.astype(bool if logical else _meant[meant], copy=False)
 
-# %% ../../../nbs/01_data/readers/01a_matlab.ipynb #64d7e174
+# %% ../../../nbs/01_data/readers/01a_matlab.ipynb #aa9d0fd1
 def _matrix(buf, order, depth=0):
     "Name and value of a matrix"
     if not len(buf): return '',np.zeros((0,0))
@@ -58,7 +58,7 @@ def _matrix(buf, order, depth=0):
     kind,raw = rest[0] if rest else (2,b'')
     return name,_text(kind, raw, order, dims) if meant == 4 else _numbers(kind, raw, order, dims, meant, flags & 0x200)
 
-# %% ../../../nbs/01_data/readers/01a_matlab.ipynb #56f58f8a
+# %% ../../../nbs/01_data/readers/01a_matlab.ipynb #4d2522d6
 def _cells(rest, dims, order, depth):
     "Values of a cell array, column after column"
     if len(rest) != np.prod(dims) or any(k != 14 for k,_ in rest): raise ValueError(f'{len(rest)} cells for {dims}')
@@ -74,7 +74,7 @@ def _structs(rest, dims, order, depth):
     rows = [dict(zip(names, vals[i:i+len(names)])) for i in range(0, len(vals), max(len(names), 1))]
     return rows[0] if n == 1 and rows else rows
 
-# %% ../../../nbs/01_data/readers/01a_matlab.ipynb #4559eb4e
+# %% ../../../nbs/01_data/readers/01a_matlab.ipynb #86dd980b
 def _variables(buf, most):
     "Name and value of each variable of a file"
     if bytes(buf[:20]).startswith(b'MATLAB 7.3'): raise ValueError("version 7.3; save it with '-v7'")
@@ -91,7 +91,7 @@ def _unpacked(raw, most):
     if not z.eof: raise ValueError(f'a variable that is cut or larger than {most:,} bytes')
     return out
 
-# %% ../../../nbs/01_data/readers/01a_matlab.ipynb #df98fcad
+# %% ../../../nbs/01_data/readers/01a_matlab.ipynb #18b90da8
 _mat_errors = (ValueError, TypeError, KeyError, IndexError, struct.error, zlib.error, OverflowError, RecursionError)
 
 def read_mat(
@@ -108,7 +108,7 @@ def read_mat(
     if lost: raise DataError(path, f"no variable {', '.join(lost)}", f"one; there is {', '.join(out) or 'none'}")
     return out
 
-# %% ../../../nbs/01_data/readers/01a_matlab.ipynb #435a4c97
+# %% ../../../nbs/01_data/readers/01a_matlab.ipynb #81b05c12
 def as_list(
     v, # Value from `read_mat`
 )->list:

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['read_stl10', 'read_food101', 'read_train_test']
 
-# %% ../../../nbs/01_data/readers/05c_objects.ipynb #c054f783
+# %% ../../../nbs/01_data/readers/05c_objects.ipynb #73b38eb1
 import hashlib
 
 import numpy as np, pandas as pd
@@ -15,7 +15,7 @@ from .classification import official_table, validation_split
 from .files import DataFolder, save_png
 from .folders import read_folder
 
-# %% ../../../nbs/01_data/readers/05c_objects.ipynb #4a278fd6
+# %% ../../../nbs/01_data/readers/05c_objects.ipynb #03d97a3e
 _stl = 3*96*96 # bytes of an image
 
 def _stl_part(root, split, classes):
@@ -35,7 +35,7 @@ def _stl_cache(root, split, x):
     h.update(x[0].tobytes() + x[-1].tobytes() + x[len(x)//2].tobytes())
     return f'images-{h.hexdigest()[:12]}/{split}'
 
-# %% ../../../nbs/01_data/readers/05c_objects.ipynb #33916f94
+# %% ../../../nbs/01_data/readers/05c_objects.ipynb #936667af
 def _stl_images(root, split, classes):
     "Rows of one part, its images written once"
     x,labels = _stl_part(root, split, classes)
@@ -55,7 +55,7 @@ def read_stl10(
     rows = [r for s in ('train','test') for r in _stl_images(root, s, classes)]
     return official_table(rows, 'stl10', classes, 'labelled images, official split', valid, seed)
 
-# %% ../../../nbs/01_data/readers/05c_objects.ipynb #edd7807f
+# %% ../../../nbs/01_data/readers/05c_objects.ipynb #138948f9
 def read_food101(
     path, # Folder food-101, or the one above it
     valid:float=0., # Share of each class's training images that becomes `valid`
@@ -72,7 +72,7 @@ def read_food101(
                  label=[classes.index(f.split('/')[0]) for f,_ in rows])
     return official_table(table, 'food101', classes, 'official split', valid, seed)
 
-# %% ../../../nbs/01_data/readers/05c_objects.ipynb #e2994b03
+# %% ../../../nbs/01_data/readers/05c_objects.ipynb #3fc9df23
 def read_train_test(
     path, # Folder with train/ and test/, a folder a class in each
     valid:float=0., # Share of each class's training images that becomes `valid`, if there is no folder for them

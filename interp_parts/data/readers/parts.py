@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['DEEPFASHION_COLORS', 'fashion_names', 'pascal_parts', 'load_part_mask', 'tight_box', 'read_pascal_part']
 
-# %% ../../../nbs/01_data/readers/06_parts.ipynb #2181b0b0
+# %% ../../../nbs/01_data/readers/06_parts.ipynb #2c6f7b76
 import hashlib
 from pathlib import Path
 
@@ -21,14 +21,14 @@ from .matlab import as_list, read_mat
 from ..table import check_table, first_few, part_table
 from ...files import read_json, write_json
 
-# %% ../../../nbs/01_data/readers/06_parts.ipynb #4806c9a7
+# %% ../../../nbs/01_data/readers/06_parts.ipynb #5c058ff9
 DEEPFASHION_COLORS = [(0,0,0), (0,100,0), (16,78,139), (50,205,50), (70,130,180), (127,255,212), (144,238,144),
                       (211,211,211), (220,220,220), (245,222,179), (250,235,215), (255,0,0), (255,140,0),
                       (255,250,205), (255,250,250), (255,255,0)]
 fashion_names = '''background eyeglass face accessories leggings headwear skin pants outer footwear skirt hair bag dress
     top'''.split()
 
-# %% ../../../nbs/01_data/readers/06_parts.ipynb #ad709ec6
+# %% ../../../nbs/01_data/readers/06_parts.ipynb #ccba9268
 def _decode_colors(rgb, compat=False):
     "Part numbers (H,W) of a colour label map, 255 for other colours; `compat` decodes the sum, as the original"
     rgb = np.asarray(rgb.convert('RGB') if isinstance(rgb, Image.Image) else rgb)
@@ -38,7 +38,7 @@ def _decode_colors(rgb, compat=False):
     out = number[rgb.sum(-1, dtype=int)]
     return out if compat else np.where((colors[out] == rgb).all(-1), out, 255).astype(np.uint8)
 
-# %% ../../../nbs/01_data/readers/06_parts.ipynb #264f915b
+# %% ../../../nbs/01_data/readers/06_parts.ipynb #88b256bc
 def load_part_mask(
     path, # Grey image of part numbers, or one in DeepFashion's colours
     unknown:float=0.01, # Share of the pixels that may have another colour; they become 255
@@ -55,7 +55,7 @@ def load_part_mask(
                         'the 16 colours of DeepFashion', 'was it resized, or saved as JPEG?')
     return out
 
-# %% ../../../nbs/01_data/readers/06_parts.ipynb #f2b13365
+# %% ../../../nbs/01_data/readers/06_parts.ipynb #8fdf92a5
 _legs = 'lblleg lbuleg lear leye lflleg lfuleg {}muzzle neck rblleg rbuleg rear reye rflleg rfuleg {}tail torso'
 _sides = '''backside bliplate door fliplate frontside headlight leftmirror leftside rightmirror rightside roofside
     wheel window'''
@@ -80,7 +80,7 @@ pascal_parts = {k:v.split() for k,v in dict(
           'hrightside hroofside',
     tvmonitor='screen').items()}
 
-# %% ../../../nbs/01_data/readers/06_parts.ipynb #201075a6
+# %% ../../../nbs/01_data/readers/06_parts.ipynb #4d916453
 def _paint_parts(parts, kind, shape):
     "Part numbers (H,W) uint8, 0 = none, of pairs (name, mask); where parts overlap the earlier one wins"
     out,names = np.zeros(shape, np.uint8),pascal_parts[kind]
@@ -90,7 +90,7 @@ def _paint_parts(parts, kind, shape):
         out[np.asarray(mask) > 0] = names.index(n)+1
     return out
 
-# %% ../../../nbs/01_data/readers/06_parts.ipynb #539dff7b
+# %% ../../../nbs/01_data/readers/06_parts.ipynb #a39f057f
 def tight_box(
     mask:np.ndarray, # (H,W), non-zero inside
 )->tuple:
@@ -103,7 +103,7 @@ def _area_part(box, shape):
     x0,y0,x1,y1 = box
     return (x1-x0)*(y1-y0)/(shape[0]*shape[1])
 
-# %% ../../../nbs/01_data/readers/06_parts.ipynb #696b9ea6
+# %% ../../../nbs/01_data/readers/06_parts.ipynb #d3f5f1f0
 def _pascal_objects(path, kind):
     "Object mask and parts of each object of a class in an annotation"
     try:
@@ -113,7 +113,7 @@ def _pascal_objects(path, kind):
     except (KeyError, TypeError, IndexError) as e:
         raise DataError(path, f'no {e}', 'anno.objects with class, mask and parts', 'restore the file') from None
 
-# %% ../../../nbs/01_data/readers/06_parts.ipynb #7f8c37a3
+# %% ../../../nbs/01_data/readers/06_parts.ipynb #434aec61
 def _index_entries(f, kind, folder):
     "Entries of the index for the objects of one annotation; writes their label maps"
     out = []
@@ -125,7 +125,7 @@ def _index_entries(f, kind, folder):
         out.append(dict(id=f.stem, object=k, box=box, area=_area_part(box, mask.shape), parts=int((painted > 0).any())))
     return out
 
-# %% ../../../nbs/01_data/readers/06_parts.ipynb #5ee28c86
+# %% ../../../nbs/01_data/readers/06_parts.ipynb #344ddcf7
 def _pascal_index(files, kind, folder):
     "One entry an object of the class: image id, object number, tight box, share of the image, any parts?"
     stamp = [[f.stem, f.stat().st_size, f.stat().st_mtime_ns] for f in files]
@@ -138,7 +138,7 @@ def _pascal_index(files, kind, folder):
     write_json(index, dict(key=key, entries=entries))
     return entries
 
-# %% ../../../nbs/01_data/readers/06_parts.ipynb #785f5e5b
+# %% ../../../nbs/01_data/readers/06_parts.ipynb #bde9f027
 def _pascal_ids(lines):
     "Images that hold the class, of lines `id flag` with flag 1 or 0 (difficult) or -1 (not there), or `id`"
     rows = [l.split() for l in lines]
@@ -156,7 +156,7 @@ def _annotations(root, voc, kind):
                         'unpack it again')
     return split,files
 
-# %% ../../../nbs/01_data/readers/06_parts.ipynb #56c7a343
+# %% ../../../nbs/01_data/readers/06_parts.ipynb #caeec0b1
 def _pascal_rows(kept, split, voc, folder):
     "Columns of the objects that were kept"
     maps = [str(folder/f"{e['id']}_{e['object']}.png") for e in kept]
@@ -164,7 +164,7 @@ def _pascal_rows(kept, split, voc, folder):
     return dict(image=[str(voc/'JPEGImages'/f"{e['id']}.jpg") for e in kept], split=[split[e['id']] for e in kept],
                 label=0, object=[e['object'] for e in kept], box=boxes, mask=maps, part_mask=maps)
 
-# %% ../../../nbs/01_data/readers/06_parts.ipynb #165b0a7d
+# %% ../../../nbs/01_data/readers/06_parts.ipynb #5a51dd20
 def read_pascal_part(
     path, # Folder with Annotations_Part/ and VOC2010/ (or VOCdevkit/VOC2010/)
     protocol:str='dog', # The class: one of `pascal_parts`

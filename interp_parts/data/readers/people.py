@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['people_table', 'read_people', 'read_casia']
 
-# %% ../../../nbs/01_data/readers/04a_people.ipynb #4c9443a6
+# %% ../../../nbs/01_data/readers/04a_people.ipynb #c09b43ae
 from pathlib import Path
 
 import numpy as np, pandas as pd
@@ -18,7 +18,7 @@ from .folders import left_right_pairs, read_folder
 from .matlab import read_mat
 from ..table import check_table, part_table
 
-# %% ../../../nbs/01_data/readers/04a_people.ipynb #b4f327aa
+# %% ../../../nbs/01_data/readers/04a_people.ipynb #5effd60d
 def people_table(
     df:pd.DataFrame, # A table with `identity`
     least:int=1, # Leave out people with fewer images
@@ -38,7 +38,7 @@ def people_table(
     out.attrs = dict(kept, classes=[names.get(str(p), str(p)) for p in people])
     return out
 
-# %% ../../../nbs/01_data/readers/04a_people.ipynb #4131adc7
+# %% ../../../nbs/01_data/readers/04a_people.ipynb #57499a26
 def _split_people(people, valid=.1, test=.2, seed=0):
     "'train', 'valid' or 'test' for each row; no person is in two"
     who = np.unique(np.asarray(people))
@@ -49,7 +49,7 @@ def _split_people(people, valid=.1, test=.2, seed=0):
     part = dict.fromkeys(order[:n[0]].tolist(), 'valid') | dict.fromkeys(order[n[0]:sum(n)].tolist(), 'test')
     return np.array([part.get(p, 'train') for p in np.asarray(people).tolist()], object)
 
-# %% ../../../nbs/01_data/readers/04a_people.ipynb #5cb86934
+# %% ../../../nbs/01_data/readers/04a_people.ipynb #7751c8f4
 def _split_images(people, valid, test, seed):
     "Split within each person; at least one image stays to train on"
     out,rng = np.full(len(people), 'train', object),np.random.default_rng(seed)
@@ -60,7 +60,7 @@ def _split_images(people, valid, test, seed):
         out[rows[n[0]:min(sum(n), len(rows)-1)]] = 'valid'
     return out
 
-# %% ../../../nbs/01_data/readers/04a_people.ipynb #d654f34f
+# %% ../../../nbs/01_data/readers/04a_people.ipynb #9e326dc1
 def read_people(
     path, # Folder of person folders
     split:str='people', # 'people' or 'images'
@@ -82,7 +82,7 @@ def read_people(
                      protocol=said, licence='not stated', citation='')
     return check_table(people_table(out, least))
 
-# %% ../../../nbs/01_data/readers/04a_people.ipynb #4168cfdf
+# %% ../../../nbs/01_data/readers/04a_people.ipynb #c575ca8d
 class _RawFaces:
     "Images of a dump of raw RGB pixels, N x size x size x 3 bytes; `n` of them, if that is known"
     def __init__(self, path, size=110, n=None):
@@ -96,7 +96,7 @@ class _RawFaces:
     def __len__(self): return len(self.pixels)
     def __getitem__(self, i): return Image.fromarray(np.asarray(self.pixels[i]))
 
-# %% ../../../nbs/01_data/readers/04a_people.ipynb #003aaeb8
+# %% ../../../nbs/01_data/readers/04a_people.ipynb #2b7baba1
 def _mat_landmarks(path, n):
     "Landmarks (n,P,2), P 5 to 76, of the first array of the file that can hold them, whatever its order of axes"
     for v in read_mat(path).values():
@@ -106,7 +106,7 @@ def _mat_landmarks(path, n):
             if a.shape[0] == n and a.shape[2] == 2 and 5 <= a.shape[1] <= 76: return a.astype(np.float64)
     raise DataError(path, 'no array of landmarks', f'x and y of 5 to 76 points of {n} images')
 
-# %% ../../../nbs/01_data/readers/04a_people.ipynb #326662d7
+# %% ../../../nbs/01_data/readers/04a_people.ipynb #5c7c9b37
 def _casia_list(path):
     "Names, people and yaw of the dump's list"
     try: df = pd.read_csv(path, header=None, sep=None, engine='python')
@@ -116,7 +116,7 @@ def _casia_list(path):
                                          'lines name,person,yaw')
     return df[0].astype(str).tolist(),who.astype(int).tolist()
 
-# %% ../../../nbs/01_data/readers/04a_people.ipynb #e2dcc9de
+# %% ../../../nbs/01_data/readers/04a_people.ipynb #c2180e94
 def _casia_dump(dat, listing, mat, size, out):
     "Rows of the dump, unpacked to PNG files, and names of the landmarks"
     names,who = _casia_list(listing)
@@ -129,7 +129,7 @@ def _casia_dump(dat, listing, mat, size, out):
     points = celeba_keypoints if p.shape[1] == 5 else [f'point {i}' for i in range(p.shape[1])]
     return rows | dict(keypoints=list(np.concatenate([p, np.ones((*p.shape[:2],1))], 2))),points
 
-# %% ../../../nbs/01_data/readers/04a_people.ipynb #9b1b6c6b
+# %% ../../../nbs/01_data/readers/04a_people.ipynb #2c166fb8
 def _casia_files(root, listing):
     "The dump in a folder and its list; None without a dump"
     dumps = sorted(p for p in (root.iterdir() if root.is_dir() else [root]) if p.suffix.lower() == '.dat')
@@ -139,7 +139,7 @@ def _casia_files(root, listing):
     if len(lists) != 1: raise DataError(dumps[0], f'{len(lists)} lists beside it', 'one', 'name it: listing=FILE')
     return dumps[0],lists[0]
 
-# %% ../../../nbs/01_data/readers/04a_people.ipynb #a6aca06c
+# %% ../../../nbs/01_data/readers/04a_people.ipynb #5b115f2e
 def read_casia(
     path, # Folder of person folders, or with the .DAT dump
     listing=None, # The dump's list; default the only .csv or .txt file beside it

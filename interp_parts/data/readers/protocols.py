@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['read_pairs', 'read_ijba', 'read_ijbc', 'read_ar']
 
-# %% ../../../nbs/01_data/readers/04c_protocols.ipynb #4f008d56
+# %% ../../../nbs/01_data/readers/04c_protocols.ipynb #d07c1aa3
 import re
 from pathlib import Path
 
@@ -15,7 +15,7 @@ from ...core import DataError, pick
 from .matlab import read_mat
 from ..table import first_few
 
-# %% ../../../nbs/01_data/readers/04c_protocols.ipynb #353baf08
+# %% ../../../nbs/01_data/readers/04c_protocols.ipynb #4e188f00
 def _lfw_line(w):
     "File names of a line of LFW's pairs.txt, and whether it is the same person"
     (a,i),(b,j) = (w[:2],(w[0],w[2])) if len(w) == 3 else (w[:2],w[2:])
@@ -26,7 +26,7 @@ def _pair_line(w):
     if len(w) == 3 and w[2] in ('0','1') and not w[1].isdigit(): return w[0],w[1],w[2] == '1'
     if len(w) in (3,4) and w[1].isdigit() and w[-1].isdigit(): return _lfw_line(w)
 
-# %% ../../../nbs/01_data/readers/04c_protocols.ipynb #e8a20d54
+# %% ../../../nbs/01_data/readers/04c_protocols.ipynb #d711deba
 def _pair_rows(path):
     "Names of two images and whether it is the same person, of each line; numbers of the header"
     try: lines = [l.split() for l in Path(path).read_text(encoding='utf-8').splitlines() if l.strip()]
@@ -39,7 +39,7 @@ def _pair_rows(path):
     got = f'line {1+at}: {" ".join(lines[at])}' if rows else 'no pair'
     raise DataError(path, got, 'image image 1|0, or name i j, or name i name j')
 
-# %% ../../../nbs/01_data/readers/04c_protocols.ipynb #b4bb2e1e
+# %% ../../../nbs/01_data/readers/04c_protocols.ipynb #30a9f3bd
 def _positions(df):
     "Positions by file name, and by folder/stem"
     out = {}
@@ -47,7 +47,7 @@ def _positions(df):
         out[p.name] = out[f'{p.parent.name}/{p.stem}'] = out[f'{p.parent.name}/{p.name}'] = i
     return out
 
-# %% ../../../nbs/01_data/readers/04c_protocols.ipynb #22156367
+# %% ../../../nbs/01_data/readers/04c_protocols.ipynb #47aec32b
 def read_pairs(
     path, # pairs.txt
     df:pd.DataFrame, # Table whose images are paired
@@ -62,7 +62,7 @@ def read_pairs(
     return pd.DataFrame(dict(first=[at[a] for a,_,_ in rows], second=[at[b] for _,b,_ in rows],
                              same=[s for *_,s in rows], fold=[i//per for i in range(len(rows))]))
 
-# %% ../../../nbs/01_data/readers/04c_protocols.ipynb #cb02c8d5
+# %% ../../../nbs/01_data/readers/04c_protocols.ipynb #e093f625
 _ijba = dict(template='templateID', subject='subjectID', media='mediaID', sighting='sightingID', frame='frame',
              yaw='faceYaw')
 
@@ -81,7 +81,7 @@ def _ijba_rows(path):
     return df.assign(box=list(np.asarray(m['bbox'], float)), landmarks=list(np.asarray(m['landmark'], float)),
                      visibility=list(np.asarray(m['visibility'], float)))
 
-# %% ../../../nbs/01_data/readers/04c_protocols.ipynb #09232d5f
+# %% ../../../nbs/01_data/readers/04c_protocols.ipynb #799aa79f
 def _ijba_pairs(path):
     "Pairs of template ids (P,2)"
     m = read_mat(path)
@@ -90,7 +90,7 @@ def _ijba_pairs(path):
         raise DataError(path, got, 'a list of comparisons', 'pass verify_comparisons')
     return np.asarray(m['comparison']).astype(np.int64)
 
-# %% ../../../nbs/01_data/readers/04c_protocols.ipynb #fcc1551e
+# %% ../../../nbs/01_data/readers/04c_protocols.ipynb #9e228a98
 def _dump_rows(rows, path):
     "Row (N,) of the image dump for each protocol row; -1 where the dump has none"
     index = np.asarray(read_mat(path, 'sightingID2idx')['sightingID2idx']).reshape(-1).astype(np.int64)
@@ -113,7 +113,7 @@ def read_ijba(
                              'templates of the metadata', 'use files of one split')
     return out
 
-# %% ../../../nbs/01_data/readers/04c_protocols.ipynb #fc88d896
+# %% ../../../nbs/01_data/readers/04c_protocols.ipynb #bbd45169
 def _ijba_counts(p):
     "Rows, templates, subjects and pairs of a split from `read_ijba`"
     subject = p['verify'].drop_duplicates('template').set_index('template').subject
@@ -123,7 +123,7 @@ def _ijba_counts(p):
             (('rows',len(p[k])), ('templates',p[k].template.nunique()), ('subjects',p[k].subject.nunique()))}
     return dict(each, pairs=len(a), genuine=int((a == b).sum()), closed_set_probes=int(known.sum()))
 
-# %% ../../../nbs/01_data/readers/04c_protocols.ipynb #8c8a5fa4
+# %% ../../../nbs/01_data/readers/04c_protocols.ipynb #25b0c4ca
 def _csv(path, *need):
     "A CSV file with the columns `need`, whatever their case"
     try: df = pd.read_csv(path)
@@ -135,7 +135,7 @@ def _csv(path, *need):
                              f'this file has {first_few(list(df.columns))}')
     return df
 
-# %% ../../../nbs/01_data/readers/04c_protocols.ipynb #28c2a831
+# %% ../../../nbs/01_data/readers/04c_protocols.ipynb #b50fd95b
 def _ijbc_templates(path):
     df = _csv(path, 'TEMPLATE_ID', 'SUBJECT_ID', 'FILENAME')
     return pd.DataFrame(dict(template=df.TEMPLATE_ID.astype(np.int64), subject=df.SUBJECT_ID.astype(np.int64),
@@ -149,7 +149,7 @@ def _ijbc_matches(path):
                                             'a file with a header is a template list')
     return m
 
-# %% ../../../nbs/01_data/readers/04c_protocols.ipynb #19e9a5e5
+# %% ../../../nbs/01_data/readers/04c_protocols.ipynb #c208e9cd
 def _ijbc_metadata(path, compat=False):
     flags = [f'OCC{i}' for i in range(1,19)]
     df = _csv(path, 'SUBJECT_ID', 'FILENAME', *flags)
@@ -166,7 +166,7 @@ def read_ijbc(
     readers = dict(templates=_ijbc_templates, matches=_ijbc_matches, metadata=lambda p: _ijbc_metadata(p, compat))
     return pick(kind, readers, 'kind')(path)
 
-# %% ../../../nbs/01_data/readers/04c_protocols.ipynb #99fd07e7
+# %% ../../../nbs/01_data/readers/04c_protocols.ipynb #a5a2a431
 def _ar_cover(condition):
     "What covers the face under a condition, and the light, 0 to 2"
     c = (condition-1)%13-7

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['readers', 'get_reader', 'read_data']
 
-# %% ../../../nbs/01_data/readers/08_registry.ipynb #5d81a772
+# %% ../../../nbs/01_data/readers/08_registry.ipynb #9a91bd39
 import inspect
 from pathlib import Path
 
@@ -26,7 +26,7 @@ from .objects import read_food101, read_stl10, read_train_test
 from .parts import read_pascal_part
 from ...files import reading
 
-# %% ../../../nbs/01_data/readers/08_registry.ipynb #4d61fa42
+# %% ../../../nbs/01_data/readers/08_registry.ipynb #04f5289a
 readers = dict(
     cub=read_cub, celeba=read_celeba, inaturalist=read_inaturalist, folder=read_folder, table=read_table,
     dogs=read_dogs, awa2=read_awa2, flowers=read_flowers, stl10=read_stl10, pets=read_pets, food101=read_food101,
@@ -40,7 +40,7 @@ def get_reader(
     "The reader called `name`; a misspelt name is answered with the nearest one"
     return pick(name, readers, '--data')
 
-# %% ../../../nbs/01_data/readers/08_registry.ipynb #e0acb1fa
+# %% ../../../nbs/01_data/readers/08_registry.ipynb #7a445427
 def _other_masks(df, folder):
     "The table with masks of a folder: for its test rows, or for all rows if it has none"
     return add_masks(df, str(folder), ('test',) if 'mask' in df else None)
@@ -51,7 +51,7 @@ def _check_options(name, known, options):
         if not known: raise ConfigError(f'option of --data {name}', repr(o), 'none', 'leave it out')
         pick(o, [*known, 'masks'], f'option of --data {name}')
 
-# %% ../../../nbs/01_data/readers/08_registry.ipynb #aa8485a0
+# %% ../../../nbs/01_data/readers/08_registry.ipynb #0d4364b1
 def read_data(
     name:str, # One of `readers`
     path, # The data set's folder, or the file of a table
