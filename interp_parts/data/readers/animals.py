@@ -31,7 +31,7 @@ def read_awa2(
     path, # Folder Animals_with_Attributes2, or the one above it
     protocol:str='images', # 'images' (all 50 classes) or 'zero-shot' (10 of them unseen)
     test:float=0.2, # Share of each class that is tested on
-    seed:int=0, # Of that choice, and of the validation images
+    seed:int=0, # Random seed of that choice and of the validation images
     split_list=None, # A list of `write_split` instead
     valid:float=0., # Share of each class's training images that becomes `valid`
 )->pd.DataFrame:
@@ -76,7 +76,7 @@ def _pet_list(root, name):
 def read_pets(
     path, # Folder with images/ and annotations/, or the one above it
     valid:float=0., # Share of each class's training images that becomes `valid`
-    seed:int=0, # Of that choice
+    seed:int=0, # Random seed of that choice
     border:bool=True, # Does the open border of a trimap count as animal?
 )->pd.DataFrame:
     "The table of Oxford-IIIT Pet: 37 breeds, official split, masks if the trimaps are there"

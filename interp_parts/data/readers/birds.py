@@ -106,7 +106,7 @@ def _used_classes(root, numbers):
 def read_nabirds(
     path, # Folder nabirds, or the one above it
     valid:float=0., # Share of each class's training images that becomes `valid`
-    seed:int=0, # Of that choice
+    seed:int=0, # Random seed of that choice
 )->pd.DataFrame:
     "The table of NABirds: 555 classes, boxes, 11 keypoints, official split"
     root = DataFolder(path, 'images.txt', 'nabirds', do='pass the folder nabirds')

@@ -17,7 +17,7 @@ from ..table import check_table, part_table
 def validation_split(
     df:pd.DataFrame, # A table with training rows
     part:float=0.1, # Share of each class's training images that becomes `valid`
-    seed:int=0, # Of the choice
+    seed:int=0, # Random seed of the choice
 )->pd.DataFrame:
     "The table with a part of its training images as split `valid`; no other row changes"
     if (df.split == 'valid').any(): raise ConfigError('valid', part, 'a table without validation rows')
@@ -33,7 +33,7 @@ def validation_split(
 def hold_out_classes(
     df:pd.DataFrame, # A table with classes
     classes=0.2, # Names of the unseen classes, or the share of all classes that is chosen at random
-    seed:int=0, # Of that choice
+    seed:int=0, # Random seed of that choice
 )->pd.DataFrame:
     "The table with the rows of unseen classes as `fit` (were training or validation) and `eval` (were test)"
     known = df.attrs['classes']
@@ -61,7 +61,7 @@ def official_table(
     classes:list, # Names of the classes
     protocol:str, # What the split is
     valid:float=0., # Share of each class's training images that becomes `valid`
-    seed:int=0, # Of that choice
+    seed:int=0, # Random seed of that choice
     official:dict=None, # Images by split; default `OFFICIAL[key]`
     **attrs # Further attributes of the table
 )->pd.DataFrame:

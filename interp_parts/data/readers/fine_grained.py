@@ -39,7 +39,7 @@ def _dog_boxes(root, files):
 def read_dogs(
     path, # Folder with Images/ and the lists, or the one above it
     valid:float=0., # Share of each breed's training images that becomes `valid`
-    seed:int=0, # Of that choice
+    seed:int=0, # Random seed of that choice
 )->pd.DataFrame:
     "The table of Stanford Dogs: 120 breeds, official split, boxes if `Annotation/` is there"
     root = DataFolder(path, 'Images', 'StanfordDogs', do='unpack images.tar there')
@@ -82,7 +82,7 @@ def read_flowers(
     path, # Folder with jpg/, imagelabels.mat and setid.mat, or the one above it
     protocol:str='trainval', # 'trainval' (train on train and validation images) or 'official' (three splits)
     valid:float=0., # Share of each class's training images that becomes `valid`, under 'trainval'
-    seed:int=0, # Of that choice
+    seed:int=0, # Random seed of that choice
 )->pd.DataFrame:
     "The table of Oxford Flowers-102: 102 classes"
     middle = pick(protocol, dict(trainval='train', official='valid'), '--protocol')
@@ -124,7 +124,7 @@ def _car_box(a):
 def read_cars(
     path, # Folder with cars_train/, cars_test/ and devkit/, or with car_ims/ and cars_annos.mat
     valid:float=0., # Share of each class's training images that becomes `valid`
-    seed:int=0, # Of that choice
+    seed:int=0, # Random seed of that choice
 )->pd.DataFrame:
     "The table of Stanford Cars: 196 models, boxes, official split"
     root,names = DataFolder(path),('stanford_cars','stanford-cars')

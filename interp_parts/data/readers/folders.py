@@ -29,8 +29,8 @@ RANDOM_SPLIT = 'random split, {test:.0%} of each class are test images, seed {se
 
 def random_split(
     labels, # (N,) class of each row, in an order that is the same everywhere
-    test:float=0.2, # Part of each class that becomes the test set, at least one row of two
-    seed:int=0, # Of the split
+    test:float=0.2, # Share of each class that becomes the test set, at least one row of two
+    seed:int=0, # Random seed of the split
 )->np.ndarray:
     "'train' or 'test' for each row, class by class"
     labels = np.asarray(labels).astype(str)
@@ -69,8 +69,8 @@ def _class_rows(folder, split):
 # %% ../../../nbs/01_data/readers/02_folders.ipynb #d3c567d7
 def read_folder(
     path, # Folder of class folders, or of train, valid and test folders of class folders
-    test:float=0.2, # Part of each class that is tested on, if there is no split
-    seed:int=0, # Of that split
+    test:float=0.2, # Share of each class that is tested on, if there is no split
+    seed:int=0, # Random seed of that split
     copies:bool=False, # May test images be copies of training images?
 )->pd.DataFrame:
     "The table of a folder of class folders"
@@ -205,8 +205,8 @@ _split_words = {**{s:s for s in SPLITS}, **SPLIT_FOLDERS}
 
 def read_table(
     path, # CSV or Parquet file
-    test:float=0.2, # Part of each class that is tested on, if there is no column split
-    seed:int=0, # Of that split
+    test:float=0.2, # Share of each class that is tested on, if there is no column split
+    seed:int=0, # Random seed of that split
     copies:bool=False, # May test images be copies of training images, if the table says which are which?
 )->pd.DataFrame:
     "The table in a file of your own"

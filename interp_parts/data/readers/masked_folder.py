@@ -47,7 +47,7 @@ def read_masked_folder(
     path, # Folder with images/ and masks/, or a folder of images
     masks:str|None='masks', # Folder of masks, within `path` or anywhere; None: no masks
     test:float=0.2, # Share of each class that is tested on, if there is no split
-    seed:int=0, # Of that choice
+    seed:int=0, # Random seed of that choice
 )->pd.DataFrame:
     "The table of your own images with a mask for each"
     top = Path(os.path.abspath(path))

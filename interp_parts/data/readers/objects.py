@@ -47,7 +47,7 @@ def _stl_images(root, split, classes):
 def read_stl10(
     path, # Folder stl10_binary, or the one above it
     valid:float=0., # Share of each class's training images that becomes `valid`
-    seed:int=0, # Of that choice
+    seed:int=0, # Random seed of that choice
 )->pd.DataFrame:
     "The table of STL-10: ten classes, the labelled images, written as PNG files once"
     root = DataFolder(path, 'train_X.bin', 'stl10_binary', do='unpack stl10_binary.tar.gz there')
@@ -59,7 +59,7 @@ def read_stl10(
 def read_food101(
     path, # Folder food-101, or the one above it
     valid:float=0., # Share of each class's training images that becomes `valid`
-    seed:int=0, # Of that choice
+    seed:int=0, # Random seed of that choice
 )->pd.DataFrame:
     "The table of Food-101: 101 dishes, official split"
     root = DataFolder(path, 'images', 'food-101', do='unpack food-101.tar.gz there')
@@ -76,7 +76,7 @@ def read_food101(
 def read_train_test(
     path, # Folder with train/ and test/, a folder a class in each
     valid:float=0., # Share of each class's training images that becomes `valid`, if there is no folder for them
-    seed:int=0, # Of that choice
+    seed:int=0, # Random seed of that choice
     copies:bool=False, # May test images be copies of training images?
 )->pd.DataFrame:
     "The table of a folder with train/<class> and test/<class>"

@@ -171,7 +171,7 @@ def read_pascal_part(
     least:tuple=(0.1,0.2), # Share of the image that an object's box must cover to be in train, and in test
     empty:bool=False, # Keep objects without annotated parts?
 )->pd.DataFrame:
-    "The table of the objects of a class of PASCAL-Part, with masks and part masks"
+    "The table of all objects of a class of PASCAL-Part, with masks and part masks"
     names = pick(protocol, pascal_parts, '--protocol')
     root = DataFolder(path, 'Annotations_Part', 'VOCdevkit_2010', 'VOCdevkit', do='unpack the part annotations there')
     voc = root.need('VOC2010/ImageSets', 'VOCdevkit/VOC2010/ImageSets',

@@ -66,9 +66,9 @@ def read_people(
     split:str='people', # 'people' or 'images'
     valid:float=.1, # Share for validation, of the people or of each person's images
     test:float=.2, # Share for the test, likewise
-    seed:int=0, # Of the random split
+    seed:int=0, # Random seed of the split
     least:int=1, # Leave out people with fewer images
-    name:str=None, # Of the table; default the folder's
+    name:str=None, # Name of the table; default the folder's
 )->pd.DataFrame:
     "The table of a folder of person folders"
     df = read_folder(path, test=0)
@@ -146,7 +146,7 @@ def read_casia(
     landmarks=None, # .mat file with the dump's landmarks
     size:int=110, # Side of the dump's images, pixels
     valid:float=0., # Share of the people for validation
-    seed:int=0, # Of that choice
+    seed:int=0, # Random seed of that choice
     out=None, # Folder to unpack the dump to; default a cache beside it
 )->pd.DataFrame:
     "The table of CASIA-WebFace: 10,575 people to train on"
