@@ -18,13 +18,13 @@ from .files import DataFolder, read_list
 from .folders import left_right_pairs
 from ..table import check_table, first_few, part_table
 
-# %% ../../../nbs/01_data/readers/03_birds.ipynb #c93e1cc4
+# %% ../../../nbs/01_data/readers/03_birds.ipynb #a0c26d9c
 def _lists(root, ids):
     "Class (N,1), training or not (N,1) and box (N,4) of the images `ids`"
     columns = (('image_class_labels.txt',1), ('train_test_split.txt',1), ('bounding_boxes.txt',4))
     return [root.rows(f, ids, n).to_numpy() for f,n in columns]
 
-# %% ../../../nbs/01_data/readers/03_birds.ipynb #d7c55d0a
+# %% ../../../nbs/01_data/readers/03_birds.ipynb #4ecc0cb0
 def _part_keypoints(root, ids, parts):
     "Keypoints (N,P,3) of the images `ids`"
     path = root/'parts'/'part_locs.txt'
@@ -39,7 +39,7 @@ def _part_keypoints(root, ids, parts):
     pts[pts[...,2] == 0] = 0
     return pts
 
-# %% ../../../nbs/01_data/readers/03_birds.ipynb #a7afa985
+# %% ../../../nbs/01_data/readers/03_birds.ipynb #d0a89913
 def _masks(folder, files):
     "Mask files of the images, all of them there"
     paths = [str(folder.resolve()/Path(f).with_suffix('.png')) for f in files]
@@ -49,7 +49,7 @@ def _masks(folder, files):
                         f'restore or remove {folder.name}/')
     return paths
 
-# %% ../../../nbs/01_data/readers/03_birds.ipynb #d0a89913
+# %% ../../../nbs/01_data/readers/03_birds.ipynb #49a1c8a9
 def _mask_columns(root, files):
     "Columns of masks and part masks, as far as there are any, and the names of the parts"
     rows,parts = {},{}
@@ -59,7 +59,7 @@ def _mask_columns(root, files):
         parts['parts'] = list(root.names('part_masks/parts.txt').values())
     return rows,parts
 
-# %% ../../../nbs/01_data/readers/03_birds.ipynb #ae19e5ae
+# %% ../../../nbs/01_data/readers/03_birds.ipynb #d91ed538
 def read_cub(
     path, # Folder CUB_200_2011, or the folder it is in
 )->pd.DataFrame:
@@ -86,7 +86,7 @@ def _check_cub(df):
                         'restore train_test_split.txt')
     return df
 
-# %% ../../../nbs/01_data/readers/03_birds.ipynb #158babfc
+# %% ../../../nbs/01_data/readers/03_birds.ipynb #8534b66d
 def _id_rows(root, name):
     "Text by id, for ids of any kind"
     rows = [l.split(maxsplit=1) for l in root.lines(name)]
@@ -102,7 +102,7 @@ def _used_classes(root, numbers):
                         'restore the file')
     return used,names
 
-# %% ../../../nbs/01_data/readers/03_birds.ipynb #8534b66d
+# %% ../../../nbs/01_data/readers/03_birds.ipynb #f23386fb
 def read_nabirds(
     path, # Folder nabirds, or the one above it
     valid:float=0., # Share of each class's training images that becomes `valid`
