@@ -12,13 +12,13 @@ from importlib.machinery import ModuleSpec
 # %% ../nbs/00b_moved.ipynb #48b07fec
 kept = dict(readers='data.readers', backbones='models.backbones', classifier='models.classifier')
 moved = dict(
-    annotations='data.readers.files', base_model='visual_words.base', baselines='evaluation.baselines',
+    annotations='data.readers', base_model='visual_words.base', baselines='evaluation.baselines',
     benchmark='command.benchmark', casia_net='activation_diversity.network',
-    classification_readers='data.readers.classification data.table', cli='command.cli',
+    classification_readers='data.readers data.table', cli='command.cli',
     clustering='evaluation.clustering', contract='testing.contract', deeplab='contrastive_reconstruction.networks',
     demo='command.demo', distributed='training.distributed', diversity='activation_diversity.losses',
     download='data.download', drawing='synthetic.drawing', explanation_scores='evaluation.explanations',
-    face_pictures='activation_diversity.pictures', face_readers='data.readers.faces',
+    face_pictures='activation_diversity.pictures', face_readers='data.readers',
     faces='evaluation.faces evaluation.recognition evaluation.face_templates',
     feature_clusters='contrastive_reconstruction.clusters', file_lists='data.readers.file_lists',
     foreground='models.foreground', instance_crops='contrastive_reconstruction.crops',
@@ -29,7 +29,7 @@ moved = dict(
     part_files='classification_specific_parts.files data.readers.file_lists',
     part_order='classification_specific_parts.order',
     part_pipeline='classification_specific_parts.pipeline classification_specific_parts.settings',
-    part_readers='data.readers.parts data.masks', part_scores='evaluation.parts evaluation.pixels',
+    part_readers='data.readers data.masks', part_scores='evaluation.parts evaluation.pixels',
     peaks='activation_diversity.peaks',
     perceptual='contrastive_reconstruction.frozen', promises='testing.steps',
     reconstruction_losses='contrastive_reconstruction.losses',

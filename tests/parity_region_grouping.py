@@ -12,7 +12,7 @@ from interp_parts.data.views import View
 from interp_parts.evaluation.scoring import accuracy, accuracy_per_attribute
 from interp_parts.evaluation.landmarks import KeypointRegression, eye_frame, keypoint_errors, mean_error, part_centers, to_frame, trim_to_stride
 from interp_parts.visualization.overlays import assignment_overlay, attention_map, attention_overlay, hard_assignment, part_colors, part_images
-from interp_parts.data.readers.faces import binary_labels, scale_factors, scops_filter
+from interp_parts.data.readers.faces import _binary_labels as binary_labels, _scale_factors as scale_factors, _scops_filter as scops_filter
 from interp_parts.core import load_original
 from interp_parts.region_grouping.grouping import GroupingUnit, assign_pixels, describe_parts
 from interp_parts.region_grouping.model import Bottleneck, RegionGrouping, part_attention
