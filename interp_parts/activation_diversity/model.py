@@ -78,24 +78,32 @@ class ActivationDiversity(PartModel):
         self.register_buffer('usual', torch.zeros(n_parts))
         self.gallery = None
 
-# %% ../../nbs/13_activation_diversity/07_model.ipynb #36fd3ecc
+# %% ../../nbs/13_activation_diversity/07_model.ipynb #11dd99c9
 @patch
-def see(self:ActivationDiversity, x):
+def see(self:ActivationDiversity,
+    x:torch.Tensor, # (B,3,H,W) normalised images
+)->torch.Tensor:
     "Signed response maps (B,D,h,w)"
     maps = _listed(self.backbone(x))
     return maps[-1] if self.mode == 'base' else keep_strongest(self.response(maps), self.keep)
 
-# %% ../../nbs/13_activation_diversity/07_model.ipynb #e7b31130
+# %% ../../nbs/13_activation_diversity/07_model.ipynb #8b4dd436
 @patch
-def middle(self:ActivationDiversity, x):
-    "The part of larger images that the model looks at"
+def middle(self:ActivationDiversity,
+    x:torch.Tensor, # (B,3,H,W) images
+)->torch.Tensor:
+    "Middle (B,3,crop,crop) of larger images, which the model looks at"
     if self.crop is None or min(x.shape[2:]) <= self.crop: return x
     y0,x0 = [(s-self.crop)//2 for s in x.shape[2:]]
     return x[:,:,y0:y0+self.crop,x0:x0+self.crop]
 
-# %% ../../nbs/13_activation_diversity/07_model.ipynb #f34fe6cb
+# %% ../../nbs/13_activation_diversity/07_model.ipynb #f7b1d489
 @patch
-def forward(self:ActivationDiversity, x, covered=None):
+def forward(self:ActivationDiversity,
+    x:torch.Tensor, # (B,3,H,W) normalised images
+    covered:torch.Tensor=None, # (B,3,H,W) their occluded copies
+)->_Faces:
+    "Logits, descriptors and maps, of the occluded copies too if they are given"
     maps = self.see(self.middle(x))
     f = maps.mean((2,3))
     logits = self.head(self.drop(f))
@@ -105,9 +113,11 @@ def forward(self:ActivationDiversity, x, covered=None):
     change,mask = feature_diversity(f, f2, self.stable, self.per_image)
     return _Faces(logits, f, maps, _Faces(self.head(self.drop(f2*mask)), f2, maps2), change, mask)
 
-# %% ../../nbs/13_activation_diversity/07_model.ipynb #5daceab4
+# %% ../../nbs/13_activation_diversity/07_model.ipynb #dce1e6cf
 @patch
-def group_maps(self:ActivationDiversity, maps):
+def group_maps(self:ActivationDiversity,
+    maps:torch.Tensor, # (B,D,h,w) signed responses
+)->tuple:
     "Responses (B,2D,h,w) of half filters, and their sums (B,K,h,w) over each group"
     half = torch.cat([maps.relu(), (-maps).relu()], 1)
     return half,half.new_zeros(len(maps), len(self.usual), *maps.shape[2:]).index_add_(1, self.group, half)

@@ -127,9 +127,12 @@ def _attend(self:RegionGrouping, z):
     if self.background: l = torch.cat([l[...,:-1], torch.full_like(l[...,-1:], -torch.inf)], 2)
     return l.softmax(2)
 
-# %% ../../nbs/10_region_grouping/04_model.ipynb #4ce32a74
+# %% ../../nbs/10_region_grouping/04_model.ipynb #f16047f0
 @patch
-def forward(self:RegionGrouping, x):
+def forward(self:RegionGrouping,
+    x:torch.Tensor, # (B,3,H,W) normalised images
+)->_Grouped:
+    "Logits, attention, assignment and refined descriptions of a batch"
     if self.norm.training and len(x) < 2:
         raise TrainingError('batch', '1 image', 'at least 2, whose variance the norms divide by', 'raise --bs')
     z,q = self.grouping(self.scaler(self.backbone(x)))
