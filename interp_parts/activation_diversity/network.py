@@ -168,7 +168,7 @@ def keep_strongest(
     t = size.topk(k, 2, sorted=False).values.amin(2)[...,None,None]
     return r*(size.view(r.shape) > t)
 
-# %% ../../nbs/13_activation_diversity/01_network.ipynb #c6c3041d
+# %% ../../nbs/13_activation_diversity/01_network.ipynb #b52893e0
 def _unit_pixels(x):
     "Length 1 at each pixel, in float32; eps 1e-12 on the squared sum, as published"
     x = at_least_float32(x)
@@ -183,7 +183,8 @@ class Hypercolumn(nn.Module):
     ):
         super().__init__()
         p = proj or min(channels[0], 192)
-        self.proj = nn.ModuleList(nn.Identity() if i == 0 and c == p else _Block(c, p, 1) for i,c in enumerate(channels))
+        self.proj = nn.ModuleList(nn.Identity() if i == 0 and c == p else _Block(c, p, 1)
+                                  for i,c in enumerate(channels))
         self.out = _Block(p*len(channels), filters, act=False)
         init_faces(self)
 
