@@ -6,12 +6,14 @@ from torch import nn
 
 from interp_parts.activation_diversity.model import ActivationDiversity
 from interp_parts.core import load_original
-from interp_parts.activation_diversity.network import CasiaNet, SameConv2d, legacy_upsample
-from interp_parts.activation_diversity.losses import AdamHat, IdentityLoss, filter_diversity, response_diversity
+from interp_parts.activation_diversity.network import CasiaNet, _SameConv2d, _legacy_upsample
+from interp_parts.activation_diversity.losses import filter_diversity, response_diversity
 from interp_parts.evaluation.recognition import rank_rates, roc, tar_at_far
 from interp_parts.evaluation.face_templates import pooled_distances, set_distances, templates
 from interp_parts.activation_diversity.peaks import Peaks, average_locations
-from interp_parts.activation_diversity.occlusion import FaceMesh, fill_polygons, warp_windows
+from interp_parts.activation_diversity.identity import AdamHat, IdentityLoss
+from interp_parts.activation_diversity.mesh import FaceMesh
+from interp_parts.activation_diversity.occlusion import _fill_polygons, _warp_windows
 
 KEPT = 260 # channels that the original's FAD keeps, whatever the width
 EDGE = 46  # pixels of the outline of one window, which rounding may move
@@ -191,11 +193,11 @@ def zero_channel(r):
 def operations(r):
     "Upsampling, convolutions, batch norm"
     for k in r.find('(resize_.+)_in'):
-        out = legacy_upsample(nchw(r[f'{k}_in']), r.arrays[f'{k}_out'].shape[1:3])
+        out = _legacy_upsample(nchw(r[f'{k}_in']), r.arrays[f'{k}_out'].shape[1:3])
         r.near(f'{k}_out', nhwc(out), 1e-6)
     w = torch.from_numpy(r['conv_w']).permute(3,2,0,1)
     for s in map(int, r.find(r'conv_stride(\d)')):
-        conv = SameConv2d(w.shape[1], len(w), w.shape[2], s, bias=False)
+        conv = _SameConv2d(w.shape[1], len(w), w.shape[2], s, bias=False)
         with torch.no_grad():
             conv.weight.copy_(w)
             r.near(f'conv_stride{s}', nhwc(conv(nchw(r['conv_x']))), 1e-5)
@@ -224,8 +226,8 @@ def occlusion(r):
     marks,ours = r['occ_landmarks'].transpose(0,2,1),np.zeros(shape, bool)
     at,row,col,wh = [r[f'occ_{k}'] for k in ('corner_xy','crop_row','crop_col','window_wh')]
     for t in range(len(at)):
-        quads = warp_windows(mesh, at[t][None], wh, marks)-np.stack([col[t],row[t]], -1)[:,None]
-        ours[t] = fill_polygons(quads, shape[2:]).numpy()
+        quads = _warp_windows(mesh, at[t][None], wh, marks)-np.stack([col[t],row[t]], -1)[:,None]
+        ours[t] = _fill_polygons(quads, shape[2:]).numpy()
     level = np.abs(marks-mesh.points).max((1,2)) < 1e-9 # faces with the frontal landmarks
     for t,i in np.argwhere((ours != theirs).any((2,3)) & level):
         if (ours[t,i] != theirs[t,i]).sum() <= EDGE: ours[t,i] = theirs[t,i]

@@ -15,8 +15,8 @@ from interp_parts.visualization.overlays import assignment_overlay, attention_ma
 from interp_parts.data.readers.faces import _binary_labels as binary_labels, _scale_factors as scale_factors, _scops_filter as scops_filter
 from interp_parts.core import load_original
 from interp_parts.region_grouping.grouping import GroupingUnit, assign_pixels, describe_parts
-from interp_parts.region_grouping.model import Bottleneck, RegionGrouping, part_attention
-from interp_parts.region_grouping.prior import beta_quantiles, blur_kernel, occurrence, occurrence_loss
+from interp_parts.region_grouping.model import RegionGrouping, _Bottleneck, _part_attention
+from interp_parts.region_grouping.prior import _beta_quantiles, _blur_kernel, occurrence, occurrence_loss
 from interp_parts.region_grouping.stacked import StackedBottleneck, stacked_attention
 from interp_parts.training.losses import multi_label_loss
 from interp_parts.training.optim import torch_opt
@@ -65,10 +65,10 @@ def prior(r):
     "The occurrence prior: blur, quantiles, presence, loss and its gradient"
     for i in r.find(r'kernel(\d+)'):
         radius,std = r[f'kernel{i}_radius_std'].tolist()
-        r.close(f'kernel{i}', blur_kernel(int(radius), std), 1e-6)
+        r.close(f'kernel{i}', _blur_kernel(int(radius), std), 1e-6)
     for i in r.find(r'prior(\d+)_quantiles'):
         n,alpha,beta = r[f'prior{i}_N_alpha_beta'].tolist()
-        r.near(f'prior{i}_quantiles', beta_quantiles(int(n), alpha, beta), 1e-6)
+        r.near(f'prior{i}_quantiles', _beta_quantiles(int(n), alpha, beta), 1e-6)
     for i in r.find(r'case(\d+)_assign'): prior_case(r, f'case{i}')
 
 def prior_case(r, case):
@@ -110,7 +110,7 @@ class Trunk(nn.Module):
 
 def recorded_attention(state, n, channels):
     "Attention with the recorded widths; of `n` attributes, or of None for a single label"
-    if n is None: return part_attention(channels, len(state['attconv.0.conv1.weight']))
+    if n is None: return _part_attention(channels, len(state['attconv.0.conv1.weight']))
     keys = (f'attconv.0.{3*i}.weight' for i in count())
     return stacked_attention(n, channels, [len(state[k]) for k in takewhile(state.__contains__, keys)][:-1])
 
@@ -121,9 +121,9 @@ def miniature(state):
     parts,channels = state['grouping.weight'].shape[:2]
     heads = [v for k,v in state.items() if k.startswith('mylinear.') and k.endswith('weight')]
     n,width = len(heads) if multi else len(heads[0]),len(state['groupingbn.weight'])
-    net = RegionGrouping(n, parts, multi=multi, published=True, compat=True, width=width, blocks=len(post),
+    net = RegionGrouping(n, parts, multi=multi, compat=True, width=width, blocks=len(post),
                          features=Trunk(state))
-    net.post = nn.Sequential(*(Bottleneck(*s) for s in shapes))
+    net.post = nn.Sequential(*(_Bottleneck(*s) for s in shapes))
     net.attention = recorded_attention(state, n if multi else None, channels)
     if multi: net.refine = StackedBottleneck(n, width, len(state['nonlinear.0.conv1.weight']))
     return net
@@ -185,7 +185,7 @@ def full(r):
     keys = r.arrays['state_keys'].tolist()
     depth = sum(k.startswith('layer3.') and k.endswith('.conv1.weight') for k in keys)
     net = RegionGrouping(int(r['num_classes']), int(r['num_parts']), depths[depth], multi='mylinear.0.weight' in keys,
-                         published=True, compat=True)
+                         compat=True)
     architecture(r, net)
     salt,x = int(r['salt']),r.tensor('x')
     state = {k:generated(k, v, salt) for k,v in net.original_views().items()}
