@@ -8,7 +8,7 @@ __all__ = ['C_GRID', 'fit_l2', 'cross_validate', 'cross_fit']
 # %% ../../nbs/14_classification_specific_parts/01a_l2_svm.ipynb #9f5e3802
 import numpy as np, torch
 
-from .svm import LinearSVM, fit_l1, one_against_rest
+from .svm import LinearSVM, fit_l1
 
 # %% ../../nbs/14_classification_specific_parts/01a_l2_svm.ipynb #48bfb059
 def _exact_step(d, f, fd, y, C, af):
@@ -51,7 +51,7 @@ def fit_l2(
     gram:torch.Tensor=None, # (N,N) inner products of the rows of (x,1), if you have them
 )->LinearSVM:
     "L2-SVM of all classes by Newton steps on the rows' inner products"
-    X,Y = one_against_rest(x.double(), y, n_classes)
+    X,Y = LinearSVM.one_against_rest(x.double(), y, n_classes)
     K = X@X.T if gram is None else gram
     a = _row_weights(K, Y, C, max_iter)
     v = a@X
@@ -82,7 +82,7 @@ def cross_validate(
 )->dict:
     "Accuracy on held-out training rows for each C of the L2-SVM"
     y,part = torch.as_tensor(y).to(x.device),_folds(y, n, seed).to(x.device)
-    X,Y = one_against_rest(x.double(), y, n_classes)
+    X,Y = LinearSVM.one_against_rest(x.double(), y, n_classes)
     K,right = X@X.T,dict.fromkeys(cs, 0)
     for k in range(n):
         fit,test,a = part != k,part == k,None

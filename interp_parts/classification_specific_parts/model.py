@@ -19,7 +19,7 @@ from .order import in_order, slot_order
 from .published import published_inception
 from .saliency_maps import features_of
 from .settings import PartSettings
-from .steps import locate, look
+from .steps import locate_parts, look
 from .svm import LinearSVM
 from ..core import ConfigError, Parts
 from ..models.classifier import Classifier
@@ -138,7 +138,7 @@ def _inside(boxes, h, w):
 def _salient(self:ClassificationSpecificParts, x):
     "Features, parts by saliency, the corrected maps, classes, and which of them select nothing"
     f,s,classes,empty = self.look(x)
-    found,q = locate(s[:,0], empty, x, self.settings)
+    found,q = locate_parts(s[:,0], empty, x, self.settings)
     found.boxes = _inside(found.boxes, *x.shape[-2:])
     return f,found,q,classes,empty
 

@@ -13,7 +13,7 @@ from .files import to_image, write_features
 from .final import PartPipeline
 from .order import in_order
 from .saliency_maps import features_of
-from .steps import locate
+from .steps import locate_parts
 from ..core import DataError
 from ..data.readers.file_lists import write_part_locs
 from ..data.views import View
@@ -27,7 +27,7 @@ def describe(self:PartPipeline,
     for x,b in self.batches(rows):
         if self.settings.parts == 'cs':
             f,s,classes,empty = self._look(x)
-            found,_ = locate(s, empty, x, self.settings)
+            found,_ = locate_parts(s, empty, x, self.settings)
         else:
             f,found = features_of(self.net, x.to(self.device)).cpu(),self._given(x, b)
             classes = self.classifiers()[0].predict(f)

@@ -18,7 +18,7 @@ from .files import Store, read_features, to_image, write_features
 from .l2_svm import cross_fit, cross_validate, fit_l2
 from .saliency_maps import features_of
 from .settings import PartSettings
-from .steps import locate, look
+from .steps import locate_parts, look
 from .svm import LinearSVM, fit_l1, fit_liblinear
 from ..core import DataError
 from ..data.images import image_size, imagenet_stats
@@ -239,7 +239,7 @@ def _cs_boxes(self:PartPipeline):
         s,e,rows = torch.from_numpy(a['saliency']),torch.from_numpy(a['empty']),self.df.iloc[i:i+len(a['empty'])]
         xs = torch.cat([x for x,_ in self.batches(rows)]) if colors else torch.zeros(len(s), 3, 1, 1)
         for j in range(0, len(s), self.bs):
-            f,_ = locate(s[j:j+self.bs], e[j:j+self.bs], xs[j:j+self.bs], self.settings)
+            f,_ = locate_parts(s[j:j+self.bs], e[j:j+self.bs], xs[j:j+self.bs], self.settings)
             out.append((f.boxes, f.flags, f.found, f.objective))
     return dict(zip(('boxes','flags','found','objective'), (torch.cat(v).numpy() for v in zip(*out))))
 
