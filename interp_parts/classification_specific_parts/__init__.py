@@ -6,8 +6,9 @@
 __all__ = []
 
 # %% ../../nbs/14_classification_specific_parts/00_classification_specific_parts.ipynb #1a869978
-from . import (svm, l2_svm, saliency_maps, clusters, boxes, order, settings, files,
-    baselines, steps, pipeline, final, new_images, estimator, published, model, learner, pictures)
+from . import svm, l2_svm, saliency_maps, clusters, boxes, order
+from . import settings, files, baselines, steps, pipeline, final
+from . import new_images, estimator, published, model, learner, pictures
 
 # %% ../../nbs/14_classification_specific_parts/00_classification_specific_parts.ipynb #49847ba2
 __all__ = [*svm.__all__, *l2_svm.__all__, *saliency_maps.__all__, *clusters.__all__, *boxes.__all__, *order.__all__,

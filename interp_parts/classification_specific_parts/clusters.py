@@ -167,7 +167,7 @@ def _moments(s):
 
 # %% ../../nbs/14_classification_specific_parts/03a_clusters.ipynb #c3995c93
 def _lloyd_rows(mask, starts, weight, tol, iters=300):
-    "Cluster (H,W) of each pixel, -1 where there is none, and centres (K,2); `weight` of squared distances down and across"
+    "Cluster (H,W) of each pixel, -1 where there is none, and centres (K,2); `weight` of squares down and across"
     left,(v,u) = _row_sums(mask),(float(a) for a in weight)
     begin,every = np.arange(0, left.size, left.shape[1]),_moments(left[None,:,-1])
     c = [(x,y,i) for i,(y,x) in enumerate(starts.tolist())]

@@ -130,7 +130,8 @@ def _rows_key(self:PartPipeline, rows):
 def features(self:PartPipeline):
     "Step 1: pooled features (N,D) of every row"
     def make(i, j):
-        return dict(f=torch.cat([features_of(self.net, x.to(self.device)).cpu() for x,_ in self.batches(self.df.iloc[i:j])]))
+        f = [features_of(self.net, x.to(self.device)).cpu() for x,_ in self.batches(self.df.iloc[i:j])]
+        return dict(f=torch.cat(f))
     n,key = len(self.df),self.keys['features']
     a = self.store.whole('features', key, n, make, self.piece, self._export_features)
     return torch.from_numpy(a['f'])

@@ -80,7 +80,7 @@ searches.update(lbfgs=_boxes, lbfgs_recall=partial(_boxes, recall=True), tight=p
 
 # %% ../../nbs/14_classification_specific_parts/10_published.ipynb #2e8bbe6b
 def _rescale(boxes, w, h, size, center_crop=True):
-    "Boxes (K,4) of the network's frame in image pixels, not rounded or clipped; the original then cuts them to integers"
+    "Boxes (K,4) of the network's frame in image pixels, not rounded or clipped; the original cuts them to integers"
     side = np.array([min(w, h)]*2 if center_crop else [w, h])
     b = np.asarray(boxes, float)*np.tile(side/size, 2)
     return b + np.append((np.array([w,h])-side)/2, [0,0])
@@ -101,7 +101,7 @@ def _input(image, size, center_crop=True):
 
 # %% ../../nbs/14_classification_specific_parts/10_published.ipynb #50354ad1
 def _weighted_saliency(g):
-    "Maps (B,H,W) of gradients (B,3,H,W): each channel's magnitude scaled to [0,1], then their mean (cluster_parts 0.4.1)"
+    "Maps (B,H,W) of gradients (B,3,H,W): each channel's size scaled to [0,1], then their mean (cluster_parts 0.4.1)"
     return minmax(g.abs(), (2,3)).mean(1)
 
 # %% ../../nbs/14_classification_specific_parts/10_published.ipynb #43ddc63a

@@ -148,7 +148,7 @@ def _settle(H, b, u):
 
 # %% ../../nbs/14_classification_specific_parts/01_svm.ipynb #21d9937f
 def _quadratic(H, g, v, rounds=4, sweeps=3, enough=1e-3):
-    "Steps (P,m) that nearly minimise g.d + d.H.d/2 + |v+d|_1 for P problems, until violations are `enough` of the first"
+    "Steps (P,m) that nearly minimise g.d + d.H.d/2 + |v+d|_1 for P problems, to violations `enough` of the first"
     h = H.diagonal(dim1=1, dim2=2).T.contiguous()
     rows = H.transpose(0,1).contiguous()
     b = (H@v[...,None])[...,0] - g
