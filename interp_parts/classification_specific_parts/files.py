@@ -146,12 +146,26 @@ class Store:
 
 # %% ../../nbs/14_classification_specific_parts/06_files.ipynb #a1a3e06b
 @patch
-def pieces(self:Store, name, key, n, make, size=64, keep=True):
+def pieces(self:Store,
+    name:str, # Of the step
+    key:str, # Fingerprint of all it depends on
+    n:int, # Number of rows
+    make, # `make(first, last)` gives the arrays of rows
+    size:int=64, # Rows of a piece
+    keep:bool=True, # On disk?
+):
     "Yield the first row, and the arrays, of each piece of `size` rows, made by `make(first, last)`"
     for i in range(0, n, size): yield i,self.get(f'{name}/{i:06}', key, lambda: make(i, min(n, i+size)), keep)
 
 @patch
-def whole(self:Store, name, key, n, make, size=64, also=None):
+def whole(self:Store,
+    name:str, # Of the step
+    key:str, # Fingerprint of all it depends on
+    n:int, # Number of rows
+    make, # `make(first, last)` gives the arrays of rows
+    size:int=64, # Rows of a piece
+    also=None, # `also(arrays)` writes further files first
+)->dict:
     "All rows of a step that is made in pieces; the pieces are removed when it is finished"
     def join():
         got = [a for _,a in self.pieces(f'{name}-pieces', key, n, make, size)]

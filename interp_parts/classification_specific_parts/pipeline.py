@@ -176,12 +176,17 @@ def _choose_c(self:PartPipeline, scores):
 _kept = ('coef','intercept','objective','gap')
 
 @patch
-def arrays(self:LinearSVM, name):
+def arrays(self:LinearSVM,
+    name:str, # Prefix of the names
+)->dict:
     "What is stored of the classifier, by name"
     return {f'{name}_{k}':v for k in _kept if (v := getattr(self, k)) is not None}
 
 @patch(cls_method=True)
-def of_arrays(cls:LinearSVM, arrays, name):
+def of_arrays(cls:LinearSVM,
+    arrays:dict, # From `arrays`, among others
+    name:str, # Prefix of the names
+)->LinearSVM:
     "The classifier that was stored under a name"
     return cls(**{k:torch.from_numpy(arrays[f'{name}_{k}']) for k in _kept if f'{name}_{k}' in arrays})
 
