@@ -101,7 +101,7 @@ def write_parts(
     learn, # A trained learner of `ClassificationSpecificParts`, or one that was loaded
     table, # All rows, with the training rows that it was trained on
     folder, # RUN/cs_parts
-    say=None, # Called with the name of each step that is made
+    say=None, # Told about each step that is made
 )->PartPipeline:
     "Write features.npz and part_locs.txt of all splits of a table, in the original's formats"
     pipe = fit_parts(learn, folder, say, table)
