@@ -7,14 +7,14 @@ from timm.layers import ConvNormAct
 from timm.models.inception_v3 import InceptionA
 from torch import nn
 
-from interp_parts.classification_specific_parts.boxes import FEATURES, find_boxes
-from interp_parts.classification_specific_parts.published import published_crop, published_inception, published_input, published_minimum, published_objective, published_rescale, published_search
-from interp_parts.classification_specific_parts.saliency_maps import input_gradients, saliency
-from interp_parts.classification_specific_parts.svm import fit_l1, fit_l2, fit_liblinear
+from interp_parts.classification_specific_parts import published
+from interp_parts.classification_specific_parts.boxes import find_boxes, searches
+from interp_parts.classification_specific_parts.clusters import FEATURES, cluster_pixels
+from interp_parts.classification_specific_parts.l2_svm import fit_l2
+from interp_parts.classification_specific_parts.published import published_inception, published_search
+from interp_parts.classification_specific_parts.saliency_maps import correct, features_of, input_gradients, minmax, salient, saliency
+from interp_parts.classification_specific_parts.svm import LinearSVM, fit_l1, fit_liblinear
 from interp_parts.data.readers.file_lists import write_part_locs
-from interp_parts.classification_specific_parts.boxes import best_boxes, cluster_pixels
-from interp_parts.classification_specific_parts.saliency_maps import correct, feature_weights, image_colors, pooled, salient, weighted_saliency
-from interp_parts.classification_specific_parts.svm import svm_objective
 
 def shares(r, name, theirs, ours, least):
     "At least the share `least` of the elements is equal; the self-test changes three times as many as may differ"
@@ -42,7 +42,7 @@ def elementwise(r, name, ours, rtol, atol):
 def extract(r):
     "One saliency map to boxes, by the original's search"
     k,least = int(r['K']),int(r['min_bbox'])
-    colors = image_colors(torch.from_numpy(r['image_u8'].astype(np.float32)/255*2-1)[None])
+    colors = minmax(torch.from_numpy(r['image_u8'].astype(np.float32)/255*2-1)[None], (-2,-1))
     if 'im_back' in r: r.near('im_back', colors[0,:,:4,:4].permute(1,2,0), 1e-6)
     if 'grad' in r:
         s = saliency(torch.from_numpy(r['grad'].astype(np.float64)))
@@ -92,19 +92,19 @@ def boxes(r, regions, q, end, **options):
 def search_area(region, q, least):
     "The saliency that a search looks at"
     ys,xs = np.nonzero(region)
-    y0,x0,y1,x1 = published_minimum((ys.min(), xs.min(), ys.max(), xs.max()), least)
+    y0,x0,y1,x1 = published._minimum((ys.min(), xs.min(), ys.max(), xs.max()), least)
     return (region*(q-q.min())/(q.max()-q.min()))[y0:y1,x0:x1]
 
 def objectives(r, regions, q, least):
     "The objective at the start, at the recorded solution and of the whole area; and what our searches reach"
     rec,areas = r['objective'],[search_area(m, q[0].numpy(), least).cumsum(0).cumsum(1) for m in regions]
-    value = lambda bs: [published_objective(b, I) for b,I in zip(bs, areas)]
+    value = lambda bs: [published._objective(b, I) for b,I in zip(bs, areas)]
     r.near('objective', value([(.25,.25,.75,.75)]*len(rec)), 1e-5, at=(slice(None),4))
     r.near('objective', value(rec[:,:4]), 1e-5, at=(slice(None),5))
     r.near('objective', value([(0,0,1,1)]*len(rec)), 1e-5, at=(slice(None),6))
     found = [published_search(m, q[0].numpy(), least)[1].fun for m in regions]
     no_worse(r, 'objective, L-BFGS', rec[:,5], found, .02)
-    exact = best_boxes(torch.from_numpy(regions)[None], q, least)[1][0]
+    exact = searches['exact'](torch.from_numpy(regions)[None], q, least)[1][0]
     no_worse(r, 'objective, exact', rec[:,5], -exact.numpy(), .02)
 
 def lines(r):
@@ -124,7 +124,7 @@ def papermode(r):
         k = int(r[f'K{i}'])
         q = correct(saliency(torch.from_numpy(r[f'grad{i}'].astype(np.float64)))[None], 5., .7)
         r.near(f'corrected_sub4_{i}', q[0,::4,::4], 1e-5)
-        colors = image_colors(torch.from_numpy(r[f'image_u8_{i}'].astype(np.float64)/255*2-1)[None])
+        colors = minmax(torch.from_numpy(r[f'image_u8_{i}'].astype(np.float64)/255*2-1)[None], (-2,-1))
         clusters(r, q, salient(q, 'mean', inclusive=True), k, colors, FEATURES, i)
         boxes(r, cluster_regions(r[f'labels{i}'], k), q[0].numpy(), i, least=0, recall=True)
 
@@ -141,10 +141,10 @@ def propagate(r):
     "Selection and gradients of a small network"
     net,x,coef = convs(r, (2,1), (1,1)),r.tensor('x'),r.tensor('coef')
     b,_ = r.tensor('intercept'),r['labels']
-    f = pooled(net, x)
+    f = features_of(net, x)
     decision = f.double()@coef.T + b
     order = decision.argsort(1)[:,-r.arrays['topk'].shape[1]:]
-    w,_ = feature_weights(coef.float(), order[:,-1], ('selected','all','weighted'))
+    w,_ = LinearSVM(coef.float(), torch.zeros(len(coef))).feature_weights(order[:,-1], ('selected','all','weighted'))
     f,g = input_gradients(net, x, w)
     again = input_gradients(net, x, w, batched=True)[1]
     if not torch.equal(g, again): r.fail('one backward pass differs from three')
@@ -155,7 +155,7 @@ def propagate(r):
     elementwise(r, 'weights_unit', w[:,2], 1e-4, 1e-8)
     r.near('sal_sel', saliency(g[:,0]), 1e-5)
     r.near('sal_full', saliency(g[:,1]), 1e-5)
-    r.near('grad2saliency_v041', weighted_saliency(g[:,2]), 1e-5)
+    r.near('grad2saliency_v041', published._weighted_saliency(g[:,2]), 1e-5)
 
 def svm(r):
     "Both linear classifiers"
@@ -179,7 +179,7 @@ def sparse(r, name, C, train, test):
     if C == .1: # both are at the minimum; at larger C the original stopped before it
         for k,v in dict(coef=lib.coef, intercept=lib.intercept).items(): r.near(f'{name}_{k}', v, 1e-3)
         r.near(f'{name}_nnz', ours.selected.sum(1), 1)
-    no_worse(r, f'{name}: objective, of theirs', 1., (ours.objective/svm_objective(at, x, y, C)).numpy(), 1e-3)
+    no_worse(r, f'{name}: objective, of theirs', 1., (ours.objective/LinearSVM(at[:,:-1], at[:,-1]).objective_on(x, y, C)).numpy(), 1e-3)
     no_worse(r, f'{name}_ref_objective', 1., (ours.objective/r.tensor(f'{name}_ref_objective')).numpy(), 1e-3)
     for k,v in dict(coef=ours.coef, intercept=ours.intercept).items(): r.near(f'{name}_ref_{k}', v, 1e-3 if C == .1 else 1e-2)
     r.near(f'{name}_ref_nnz', ours.selected.sum(1), 1)
@@ -195,18 +195,18 @@ def scoring(r, name, view, train, test):
 
 def misc(r):
     "Minimum size, objectives, boxes in the image, crops and network input"
-    r.exact('minbox_out', [published_minimum(b) for b in r['minbox_in'].tolist()])
+    r.exact('minbox_out', [published._minimum(b) for b in r['minbox_in'].tolist()])
     I = r['search_area'].cumsum(0).cumsum(1) # in its own precision
-    for k in ('recall','precision'): elementwise(r, f'{k}_obj', [published_objective(b, I, k) for b in r['boxes_rel']], 0, 1e-6)
+    for k in ('recall','precision'): elementwise(r, f'{k}_obj', [published._objective(b, I, k) for b in r['boxes_rel']], 0, 1e-6)
     h,w = r['image'].shape[:2]
     for cc in (1,0):
-        ids,b = r['boxes_427'][:,:1],published_rescale(r['boxes_427'][:,1:], w, h, 427, bool(cc))
+        ids,b = r['boxes_427'][:,:1],published._rescale(r['boxes_427'][:,1:], w, h, 427, bool(cc))
         rows = np.concatenate([ids, b], 1)
         r.near(f'rescaled_cc{cc}_float', rows, 1e-6)
         r.exact(f'rescaled_cc{cc}_int', rows.astype(np.int32))
-        for j in range(len(b)): r.exact(f'crop_cc{cc}_{j}', published_crop(r['image'], b[j]))
-    r.near('prep_keep_ratio', published_input(r['image'], r.arrays['prep_keep_ratio'].shape[1]), 2e-3)
-    r.near('prep_squash', published_input(r['image'], r.arrays['prep_squash'].shape[1], False), 2e-3)
+        for j in range(len(b)): r.exact(f'crop_cc{cc}_{j}', published._crop(r['image'], b[j]))
+    r.near('prep_keep_ratio', published._input(r['image'], r.arrays['prep_keep_ratio'].shape[1]), 2e-3)
+    r.near('prep_squash', published._input(r['image'], r.arrays['prep_squash'].shape[1], False), 2e-3)
 
 names = dict(conv1x1='branch1x1', conv5x5_1='branch5x5_1', conv5x5_2='branch5x5_2', conv3x3_1='branch3x3dbl_1',
              conv3x3_2='branch3x3dbl_2', conv3x3_3='branch3x3dbl_3', pool_conv='branch_pool')
@@ -236,9 +236,9 @@ def pipeline(r):
     "All six steps on a small network"
     images,size,n = unpack(r['images_flat'], r['shapes']),int(r['size']),int(r['n_train'])
     net,y = convs(r, (2,2), (2,1), 8.),torch.from_numpy(r['labels'])
-    classes,x = int(y.max())+1,torch.stack([published_input(im, size) for im in images])
+    classes,x = int(y.max())+1,torch.stack([published._input(im, size) for im in images])
     r.near('x0', x[:len(r.arrays['x0'])], 2e-3)
-    f = pooled(net, x)
+    f = features_of(net, x)
     r.near('global_feats', f, 1e-3)
     g = r.tensor('global_feats').double()
     train,test = (g[:n],y[:n]),(g[n:],y[n:])
@@ -252,7 +252,7 @@ def pipeline(r):
     accuracies(r, 'base_acc', fit_l2(*train, classes, C), train, test)
     preds = select.predict(g)
     r.exact('preds', preds)
-    w,_ = feature_weights(select.coef.float(), preds, ('selected','all'))
+    w,_ = select.to(torch.float32).feature_weights(preds, ('selected','all'))
     s = saliency(input_gradients(net, x, w)[1].double())
     r.near('saliency0', s[:len(r.arrays['saliency0']),0], 1e-3)
     for i,kind in enumerate(('sel','full')):
@@ -276,15 +276,15 @@ def part_steps(r, kind, s, images, net, size):
     rows = [[[float(v) for v in l.split()[1:]] for l in written('0', b[:,1:]).splitlines()] for b in theirs]
     r.exact(f'locs_{kind}', np.array(rows).astype(np.int64))
     locs = r.arrays[f'locs_{kind}'][...,1:]
-    feats = torch.stack([torch.cat([crop_features(net, im, b, size), pooled(net, published_input(im, size)[None])])
+    feats = torch.stack([torch.cat([crop_features(net, im, b, size), features_of(net, published._input(im, size)[None])])
                          for im,b in zip(images, locs)])
     r.near(f'feats_{kind}', feats, 2e-3)
 
 def crop_features(net, image, boxes, size):
     "Features of the crops of one image"
     h,w = image.shape[:2]
-    crops = [published_crop(image, b) for b in published_rescale(boxes, w, h, size)]
-    return pooled(net, torch.stack([published_input(c, size) for c in crops]))
+    crops = [published._crop(image, b) for b in published._rescale(boxes, w, h, size)]
+    return features_of(net, torch.stack([published._input(c, size) for c in crops]))
 
 pieces = dict(papermode=papermode, propagate=propagate, svm=svm, misc=misc, inception_block=inception_block,
               pipeline=pipeline, **{f'extract{i}':extract for i in range(1000)}, extract=extract)
