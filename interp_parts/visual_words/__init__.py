@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = []
 
-# %% ../../nbs/12_visual_words/00_visual_words.ipynb #9a4352eb
+# %% ../../nbs/12_visual_words/00_visual_words.ipynb #d817b8b0
 from . import precision, maps, layer, network, base, attended, projection, fields, pruning
 from . import losses, last_layer, start, training, model
 from . import images, pictures, files, explanations
 from . import fidelity, vocabulary, purity, scores, unseen
 
-# %% ../../nbs/12_visual_words/00_visual_words.ipynb #54d6a7fa
+# %% ../../nbs/12_visual_words/00_visual_words.ipynb #ff9e6df7
 __all__ = [*precision.__all__, *maps.__all__, *layer.__all__, *network.__all__, *base.__all__, *attended.__all__,
            *projection.__all__, *fields.__all__, *pruning.__all__, *losses.__all__, *last_layer.__all__, *start.__all__,
            *training.__all__, *model.__all__, *images.__all__, *pictures.__all__, *files.__all__, *explanations.__all__,
@@ -19,7 +19,7 @@ __all__ = [*precision.__all__, *maps.__all__, *layer.__all__, *network.__all__, 
            'PartLearner', 'create_learner', 'part_table', 'check_table', 'part_dls', 'PartBatches', 'load_image',
            'fit_run', 'seed_everything', 'run_config', 'save_run', 'load_run']
 
-# %% ../../nbs/12_visual_words/00_visual_words.ipynb #aaf4a74b
+# %% ../../nbs/12_visual_words/00_visual_words.ipynb #ea26ce88
 from .precision import *
 from .maps import *
 from .layer import *

@@ -5,10 +5,11 @@
 # %% auto #0
 __all__ = ['BaseModel', 'read_attention']
 
-# %% ../../nbs/12_visual_words/05_base.ipynb #a969e116
+# %% ../../nbs/12_visual_words/05_base.ipynb #1683405b
 from pathlib import Path
 
 import numpy as np, torch
+from fastcore.basics import patch
 from torch import nn
 
 from ..core import CheckpointError, ConfigError, DataError, pick
@@ -16,7 +17,7 @@ from ..files import reading
 from ..training.runs import load_run
 from .maps import resize_maps, to_unit
 
-# %% ../../nbs/12_visual_words/05_base.ipynb #98f9c591
+# %% ../../nbs/12_visual_words/05_base.ipynb #97777c96
 def _as_map(a, hw):
     "Activations (B,C,h,w), (B,h,w,C) or (B,N,C) of an image of height and width `hw`, as (B,C,h,w)"
     fits = lambda h,w: abs(h*hw[1] - w*hw[0]) <= max(hw)
@@ -28,7 +29,7 @@ def _as_map(a, hw):
         if n > 0 and n%h == 0 and fits(h, n//h): return a[:,front:].transpose(1,2).unflatten(2, (h,n//h))
     raise ConfigError('layer', f'{a.shape[1]} tokens', f'a grid like the {hw[0]}x{hw[1]} image', 'name another layer')
 
-# %% ../../nbs/12_visual_words/05_base.ipynb #1c7ec245
+# %% ../../nbs/12_visual_words/05_base.ipynb #81a96546
 def _grad_cam(model, layer, x, target=None):
     "Grad-CAM (B,h,w) in 0..1 at the layer's own resolution, and the logits"
     seen = []
@@ -47,7 +48,7 @@ def _grad_cam(model, layer, x, target=None):
     a,g = _as_map(seen[0].detach(), x.shape[2:]),_as_map(g, x.shape[2:])
     return to_unit((g.mean((2,3), keepdim=True)*a).sum(1).relu()),logits.detach()
 
-# %% ../../nbs/12_visual_words/05_base.ipynb #71800723
+# %% ../../nbs/12_visual_words/05_base.ipynb #083a73bd
 class BaseModel(nn.Module):
     "A frozen classifier and the layer its Grad-CAM is taken from"
     def __init__(self,
@@ -64,37 +65,54 @@ class BaseModel(nn.Module):
         with torch.no_grad(): out = self.model(x)
         return getattr(out, 'logits', out)
 
-    def pooled(self, x):
-        "Mean features (B,C) of the layer, for images (B,3,H,W)"
-        seen = []
-        handle = self.at[0].register_forward_hook(lambda m,i,o: seen.append(o))
-        try: self(x)
-        finally: handle.remove()
-        return _as_map(seen[0], x.shape[2:]).mean((2,3))
+# %% ../../nbs/12_visual_words/05_base.ipynb #0edceafb
+@patch
+def pooled(self:BaseModel,
+    x:torch.Tensor, # (B,3,H,W) images
+)->torch.Tensor:
+    "Mean features (B,C) of the layer"
+    seen = []
+    handle = self.at[0].register_forward_hook(lambda m,i,o: seen.append(o))
+    try: self(x)
+    finally: handle.remove()
+    return _as_map(seen[0], x.shape[2:]).mean((2,3))
 
-    def cams(self, x, target=None):
-        "Grad-CAM (B,h,w) in 0..1 of images for classes (B,), by default the predicted ones, and the logits (B,K)"
-        return _grad_cam(self.model, self.at[0], x, target)
+@patch
+def cams(self:BaseModel,
+    x:torch.Tensor, # (B,3,H,W) images
+    target=None, # (B,) classes; None: the predicted ones
+)->tuple:
+    "Grad-CAM (B,h,w) in 0..1 and the logits (B,K)"
+    return _grad_cam(self.model, self.at[0], x, target)
 
-    def attention(self, batches, of_label=False):
-        "Grad-CAM by row of the table, of the predicted or of the true class, and the logits by row"
-        device = next(self.parameters()).device
-        maps,logits = {},{}
-        for x,b in batches:
-            cam,l = self.cams(x.to(device), b.label.to(device) if of_label else None)
-            for row,m,v in zip(b.index.tolist(), cam.float().cpu().numpy(), l.float().cpu()):
-                maps[row],logits[row] = m,v
-        return maps,logits
+# %% ../../nbs/12_visual_words/05_base.ipynb #44fd2d2a
+@patch
+def attention(self:BaseModel,
+    batches, # Iterates `(images, Batch)`
+    of_label:bool=False, # Maps of the true class instead of the predicted one?
+)->tuple:
+    "Grad-CAM by row of the table, and the logits by row"
+    device = next(self.parameters()).device
+    maps,logits = {},{}
+    for x,b in batches:
+        cam,l = self.cams(x.to(device), b.label.to(device) if of_label else None)
+        for row,m,v in zip(b.index.tolist(), cam.float().cpu().numpy(), l.float().cpu()):
+            maps[row],logits[row] = m,v
+    return maps,logits
 
-    @classmethod
-    def of_run(cls, run, device='cpu'):
-        "The base model of a folder with a run of the plain classifier, and the run's config"
-        learn = load_run(run, device)
-        method = learn.config['method']
-        if method == 'classifier': return cls(learn.model),learn.config
-        raise CheckpointError(run, f'a run of {method}', 'a run of classifier', 'pass --init RUN')
+# %% ../../nbs/12_visual_words/05_base.ipynb #e4bf9697
+@patch(cls_method=True)
+def of_run(cls:BaseModel,
+    run, # Folder of a run of the plain classifier
+    device='cpu', # Where the model goes
+)->tuple:
+    "The base model of a run, and the run's config"
+    learn = load_run(run, device)
+    method = learn.config['method']
+    if method == 'classifier': return cls(learn.model),learn.config
+    raise CheckpointError(run, f'a run of {method}', 'a run of classifier', 'pass --init RUN')
 
-# %% ../../nbs/12_visual_words/05_base.ipynb #7ae372af
+# %% ../../nbs/12_visual_words/05_base.ipynb #80171a7e
 def _alike(a, b):
     "Correlation of two maps at 7x7"
     a,b = [resize_maps(torch.from_numpy(np.array(m, dtype=np.float32)), (7,7)).flatten() for m in (a,b)]
@@ -109,7 +127,7 @@ def _check_attention(maps, own, path):
     got = f'correlation {right:.2f} with the base model, {wrong:.2f} with maps of other images'
     raise DataError(path, got, 'rows in the order of sorted files')
 
-# %% ../../nbs/12_visual_words/05_base.ipynb #1be14186
+# %% ../../nbs/12_visual_words/05_base.ipynb #f3103198
 def _check_array(path, a, n):
     "Complain about an array that is no `n` maps in 0..1"
     if not isinstance(a, np.ndarray): raise DataError(path, 'several arrays', 'a .npy file of numbers')

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['word_pictures']
 
-# %% ../../nbs/12_visual_words/18_explanations.ipynb #ff8dce50
+# %% ../../nbs/12_visual_words/18_explanations.ipynb #cc7e70ce
 import io
 from pathlib import Path
 
@@ -24,7 +24,7 @@ from .pictures import word_gallery
 from .projection import nearest_patches
 from ..visualization.overlays import Picture, clip_lines, save_picture
 
-# %% ../../nbs/12_visual_words/18_explanations.ipynb #128cc470
+# %% ../../nbs/12_visual_words/18_explanations.ipynb #019d5052
 def _word_table(model, parts, classes, n=8):
     "The `n` words that contribute most to the answer for one image, and which other classes they speak for"
     t,w,rows = parts.target[0].item(),model.last.weight.detach().cpu(),[]
@@ -36,7 +36,7 @@ def _word_table(model, parts, classes, n=8):
                          main_class=classes[v.argmax()], also=', '.join(others)))
     return pd.DataFrame(rows)
 
-# %% ../../nbs/12_visual_words/18_explanations.ipynb #39525601
+# %% ../../nbs/12_visual_words/18_explanations.ipynb #80a8c660
 def _cell_box(y, x, grid, size):
     "Pixels of a cell: top, bottom, left, right"
     (gh,gw),(h,w) = grid,size
@@ -69,7 +69,7 @@ def _explain(learn, row, parts, images, n=4):
     fig.suptitle(f'{said}, of which the words here {here:+.2f}, all others {rest:+.2f}', fontsize=9)
     return fig
 
-# %% ../../nbs/12_visual_words/18_explanations.ipynb #a9f2213d
+# %% ../../nbs/12_visual_words/18_explanations.ipynb #930433f9
 @patch
 def explain_words(self:PartLearner,
     item, # Row of the learner's table
@@ -81,7 +81,7 @@ def explain_words(self:PartLearner,
     images = SeenImages(self.dls.table, self.dls.view)
     return _explain(self, item, self.model.parts(x.to(self.dls.device), target).cpu(), images, n)
 
-# %% ../../nbs/12_visual_words/18_explanations.ipynb #da835f47
+# %% ../../nbs/12_visual_words/18_explanations.ipynb #7e54bf31
 def _labelled(im, text):
     "A strip with words above it"
     out = cv2.copyMakeBorder(im, 16, 4, 0, 4, cv2.BORDER_CONSTANT, value=(255,255,255))
@@ -113,7 +113,7 @@ def _save_words(model, near, images, out, classes=None):
         with atomic_path(files[-1]) as tmp: tmp.write_bytes(data.getvalue())
     return files
 
-# %% ../../nbs/12_visual_words/18_explanations.ipynb #eec51b19
+# %% ../../nbs/12_visual_words/18_explanations.ipynb #56f943fd
 def _word_list(model, table, classes, n=3):
     "Where each word comes from, and the `n` classes that it speaks for most"
     w,out = model.last.weight.detach().cpu(),[]
@@ -125,7 +125,7 @@ def _word_list(model, table, classes, n=3):
                         speaks_for=', '.join(f'{c} {v:+.2f}' for c,v in best)))
     return pd.DataFrame(out)
 
-# %% ../../nbs/12_visual_words/18_explanations.ipynb #c90f0354
+# %% ../../nbs/12_visual_words/18_explanations.ipynb #699fa51c
 def _explanations(learn, rows, images, out, n=10):
     "Why each image of `rows` gets its answer: a picture of each, and a table of its `n` most important words"
     files,tables,vocab = [],[],learn.dls.vocab
@@ -155,7 +155,7 @@ def _write_original(learn, near, images, out):
     for s,v in near.items():
         for j in m.weighty_words(): files.nearest(v, j, out/'nearest'/s/str(j))
 
-# %% ../../nbs/12_visual_words/18_explanations.ipynb #89b6e296
+# %% ../../nbs/12_visual_words/18_explanations.ipynb #a797a5d3
 def word_pictures(
     learn, # With a `VisualWords` model
     table:pd.DataFrame, # All of the data

@@ -5,18 +5,19 @@
 # %% auto #0
 __all__ = ['AttentionFidelity']
 
-# %% ../../nbs/12_visual_words/19_fidelity.ipynb #55136ed8
+# %% ../../nbs/12_visual_words/19_fidelity.ipynb #fa67f05e
 import numpy as np, torch
 from fastcore.basics import patch
 
 from .layer import nearest_words
 from .maps import resize_maps, to_unit
 
-# %% ../../nbs/12_visual_words/19_fidelity.ipynb #db2a2d1d
+# %% ../../nbs/12_visual_words/19_fidelity.ipynb #a2b4e7a8
 def _loudest(maps, presence, top=10):
     "Maps (B,top,h,w) of the words with the highest presence (B,P)"
     return maps[torch.arange(len(maps))[:,None],nearest_words(-presence, top)]
 
+# %% ../../nbs/12_visual_words/19_fidelity.ipynb #079eb501
 class AttentionFidelity:
     "IoU of the words' attention and the base model's, beside maps that do not know the image"
     def __init__(self,
@@ -27,11 +28,6 @@ class AttentionFidelity:
     ):
         self.size,self.mean_cam,self.thresholds,self.top = tuple(size),mean_cam,thresholds,top
         self.rows = {}
-
-    def update(self, parts, cams, index):
-        "Add the parts of a batch, the base model's maps (B,h,w) and the rows of the table"
-        maps = _loudest(parts.maps, parts.presence, min(self.top, parts.n_parts))
-        self.rows.update(zip(index.tolist(), zip(maps, cams.cpu())))
 
     @staticmethod
     def pooled(maps, size):
@@ -50,7 +46,18 @@ class AttentionFidelity:
         "Intersection over union (B,) of areas (B,H,W); 1 if both are empty"
         return (((a & b).flatten(1).sum(1) + 1e-6)/((a | b).flatten(1).sum(1) + 1e-6)).double()
 
-# %% ../../nbs/12_visual_words/19_fidelity.ipynb #382a4ce2
+# %% ../../nbs/12_visual_words/19_fidelity.ipynb #bf110c13
+@patch
+def update(self:AttentionFidelity,
+    parts, # `Parts` of a batch
+    cams:torch.Tensor, # (B,h,w) the base model's maps
+    index:torch.Tensor, # (B,) rows of the table
+):
+    "Add a batch"
+    maps = _loudest(parts.maps, parts.presence, min(self.top, parts.n_parts))
+    self.rows.update(zip(index.tolist(), zip(maps, cams.cpu())))
+
+# %% ../../nbs/12_visual_words/19_fidelity.ipynb #ed09c362
 @patch
 def maps(self:AttentionFidelity)->dict:
     "Name and function that gives maps for some rows, for the words and what stands beside them"
@@ -63,7 +70,7 @@ def maps(self:AttentionFidelity)->dict:
     out = {'':words, '_shuffled':lambda rs: words([after[r] for r in rs]), '_centre':same(centre)}
     return out if self.mean_cam is None else {**out, '_mean_cam':same(resize_maps(self.mean_cam[None], self.size))}
 
-# %% ../../nbs/12_visual_words/19_fidelity.ipynb #9990e546
+# %% ../../nbs/12_visual_words/19_fidelity.ipynb #65685bf0
 @patch
 def result(self:AttentionFidelity,
     compat:bool=False, # The original with its quirks: areas below the percentile?

@@ -5,10 +5,11 @@
 # %% auto #0
 __all__ = ['activation_boxes', 'ReceptiveField']
 
-# %% ../../nbs/12_visual_words/08_fields.ipynb #c2f3c0d3
+# %% ../../nbs/12_visual_words/08_fields.ipynb #0a6d9788
 from typing import NamedTuple
 
 import numpy as np, torch
+from fastcore.basics import patch
 from torch import nn
 
 from ..core import eval_mode
@@ -31,7 +32,7 @@ def activation_boxes(
         out.append(torch.from_numpy(np.stack([*ends[0],*ends[1]], 1)))
     return torch.cat(out)
 
-# %% ../../nbs/12_visual_words/08_fields.ipynb #bd2ee3df
+# %% ../../nbs/12_visual_words/08_fields.ipynb #5bdcb529
 class ReceptiveField(NamedTuple):
     "What the cells of a square map see of the image"
     cells:int # Cells of a side
@@ -48,35 +49,30 @@ class ReceptiveField(NamedTuple):
             jump,field = jump*s,field + (f-1)*jump
         return cls(n, jump, field, start)
 
-    def boxes(self, size):
-        "Receptive fields (n,n,4) of all cells, within `size` pixels: top, bottom, left, right"
-        centre = self.start + torch.arange(self.cells)*self.step
-        lo = (centre-self.side/2).trunc().long().clamp(min=0)
-        hi = (centre+self.side/2).trunc().long().clamp(max=size)
-        return torch.stack(torch.broadcast_tensors(lo[:,None], hi[:,None], lo, hi), -1)
+# %% ../../nbs/12_visual_words/08_fields.ipynb #f661aa99
+@patch
+def boxes(self:ReceptiveField,
+    size:int, # Side of the image, in pixels
+)->torch.Tensor:
+    "Receptive fields (n,n,4) of all cells: top, bottom, left, right"
+    centre = self.start + torch.arange(self.cells)*self.step
+    lo = (centre-self.side/2).trunc().long().clamp(min=0)
+    hi = (centre+self.side/2).trunc().long().clamp(max=size)
+    return torch.stack(torch.broadcast_tensors(lo[:,None], hi[:,None], lo, hi), -1)
 
-    @staticmethod
-    def chain(net, x):
-        "Kernel, stride and padding of each convolution and pooling that `net` runs on `x`, shortcuts left out"
-        return _conv_chain(net, x)
-
-    @classmethod
-    def of_model(cls, model, size, cells):
-        "Of a model with `backbone` and `words`; all of the image where it cannot be told"
-        net = model.backbone
-        looks_around = any('attn' in n.split('.') for n,_ in net.named_modules())
-        x = torch.zeros(1, 3, size, size, device=model.words.device)
-        field = cls.of_chain(_conv_chain(net, x), size)
-        return cls(cells, size/cells, 4*size, size/2/cells) if looks_around or field.cells != cells else field
-
-# %% ../../nbs/12_visual_words/08_fields.ipynb #598b307d
+# %% ../../nbs/12_visual_words/08_fields.ipynb #1c534e6c
 def _one(v): return v[0] if isinstance(v, tuple) else v
 
 def _padding(m):
     if m.padding == 'same': return (_one(m.kernel_size)-1)//2
     return 0 if isinstance(m.padding, str) else _one(m.padding)
 
-def _conv_chain(net, x):
+@patch(cls_method=True)
+def chain(cls:ReceptiveField,
+    net:nn.Module, # A network
+    x:torch.Tensor, # An input
+)->list:
+    "Kernel, stride and padding of each convolution and pooling that `net` runs on `x`, shortcuts left out"
     chain,kinds,short = [],(nn.Conv2d,nn.MaxPool2d,nn.AvgPool2d),{'downsample','shortcut'}
     note = lambda m,*_: chain.append((_one(m.kernel_size), _one(m.stride), _padding(m)))
     path = [m for n,m in net.named_modules() if isinstance(m, kinds) and not short & set(n.split('.'))]
@@ -86,3 +82,17 @@ def _conv_chain(net, x):
     finally:
         for h in hooks: h.remove()
     return chain
+
+# %% ../../nbs/12_visual_words/08_fields.ipynb #63ba10f8
+@patch(cls_method=True)
+def of_model(cls:ReceptiveField,
+    model, # With `backbone` and `words`
+    size:int, # Side of the network input, in pixels
+    cells:int, # Side of the map
+)->ReceptiveField:
+    "Receptive fields of a model's patches; all of the image where they cannot be told"
+    net = model.backbone
+    looks_around = any('attn' in n.split('.') for n,_ in net.named_modules())
+    x = torch.zeros(1, 3, size, size, device=model.words.device)
+    field = cls.of_chain(cls.chain(net, x), size)
+    return cls(cells, size/cells, 4*size, size/2/cells) if looks_around or field.cells != cells else field

@@ -5,10 +5,11 @@
 # %% auto #0
 __all__ = ['OriginalFiles']
 
-# %% ../../nbs/12_visual_words/17_files.ipynb #b48b76d1
+# %% ../../nbs/12_visual_words/17_files.ipynb #9e347edd
 from pathlib import Path
 
 import cv2, numpy as np
+from fastcore.basics import patch
 
 from .fields import ReceptiveField, activation_boxes
 from .images import heat
@@ -16,7 +17,7 @@ from .layer import log_similarity
 from .maps import resize_maps
 from ..visualization.overlays import draw_boxes
 
-# %% ../../nbs/12_visual_words/17_files.ipynb #e26ee6c0
+# %% ../../nbs/12_visual_words/17_files.ipynb #84fd185b
 def _png(path, rgb): cv2.imwrite(str(path), np.ascontiguousarray(rgb[...,::-1]))
 
 def _cut(image, box):
@@ -27,7 +28,7 @@ def _xywh(box):
     t,b,l,r = (int(v) for v in box)
     return l,t,r-l,b-t
 
-# %% ../../nbs/12_visual_words/17_files.ipynb #bd47f0d4
+# %% ../../nbs/12_visual_words/17_files.ipynb #068bb855
 class OriginalFiles:
     "Writes what the original writes of projections and nearest images"
     def __init__(self,
@@ -46,43 +47,57 @@ class OriginalFiles:
         if _cut(im, box).shape == im.shape: return {}
         return dict(zip(names, (_cut(im, box), _cut(over, box))))
 
-    def projection(self, near, out, epoch):
-        "Files of `project_words`; returns boxes (P,6) of high activation and of receptive fields"
-        out = Path(out)
-        out.mkdir(parents=True, exist_ok=True)
-        rows,sims = near.index[:,0].tolist(),log_similarity(near.maps[:,0])
-        boxes = self._boxes(near, rows, sims, near.cell[:,0])
-        bb,rf = [np.concatenate([near.index.numpy(), b.numpy(), near.label.numpy()], 1) for b in boxes]
-        np.save(out/f'bb{epoch}.npy', bb)
-        np.save(out/f'bb-receptive_field{epoch}.npy', rf)
-        for j,row in enumerate(rows): self._word(out, j, row, sims[j], boxes[0][j], boxes[1][j])
-        return bb,rf
+# %% ../../nbs/12_visual_words/17_files.ipynb #f5126d84
+@patch
+def projection(self:OriginalFiles,
+    near, # From `project_words`: one patch a word
+    out, # Folder, such as img/epoch-10
+    epoch:int, # Number in the names
+)->tuple:
+    "Write the files of a projection; returns boxes (P,6) of high activation and of receptive fields"
+    out = Path(out)
+    out.mkdir(parents=True, exist_ok=True)
+    rows,sims = near.index[:,0].tolist(),log_similarity(near.maps[:,0])
+    boxes = self._boxes(near, rows, sims, near.cell[:,0])
+    bb,rf = [np.concatenate([near.index.numpy(), b.numpy(), near.label.numpy()], 1) for b in boxes]
+    np.save(out/f'bb{epoch}.npy', bb)
+    np.save(out/f'bb-receptive_field{epoch}.npy', rf)
+    for j,row in enumerate(rows): self._word(out, j, row, sims[j], boxes[0][j], boxes[1][j])
+    return bb,rf
 
-    def _word(self, out, j, row, sim, box, field):
-        im = self.images[row]
-        over = heat(resize_maps(sim[None], im.shape[:2], 'bicubic')[0], im)
-        np.save(out/f'prototype-self-act{j}.npy', sim.numpy())
-        files = {'':_cut(im, box), '-original':im, '-original_with_self_act':over}
-        files |= self._smaller(row, over, field, ('-receptive_field','-receptive_field_with_self_act'))
-        for name,f in files.items(): _png(out/f'prototype-img{name}{j}.png', f)
+@patch
+def _word(self:OriginalFiles, out, j, row, sim, box, field):
+    im = self.images[row]
+    over = heat(resize_maps(sim[None], im.shape[:2], 'bicubic')[0], im)
+    np.save(out/f'prototype-self-act{j}.npy', sim.numpy())
+    files = {'':_cut(im, box), '-original':im, '-original_with_self_act':over}
+    files |= self._smaller(row, over, field, ('-receptive_field','-receptive_field_with_self_act'))
+    for name,f in files.items(): _png(out/f'prototype-img{name}{j}.png', f)
 
-    def nearest(self, near, j, out):
-        "Files of the images of a `Nearest` that are nearest to word `j`"
-        out = Path(out)
-        out.mkdir(parents=True, exist_ok=True)
-        rows = [r for r in near.index[j].tolist() if r >= 0]
-        k = len(rows)
-        sims = log_similarity(near.maps[j,:k])
-        boxes,fields = self._boxes(near, rows, sims, near.cell[j,:k])
-        for i,row in enumerate(rows): self._image(f'{out}/nearest-{i+1}_', row, sims[i], boxes[i], fields[i])
-        np.save(out/'class_id.npy', near.label[j,:k].numpy())
+# %% ../../nbs/12_visual_words/17_files.ipynb #a91deaad
+@patch
+def nearest(self:OriginalFiles,
+    near, # From `nearest_patches`
+    j:int, # Word
+    out, # Folder of the word
+):
+    "Write the files of the images that are nearest to a word"
+    out = Path(out)
+    out.mkdir(parents=True, exist_ok=True)
+    rows = [r for r in near.index[j].tolist() if r >= 0]
+    k = len(rows)
+    sims = log_similarity(near.maps[j,:k])
+    boxes,fields = self._boxes(near, rows, sims, near.cell[j,:k])
+    for i,row in enumerate(rows): self._image(f'{out}/nearest-{i+1}_', row, sims[i], boxes[i], fields[i])
+    np.save(out/'class_id.npy', near.label[j,:k].numpy())
 
-    def _image(self, stem, row, sim, box, field):
-        im = self.images[row]
-        over = heat(resize_maps(sim[None], im.shape[:2], 'bicubic')[0], im)
-        files = dict(original=im, original_with_heatmap=over, high_act_patch=_cut(im, box),
-                     high_act_patch_in_original_img=draw_boxes(im, [_xywh(box)], [(1,1,0)]))
-        small = self._smaller(row, over, field, ('receptive_field','receptive_field_with_heatmap'))
-        arrays = dict(act=sim, high_act_patch_indices=box) | (dict(receptive_field_indices=field) if small else {})
-        for n,a in arrays.items(): np.save(f'{stem}{n}.npy', a.numpy())
-        for n,a in {**files, **small}.items(): _png(f'{stem}{n}.png', a)
+@patch
+def _image(self:OriginalFiles, stem, row, sim, box, field):
+    im = self.images[row]
+    over = heat(resize_maps(sim[None], im.shape[:2], 'bicubic')[0], im)
+    files = dict(original=im, original_with_heatmap=over, high_act_patch=_cut(im, box),
+                 high_act_patch_in_original_img=draw_boxes(im, [_xywh(box)], [(1,1,0)]))
+    small = self._smaller(row, over, field, ('receptive_field','receptive_field_with_heatmap'))
+    arrays = dict(act=sim, high_act_patch_indices=box) | (dict(receptive_field_indices=field) if small else {})
+    for n,a in arrays.items(): np.save(f'{stem}{n}.npy', a.numpy())
+    for n,a in {**files, **small}.items(): _png(f'{stem}{n}.png', a)

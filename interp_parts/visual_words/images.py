@@ -5,15 +5,16 @@
 # %% auto #0
 __all__ = ['heat', 'SeenImages']
 
-# %% ../../nbs/12_visual_words/15_images.ipynb #01ec36ef
+# %% ../../nbs/12_visual_words/15_images.ipynb #1bc9dc22
 import cv2, numpy as np, pandas as pd
+from fastcore.basics import patch
 
 from ..data.images import load_image
 from .fields import activation_boxes
 from .layer import log_similarity
 from ..visualization.overlays import draw_boxes
 
-# %% ../../nbs/12_visual_words/15_images.ipynb #c1010bed
+# %% ../../nbs/12_visual_words/15_images.ipynb #71e0ac23
 def heat(
     m, # (H,W) map
     image:np.ndarray=None, # (H,W,3) uint8, of which a half is shown below 0.3 of the heat
@@ -24,7 +25,7 @@ def heat(
     jet = cv2.applyColorMap(np.uint8(255*(m/m.max() if m.max() > 0 else m)), cv2.COLORMAP_JET)[...,::-1]
     return jet if image is None else np.uint8(np.clip(.5*image + .3*jet.astype(float) + .5, 0, 255))
 
-# %% ../../nbs/12_visual_words/15_images.ipynb #7e47ec3f
+# %% ../../nbs/12_visual_words/15_images.ipynb #781a9dde
 class SeenImages(dict):
     "Rows of a table as (H,W,3) uint8 network inputs, decoded when needed"
     def __init__(self,
@@ -39,24 +40,40 @@ class SeenImages(dict):
         self[row] = np.asarray(self.view.place(*im.size).image(im))
         return self[row]
 
-    def cut(self, row, box):
-        "What is inside a box: top, bottom, left, right in pixels"
-        t,b,l,r = (int(v) for v in box)
-        return self[row][t:b,l:r]
+# %% ../../nbs/12_visual_words/15_images.ipynb #10ece749
+@patch
+def cut(self:SeenImages,
+    row, # Of the table
+    box, # Top, bottom, left, right in pixels
+)->np.ndarray:
+    "What is inside a box (h,w,3)"
+    t,b,l,r = (int(v) for v in box)
+    return self[row][t:b,l:r]
 
-    def boxed(self, row, box, side):
-        "The image with a box (top, bottom, left, right), at `side` pixels"
-        t,b,l,r = (int(v) for v in box)
-        im = draw_boxes(self[row], [(l,t,r-l,b-t)], [(1.,1,0)], max(2, len(self[row])//70))
-        return cv2.resize(im, (side,side), interpolation=cv2.INTER_AREA)
+@patch
+def boxed(self:SeenImages,
+    row, # Of the table
+    box, # Top, bottom, left, right in pixels
+    side:int, # Of the result, in pixels
+)->np.ndarray:
+    "The image (side,side,3) with a box"
+    t,b,l,r = (int(v) for v in box)
+    im = draw_boxes(self[row], [(l,t,r-l,b-t)], [(1.,1,0)], max(2, len(self[row])//70))
+    return cv2.resize(im, (side,side), interpolation=cv2.INTER_AREA)
 
-    def strips(self, near, words=None, side=96):
-        "For some or all words of a `Nearest` a (side, k*side, 3) strip of the nearest images, each with its box"
-        words,(_,k) = range(len(near.index)) if words is None else words,near.index.shape
-        out = {}
-        for j in words:
-            rows = [r for r in near.index[j].tolist() if r >= 0]
-            boxes = activation_boxes(log_similarity(near.maps[j,:len(rows)]), self[rows[0]].shape[:2])
-            empty = [np.full((side,side,3), 255, np.uint8)]*(k-len(rows))
-            out[j] = np.concatenate([self.boxed(r, b, side) for r,b in zip(rows, boxes)] + empty, 1)
-        return out
+# %% ../../nbs/12_visual_words/15_images.ipynb #17761228
+@patch
+def strips(self:SeenImages,
+    near, # `Nearest` images
+    words=None, # Numbers of words; default all
+    side:int=96, # Of each image, in pixels
+)->dict:
+    "For each word a (side, k*side, 3) strip of its nearest images"
+    words,(_,k) = range(len(near.index)) if words is None else words,near.index.shape
+    out = {}
+    for j in words:
+        rows = [r for r in near.index[j].tolist() if r >= 0]
+        boxes = activation_boxes(log_similarity(near.maps[j,:len(rows)]), self[rows[0]].shape[:2])
+        empty = [np.full((side,side,3), 255, np.uint8)]*(k-len(rows))
+        out[j] = np.concatenate([self.boxed(r, b, side) for r,b in zip(rows, boxes)] + empty, 1)
+    return out

@@ -5,18 +5,19 @@
 # %% auto #0
 __all__ = ['fit_last']
 
-# %% ../../nbs/12_visual_words/11_last_layer.ipynb #32d4e5ca
+# %% ../../nbs/12_visual_words/11_last_layer.ipynb #8d992a40
 import torch
 from torch import nn
 
 from .layer import weight_norm
 
-# %% ../../nbs/12_visual_words/11_last_layer.ipynb #25c09f88
+# %% ../../nbs/12_visual_words/11_last_layer.ipynb #6910ca59
 def _step(weight, a, y, opt, loss_func, l1, classes):
     opt.zero_grad()
     (loss_func(a@weight.T, y) + l1*weight_norm(weight, classes)).backward()
     opt.step()
 
+# %% ../../nbs/12_visual_words/11_last_layer.ipynb #ec6f1cdd
 def fit_last(
     weight:nn.Parameter, # (K,P) of the last layer
     a:torch.Tensor, # (N,P) activations

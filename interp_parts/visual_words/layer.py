@@ -6,7 +6,7 @@
 __all__ = ['EPS', 'MOST_SIMILAR', 'log_similarity', 'Distances', 'word_distances', 'cluster_loss', 'weight_norm', 'nearest_words',
            'nearest_maps', 'attention_loss']
 
-# %% ../../nbs/12_visual_words/03_layer.ipynb #5476f7eb
+# %% ../../nbs/12_visual_words/03_layer.ipynb #97791e84
 from typing import NamedTuple
 
 import torch
@@ -15,7 +15,7 @@ from ..core import ConfigError
 from .maps import resize_maps, resize_matrices, to_unit
 from .precision import full_precision
 
-# %% ../../nbs/12_visual_words/03_layer.ipynb #2dedd56a
+# %% ../../nbs/12_visual_words/03_layer.ipynb #a2f0f782
 def _wide(t): return t if t.dtype == torch.float64 else t.float()
 
 def _expanded(z, words):
@@ -27,7 +27,7 @@ def _exact(flat, words, cells):
     at = cells.flatten(1)[...,None].expand(-1, -1, flat.shape[1])
     return (flat.transpose(1,2).gather(1, at).unflatten(1, cells.shape[1:]) - words[:,None]).square().sum(3)
 
-# %% ../../nbs/12_visual_words/03_layer.ipynb #e64124c2
+# %% ../../nbs/12_visual_words/03_layer.ipynb #1cf394a2
 EPS = 1e-4
 
 def log_similarity(
@@ -38,7 +38,7 @@ def log_similarity(
 
 MOST_SIMILAR = log_similarity(torch.zeros(())).item()
 
-# %% ../../nbs/12_visual_words/03_layer.ipynb #a4b63103
+# %% ../../nbs/12_visual_words/03_layer.ipynb #dd6a575c
 class Distances(NamedTuple):
     "How far the patches of a batch are from the words"
     maps:torch.Tensor # (B,P,h,w) squared distances, exact at the nearest patch; no gradient
@@ -57,7 +57,7 @@ class Distances(NamedTuple):
         "Mean over images of the mean distance to the words of other classes; `own` (B,P) bool"
         return ((self.least*~own).sum(1)/(~own).sum(1).clamp_min(1)).mean()
 
-# %% ../../nbs/12_visual_words/03_layer.ipynb #7501822e
+# %% ../../nbs/12_visual_words/03_layer.ipynb #890efcf1
 def word_distances(
     z:torch.Tensor, # (B,D,h,w) patches
     words:torch.Tensor, # (P,D)
@@ -71,7 +71,7 @@ def word_distances(
         with torch.no_grad(): maps = torch.maximum(maps, least[...,None]).scatter(2, cell[...,None], least[...,None])
     return Distances(maps.unflatten(2, z.shape[2:]), least, cell)
 
-# %% ../../nbs/12_visual_words/03_layer.ipynb #1d82b6d0
+# %% ../../nbs/12_visual_words/03_layer.ipynb #99b4bfc7
 def cluster_loss(
     least:torch.Tensor, # (B,P) squared distances of the nearest patches
     own:torch.Tensor=None, # (B,P) bool, is the word of the image's class? None: all words count
@@ -81,7 +81,7 @@ def cluster_loss(
     if own is None: return least.min(1).values.mean()
     return least.masked_fill(~own, depth).min(1).values.clamp(max=depth).mean()
 
-# %% ../../nbs/12_visual_words/03_layer.ipynb #02ebdf97
+# %% ../../nbs/12_visual_words/03_layer.ipynb #ad15cc68
 def weight_norm(
     weight:torch.Tensor, # (K,P) last layer
     classes:torch.Tensor=None, # (P,) class of each word: spare the words' weights to their own class?
@@ -90,7 +90,7 @@ def weight_norm(
     if classes is None: return weight.abs().sum()
     return weight.abs().masked_fill(torch.arange(len(weight), device=weight.device)[:,None] == classes, 0).sum()
 
-# %% ../../nbs/12_visual_words/03_layer.ipynb #7f44a97d
+# %% ../../nbs/12_visual_words/03_layer.ipynb #8770cbc9
 def nearest_words(
     least:torch.Tensor, # (B,P) squared distances of the nearest patches
     k:int=10, # Words of an image
@@ -100,7 +100,7 @@ def nearest_words(
     if not 0 < k <= p: raise ConfigError('top', k, f'1 to {p}, the number of words', 'pass --set top=...')
     return least.detach().sort(dim=1, stable=True).indices[:,:k]
 
-# %% ../../nbs/12_visual_words/03_layer.ipynb #4feea6d3
+# %% ../../nbs/12_visual_words/03_layer.ipynb #0537e7ca
 def nearest_maps(
     z:torch.Tensor, # (B,D,h,w) patches
     words:torch.Tensor, # (P,D)
@@ -114,7 +114,7 @@ def nearest_maps(
         maps = maps.scatter(2, d.cell.gather(1, ids)[...,None], d.least.gather(1, ids)[...,None])
         return log_similarity(maps).unflatten(2, z.shape[2:])
 
-# %% ../../nbs/12_visual_words/03_layer.ipynb #30ed759b
+# %% ../../nbs/12_visual_words/03_layer.ipynb #eba458d6
 def _some_attention(s, a, rows, cols):
     "Sum of squared errors of a few images, and its gradient with respect to their maps `s`"
     up = rows@s@cols.T
@@ -130,7 +130,7 @@ def _sized(a, size):
     "Attention at full size: as it is if it has that size already, otherwise upsampled and scaled to 0..1"
     return a if a.shape[1:] == tuple(size) else to_unit(resize_maps(a, size))
 
-# %% ../../nbs/12_visual_words/03_layer.ipynb #1f6c93c7
+# %% ../../nbs/12_visual_words/03_layer.ipynb #3a2e86b9
 class _AttentionLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx, maps, attention, size, corners, chunk):

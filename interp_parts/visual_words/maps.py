@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['resize_matrices', 'resize_maps', 'to_unit']
 
-# %% ../../nbs/12_visual_words/02_maps.ipynb #4132ba90
+# %% ../../nbs/12_visual_words/02_maps.ipynb #1712c981
 from functools import lru_cache
 
 import torch
@@ -13,7 +13,7 @@ import torch.nn.functional as F
 
 from .precision import full_precision
 
-# %% ../../nbs/12_visual_words/02_maps.ipynb #d67a3c1c
+# %% ../../nbs/12_visual_words/02_maps.ipynb #835fd72f
 @lru_cache(64)
 def _resize_matrix(n, size, mode='bilinear', corners=False, dtype=torch.float32, device='cpu'):
     "(size,n): what each of `n` cells contributes to each pixel of a line"
@@ -29,7 +29,7 @@ def resize_matrices(
     "Matrices (H,h) of the rows and (W,w) of the columns"
     return [_resize_matrix(n, int(s), mode, corners, maps.dtype, maps.device) for n,s in zip(maps.shape[-2:], size)]
 
-# %% ../../nbs/12_visual_words/02_maps.ipynb #063f4fcd
+# %% ../../nbs/12_visual_words/02_maps.ipynb #425a7a4c
 def resize_maps(
     maps:torch.Tensor, # (...,h,w)
     size, # Height and width in pixels
@@ -40,7 +40,7 @@ def resize_maps(
     rows,cols = resize_matrices(maps, size, mode, corners)
     with full_precision(maps.device.type): return rows@maps@cols.T
 
-# %% ../../nbs/12_visual_words/02_maps.ipynb #efeb52a2
+# %% ../../nbs/12_visual_words/02_maps.ipynb #14f995ab
 def to_unit(
     maps:torch.Tensor, # (...,h,w)
     eps:float=1e-7, # Keeps a constant map finite: it becomes 0

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['visual_words_recipes', 'Words', 'visual_words_learner']
 
-# %% ../../nbs/12_visual_words/14_model.ipynb #1dc2b454
+# %% ../../nbs/12_visual_words/14_model.ipynb #232eaadf
 import inspect
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -25,7 +25,7 @@ from .scores import word_scores
 from .start import start_words
 from .training import Phases, WordPhases
 
-# %% ../../nbs/12_visual_words/14_model.ipynb #242f5ec2
+# %% ../../nbs/12_visual_words/14_model.ipynb #3e81afc5
 @dataclass
 class Words:
     "Where words start"
@@ -35,7 +35,7 @@ class Words:
 
     def __post_init__(self): pick(self.words_from, ('patches','uniform'), 'words_from')
 
-# %% ../../nbs/12_visual_words/14_model.ipynb #0e6bb5d7
+# %% ../../nbs/12_visual_words/14_model.ipynb #59d79b48
 def _filled(cls, given, options):
     "A `cls` as given, with those of `options` that it has; these are taken out"
     names = [f.name for f in fields(cls)]
@@ -47,6 +47,7 @@ def _filled(cls, given, options):
         raise ConfigError(cls.__name__, repr(given), f'a {cls.__name__} or a dictionary', do)
     return replace(given or cls(), **{k:options.pop(k) for k in names if k in options})
 
+# %% ../../nbs/12_visual_words/14_model.ipynb #88cbbe9c
 _models = inspect.signature(VisualWords).parameters.keys() - {'n_classes','multi','n_parts','backbone','pretrained',
                                                               'weights','freeze_early'}
 
@@ -57,7 +58,7 @@ def _settings(words, phases, losses, options):
     options = dict(options)
     return *(_filled(c, o, options) for c,o in ((Words,words), (Phases,phases), (WordLosses,losses))), options
 
-# %% ../../nbs/12_visual_words/14_model.ipynb #d6c93e18
+# %% ../../nbs/12_visual_words/14_model.ipynb #014276e6
 def _lists(*classes):
     "Decorator: the signature lists the fields of dataclasses that the last argument, `**options`, may name"
     def add(f):
@@ -68,7 +69,7 @@ def _lists(*classes):
         return f
     return add
 
-# %% ../../nbs/12_visual_words/14_model.ipynb #acad4b64
+# %% ../../nbs/12_visual_words/14_model.ipynb #9615de7c
 def _first_base(init, base, backbone, dls):
     "The base model, checked against what the words will see"
     if init is None: return base
@@ -80,7 +81,7 @@ def _first_base(init, base, backbone, dls):
     do = f'pass --{k} {have[k]}'*(k != 'classes')
     raise ConfigError('init', f'{init} has {k} {have[k]}', f'{want[k]} as here', do)
 
-# %% ../../nbs/12_visual_words/14_model.ipynb #00229e56
+# %% ../../nbs/12_visual_words/14_model.ipynb #820d7f18
 def _same_shapes(a, b):
     "Do two modules have the same tensors?"
     return {k:v.shape for k,v in a.state_dict().items()} == {k:v.shape for k,v in b.state_dict().items()}
@@ -99,7 +100,7 @@ def _model(dls, base, backbone, trunk, pretrained, weights, freeze_early, option
         raise ConfigError('stage', options.get('stage'), f"that of the base model, {theirs.get('stage', 'final')}")
     return model
 
-# %% ../../nbs/12_visual_words/14_model.ipynb #ce7c4136
+# %% ../../nbs/12_visual_words/14_model.ipynb #18e8f0ce
 def _cams(base): return lambda x,b: base.cams(x.to(next(base.parameters()).device))[0]
 
 def _imported(learn, base, files, rows):
@@ -114,6 +115,7 @@ def _imported(learn, base, files, rows):
     own = base and base.attention(learn.batches(few_rows(d, 32)))[0]
     return {k:v for f,r in zip(files, rows) for k,v in read_attention(f, r, own).items()}
 
+# %% ../../nbs/12_visual_words/14_model.ipynb #130c6071
 def _attend(learn, base, files, compat):
     "Give the learner attention maps beside its images; returns a function that looks"
     d = learn.dls
@@ -125,7 +127,7 @@ def _attend(learn, base, files, compat):
     stored = lambda x,b: torch.stack([torch.tensor(maps[r], dtype=torch.float32) for r in b.index.tolist()])
     return _cams(base) if base else stored
 
-# %% ../../nbs/12_visual_words/14_model.ipynb #8e48029e
+# %% ../../nbs/12_visual_words/14_model.ipynb #6e3623c5
 @_lists(Words, Phases, WordLosses)
 def visual_words_learner(
     dls, # From `part_dls`
@@ -160,7 +162,7 @@ def visual_words_learner(
     if words.words_from == 'patches': start_words(learn, look, words.start_gain)
     return learn
 
-# %% ../../nbs/12_visual_words/14_model.ipynb #af8d7de4
+# %% ../../nbs/12_visual_words/14_model.ipynb #b1a1a865
 def _recipe(data, classes, note):
     return dict(data=data, size=224, resize='squash', bs=80, brightness=0.,
                 model=dict(backbone='resnet34.tv_in1k', n_parts=5*classes, words_from='uniform', trunk=False,
@@ -172,7 +174,7 @@ _state = 'transcribed, full scale not run; needs --init RUN of a base model'
 _guess = f'settings of Pets; the number of words is our extrapolation; {_state}'
 _others = dict(dogs=120, awa2=50, flowers=102, stl10=10, food101=101)
 
-# %% ../../nbs/12_visual_words/14_model.ipynb #b4bed13e
+# %% ../../nbs/12_visual_words/14_model.ipynb #993a3744
 _own = dict(bs=32, freeze_bn=True, note='ours, not published; measured on CUB classes 1 to 40; needs --init RUN',
             model=dict(depth=0, start_gain=.3, nearest=9, cluster=.3, attend_warm=True, warm=2, start=2, every=3,
                        last_epochs=20, last_lr=3e-4),

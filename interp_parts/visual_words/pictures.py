@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['word_gallery']
 
-# %% ../../nbs/12_visual_words/16_pictures.ipynb #6aae480f
+# %% ../../nbs/12_visual_words/16_pictures.ipynb #3fb8505b
 import cv2, numpy as np
 
 from .fields import activation_boxes
@@ -13,7 +13,7 @@ from .images import SeenImages
 from .projection import Nearest, nearest_patches
 from ..visualization.overlays import Picture
 
-# %% ../../nbs/12_visual_words/16_pictures.ipynb #3e39e22b
+# %% ../../nbs/12_visual_words/16_pictures.ipynb #85df033c
 def _word_patches(learn, images):
     "For each projected word the patch (H,W,3) uint8 that it is"
     rows,out = learn.model.sources[:,0].cpu(),{}
@@ -33,7 +33,7 @@ def _whole(image, side):
     im = cv2.resize(image, (w,h), interpolation=cv2.INTER_AREA if h < image.shape[0] else cv2.INTER_LINEAR)
     return cv2.copyMakeBorder(im, t, side-h-t, l, side-w-l, cv2.BORDER_CONSTANT, value=(255,255,255))
 
-# %% ../../nbs/12_visual_words/16_pictures.ipynb #b081bfba
+# %% ../../nbs/12_visual_words/16_pictures.ipynb #6d9f4b3d
 def _speaks(model, j, vocab):
     "A word and the classes that it counts most for"
     best = model.last.weight[:,j].detach().topk(min(2, len(vocab)))
@@ -46,7 +46,7 @@ def _rows(near, images, patches, words, side):
     first = lambda j: _whole(patches[j], side) if j in patches else gap[:,:1].repeat(side, 1)
     return [[first(j), *(v for s in strips for v in (gap, s[j]))] for j in words]
 
-# %% ../../nbs/12_visual_words/16_pictures.ipynb #697aada5
+# %% ../../nbs/12_visual_words/16_pictures.ipynb #8a4c2599
 def _sheet(rows, names, labels):
     "A figure of rows of pictures with names above the columns and labels beside the rows"
     top,wide = .25,rows[0]

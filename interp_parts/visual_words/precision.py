@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['full_precision']
 
-# %% ../../nbs/12_visual_words/01_precision.ipynb #d2e5a519
+# %% ../../nbs/12_visual_words/01_precision.ipynb #f2efdc1a
 import threading
 from contextlib import contextmanager
 
 import torch
 
-# %% ../../nbs/12_visual_words/01_precision.ipynb #9b039e31
+# %% ../../nbs/12_visual_words/01_precision.ipynb #c58df0a6
 def _operators():
     "What has a switch of its own in newer versions of PyTorch: products and convolutions on GPU and CPU"
     b = torch.backends
@@ -22,7 +22,7 @@ def _read(get):
     try: return get()
     except RuntimeError: return None # PyTorch's older switches cannot say what was set operator by operator
 
-# %% ../../nbs/12_visual_words/01_precision.ipynb #7849e2fa
+# %% ../../nbs/12_visual_words/01_precision.ipynb #733bf6fb
 def _put(product, conv, own):
     "Set PyTorch's older switches, where they are not None, and those of each operator"
     if product is not None: torch.set_float32_matmul_precision(product)
@@ -35,7 +35,7 @@ def _switches():
     conv = _read(lambda: torch.backends.cudnn.allow_tf32)
     return product, conv, [o.fp32_precision for o in _operators()]
 
-# %% ../../nbs/12_visual_words/01_precision.ipynb #1c9688b9
+# %% ../../nbs/12_visual_words/01_precision.ipynb #7261fe42
 _lock = threading.Lock()
 _inside = [] # Devices of the blocks that are open, in all threads
 _before = [] # Where the switches stood before the first one

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Nearest', 'nearest_patches', 'project_words']
 
-# %% ../../nbs/12_visual_words/07_projection.ipynb #4fd44239
+# %% ../../nbs/12_visual_words/07_projection.ipynb #4e9ab36c
 from dataclasses import dataclass, replace
 
 import torch
@@ -14,7 +14,7 @@ from torch import nn
 from ..core import DataError, eval_mode
 from .layer import word_distances
 
-# %% ../../nbs/12_visual_words/07_projection.ipynb #ec01abe6
+# %% ../../nbs/12_visual_words/07_projection.ipynb #ec25b52e
 @dataclass
 class Nearest:
     "The k nearest images of each word, nearest first; distance infinite and numbers -1 where there are fewer"
@@ -42,7 +42,7 @@ class Nearest:
         "How many (P,) of the images have the word's class (P,); ProtoPNet keeps words with 3 and more of 6"
         return (self.label == classes.cpu()[:,None]).sum(1)
 
-# %% ../../nbs/12_visual_words/07_projection.ipynb #834c3f2d
+# %% ../../nbs/12_visual_words/07_projection.ipynb #1b7cc96a
 def _of_batch(model, x, b, same_class):
     "Each word's nearest patch in each image of a batch"
     z = model.patches(x.to(model.words.device))
@@ -71,7 +71,7 @@ def nearest_patches(
     none = out.distance.isinf()
     return replace(out, index=out.index.masked_fill(none, -1), label=out.label.masked_fill(none, -1))
 
-# %% ../../nbs/12_visual_words/07_projection.ipynb #eea2533c
+# %% ../../nbs/12_visual_words/07_projection.ipynb #d8cca59e
 def _free(near):
     "The candidate (P,) of each word: its nearest patch that no nearer word has taken; the nearest if all are"
     keys = [list(zip(i, c)) for i,c in zip(near.index.tolist(), near.cell.tolist())]
@@ -81,7 +81,7 @@ def _free(near):
         taken.add(keys[j][out[j]])
     return out
 
-# %% ../../nbs/12_visual_words/07_projection.ipynb #f38feec6
+# %% ../../nbs/12_visual_words/07_projection.ipynb #3a219116
 @torch.no_grad()
 def project_words(
     model:nn.Module, # With `patches`, `words`, `sources` and, for `same_class`, `word_class`

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = []
 
-# %% ../../nbs/12_visual_words/09_pruning.ipynb #2acc44af
+# %% ../../nbs/12_visual_words/09_pruning.ipynb #27de85a5
 import torch
 from fastcore.basics import patch
 from torch import nn
@@ -14,7 +14,7 @@ from ..core import ConfigError, eval_mode
 from .layer import nearest_words, word_distances
 from .network import VisualWords
 
-# %% ../../nbs/12_visual_words/09_pruning.ipynb #7a56dd46
+# %% ../../nbs/12_visual_words/09_pruning.ipynb #aef84d7c
 def _used_words(model, batches, top=10):
     "How many images (P,) have each word among their `top` nearest"
     n = torch.zeros(len(model.words), dtype=torch.long)
@@ -24,6 +24,7 @@ def _used_words(model, batches, top=10):
             n += torch.bincount(ids.flatten().cpu(), minlength=len(n))
     return n
 
+# %% ../../nbs/12_visual_words/09_pruning.ipynb #2ad44990
 def _why_needless(model, used, silent=.01):
     first,why = {},{}
     largest = model.last.weight.abs().amax(0)
@@ -33,6 +34,7 @@ def _why_needless(model, used, silent=.01):
         elif not used[j]: why[j] = ('unused', None)
     return why
 
+# %% ../../nbs/12_visual_words/09_pruning.ipynb #8013a85d
 @patch
 @torch.no_grad()
 def needless_words(self:VisualWords,
@@ -43,7 +45,7 @@ def needless_words(self:VisualWords,
     "Why (duplicate of, silent, unused) each needless word is needless"
     return _why_needless(self, _used_words(self, batches, top), silent)
 
-# %% ../../nbs/12_visual_words/09_pruning.ipynb #f0ed4bca
+# %% ../../nbs/12_visual_words/09_pruning.ipynb #5cfe34ab
 def _merged(weight, why):
     "Weights (K,P) with those of each duplicate added to its twin's"
     w = weight.clone()
@@ -52,6 +54,7 @@ def _merged(weight, why):
         if reason == 'duplicate of': w[:,to] += w[:,j]
     return w
 
+# %% ../../nbs/12_visual_words/09_pruning.ipynb #9ee896fc
 @patch
 @torch.no_grad()
 def drop_words(self:VisualWords,
@@ -68,7 +71,7 @@ def drop_words(self:VisualWords,
     self.sources,self.word_class = self.sources[keep],self.word_class[keep]
     return self
 
-# %% ../../nbs/12_visual_words/09_pruning.ipynb #70e52814
+# %% ../../nbs/12_visual_words/09_pruning.ipynb #53dff165
 @patch
 def word_margins(self:VisualWords,
     activation:torch.Tensor, # (N,P) of training images

@@ -5,20 +5,20 @@
 # %% auto #0
 __all__ = ['object_scores']
 
-# %% ../../nbs/12_visual_words/21_purity.ipynb #f232ba77
+# %% ../../nbs/12_visual_words/21_purity.ipynb #2bde2857
 import numpy as np, pandas as pd, torch
 
 from .layer import nearest_words
 from .projection import nearest_patches
 
-# %% ../../nbs/12_visual_words/21_purity.ipynb #3e3cbe2f
+# %% ../../nbs/12_visual_words/21_purity.ipynb #00329a86
 def _patch_boxes(cell, grid, size):
     "Pixels (...,4) of cells (...) of a grid (h,w) of an image (H,W): top, bottom, left, right"
     (h,w),(ih,iw) = grid,size
     r,c = cell//w,cell%w
     return torch.stack([r*ih//h, (r+1)*ih//h, c*iw//w, (c+1)*iw//w], -1)
 
-# %% ../../nbs/12_visual_words/21_purity.ipynb #d2da4ebd
+# %% ../../nbs/12_visual_words/21_purity.ipynb #e4da0e9d
 def _merge_pairs(n, pairs=()):
     "Number of each of `n` keypoints when left and right are one"
     to = list(range(n))
@@ -35,7 +35,7 @@ def _keypoint_purity(rows, boxes, points, pairs=()):
             if v > 0 and t <= y < b and l <= x < r: hits[m,k,i] = 1
     return hits.mean(1).amax(1)
 
-# %% ../../nbs/12_visual_words/21_purity.ipynb #8757f1be
+# %% ../../nbs/12_visual_words/21_purity.ipynb #b1a76fc1
 def _part_purity(rows, boxes, labels, n):
     "Share (M,) of each word's patches' pixels that belong to its commonest of `n` parts; `labels` (H,W) by row"
     out = torch.zeros(*rows.shape, n)
@@ -45,7 +45,7 @@ def _part_purity(rows, boxes, labels, n):
         out[m,k] = torch.bincount(inside, minlength=n+1)[1:n+1]/len(inside)
     return out.mean(1).amax(1)
 
-# %% ../../nbs/12_visual_words/21_purity.ipynb #617038c9
+# %% ../../nbs/12_visual_words/21_purity.ipynb #332f44ca
 def _random_patches(inside, n, k, seed=0):
     "Rows (n,k) and cells (n,k) of random patches; `inside` (h,w) bool by row: cells on the object"
     g,rows = np.random.default_rng(seed),[r for r,m in inside.items() if m.any()]
@@ -62,7 +62,7 @@ def _on_object(b, grid):
     lo,hi = b.box[:,:2],b.box[:,:2]+b.box[:,2:]
     return ((y >= lo[:,1:]) & (y < hi[:,1:]))[:,:,None] & ((x >= lo[:,:1]) & (x < hi[:,:1]))[:,None]
 
-# %% ../../nbs/12_visual_words/21_purity.ipynb #62d8ac59
+# %% ../../nbs/12_visual_words/21_purity.ipynb #79aa9de2
 class _Objects:
     "What is known of the objects in some images, and how many of the nearest words lie on them"
     def __init__(self, grid): self.grid,self.inside,self.points,self.size,self.hits,self.n = grid,{},{},None,0,0
@@ -83,7 +83,7 @@ class _Objects:
         if labels is not None: out['part_purity'] = _part_purity(rows, boxes, labels, n_labels)
         return {k:v.mean().item() for k,v in out.items()}
 
-# %% ../../nbs/12_visual_words/21_purity.ipynb #e0f6b40c
+# %% ../../nbs/12_visual_words/21_purity.ipynb #9bd01bab
 def object_scores(
     learn, # With a `VisualWords` model
     rows:pd.DataFrame, # Test rows

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['evaluate_words', 'word_scores']
 
-# %% ../../nbs/12_visual_words/22_scores.ipynb #cb250c4d
+# %% ../../nbs/12_visual_words/22_scores.ipynb #b12fdce0
 import warnings
 from pathlib import Path
 
@@ -18,7 +18,7 @@ from .fidelity import AttentionFidelity
 from .purity import object_scores
 from .vocabulary import vocabulary_scores
 
-# %% ../../nbs/12_visual_words/22_scores.ipynb #f98390f1
+# %% ../../nbs/12_visual_words/22_scores.ipynb #f5856908
 def _agreement(logits, base, target=None):
     "Share of images whose logits (N,K) give the base model's answer, and the same among its mistakes"
     same = (logits.argmax(1) == base.argmax(1)).double()
@@ -28,7 +28,7 @@ def _agreement(logits, base, target=None):
     out['base_accuracy'] = 1-wrong.double().mean().item()
     return dict(out, base_agreement_on_mistakes=same[wrong].mean().item()) if wrong.any() else out
 
-# %% ../../nbs/12_visual_words/22_scores.ipynb #3187a715
+# %% ../../nbs/12_visual_words/22_scores.ipynb #756f0679
 def _mean_attention(maps):
     "Mean (h,w) of maps by row"
     return torch.from_numpy(np.mean(list(maps.values()), axis=0))
@@ -44,7 +44,7 @@ def _answers(learn, rows, fidelity=None, base=None):
     order = torch.cat([s[0] for s in seen]).argsort()
     return [None if seen[0][i] is None else torch.cat([s[i] for s in seen])[order] for i in range(1, 6)]
 
-# %% ../../nbs/12_visual_words/22_scores.ipynb #eaf91ac4
+# %% ../../nbs/12_visual_words/22_scores.ipynb #e901378b
 @torch.no_grad()
 def evaluate_words(
     learn, # With a `VisualWords` model
@@ -70,7 +70,7 @@ def evaluate_words(
     objects = object_scores(learn, rows, labels, n_labels, top=top)
     return dict(out, **vocabulary_scores(learn.model, activation, contribution), **objects, n_images=len(rows))
 
-# %% ../../nbs/12_visual_words/22_scores.ipynb #d848b540
+# %% ../../nbs/12_visual_words/22_scores.ipynb #907afae8
 class _SeenLabels(dict):
     "Part-mask files by row as (H,W) numbers, as the network sees their images"
     def __init__(self, files, view):
@@ -82,7 +82,7 @@ class _SeenLabels(dict):
             self[row] = np.array(self.view.place(*im.size).image(im, Image.Resampling.NEAREST))
         return self[row]
 
-# %% ../../nbs/12_visual_words/22_scores.ipynb #d011aecb
+# %% ../../nbs/12_visual_words/22_scores.ipynb #770e5ab5
 def word_scores(
     learner, # Of a run of visual words
     df, # Its table

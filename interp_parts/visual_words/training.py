@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Phases', 'WordPhases']
 
-# %% ../../nbs/12_visual_words/13_training.ipynb #830e1e9d
+# %% ../../nbs/12_visual_words/13_training.ipynb #9f6017ac
 import warnings
 from dataclasses import dataclass, replace
 
@@ -19,7 +19,7 @@ from .last_layer import fit_last
 from .layer import weight_norm
 from .projection import project_words
 
-# %% ../../nbs/12_visual_words/13_training.ipynb #95495ddb
+# %% ../../nbs/12_visual_words/13_training.ipynb #e3b415a5
 @dataclass
 class Phases:
     "What is trained when, when words are projected, and what is dropped in the end"
@@ -40,17 +40,21 @@ class Phases:
     def __post_init__(self):
         if self.keep is not None and self.keep < 1: raise ConfigError('keep', self.keep, 'at least 1')
 
-    def plan(self, epochs):
-        "For each of `epochs` epochs: 'warm' or 'joint', and whether words are projected after it"
-        usual = epochs//5,epochs//2,max(1, epochs//4)
-        warm,start,every = [d if v is None else v for v,d in zip((self.warm,self.start,self.every), usual)]
-        if every < 1: raise ConfigError('every', every, 'at least 1')
-        if warm >= epochs:
-            raise ConfigError('warm', warm, f'fewer than the {epochs} epochs', 'raise --epochs or pass --set warm=...')
-        projects = lambda e: e >= max(start, warm) and (epochs-1-e)%every == 0
-        return [('warm' if e < warm else 'joint', projects(e)) for e in range(epochs)]
+# %% ../../nbs/12_visual_words/13_training.ipynb #f3cfb8ea
+@patch
+def plan(self:Phases,
+    epochs:int, # Of the whole training
+)->list:
+    "For each epoch: 'warm' or 'joint', and whether words are projected after it"
+    usual = epochs//5,epochs//2,max(1, epochs//4)
+    warm,start,every = [d if v is None else v for v,d in zip((self.warm,self.start,self.every), usual)]
+    if every < 1: raise ConfigError('every', every, 'at least 1')
+    if warm >= epochs:
+        raise ConfigError('warm', warm, f'fewer than the {epochs} epochs', 'raise --epochs or pass --set warm=...')
+    projects = lambda e: e >= max(start, warm) and (epochs-1-e)%every == 0
+    return [('warm' if e < warm else 'joint', projects(e)) for e in range(epochs)]
 
-# %% ../../nbs/12_visual_words/13_training.ipynb #343dd963
+# %% ../../nbs/12_visual_words/13_training.ipynb #40bd1e1d
 class WordPhases(Callback):
     "Warm and joint epochs, projections, and the fit of the last layer after them"
     order = 62 # after the schedule has set the learning rates
@@ -64,25 +68,29 @@ class WordPhases(Callback):
         self.train_last,self.compat = train_last,compat
         self.distinct = not compat if self.settings.distinct is None else self.settings.distinct
 
-    def before_train(self):
-        m = self.learn.model
-        self.plan = self.settings.plan(self.n_epoch)
-        self.phase,self.projects = self.plan[self.epoch]
-        self._rest(m)
-        if self.phase == 'warm' and not self.compat: m.backbone.eval()
-        self.learn.word_loss.attending = self.phase == 'joint' or self.settings.attend_warm
-        if self.settings.reset and self.epoch and self.plan[self.epoch-1][0] != self.phase: self.opt.clear_state()
+# %% ../../nbs/12_visual_words/13_training.ipynb #e8b309cb
+@patch
+def before_train(self:WordPhases):
+    m = self.learn.model
+    self.plan = self.settings.plan(self.n_epoch)
+    self.phase,self.projects = self.plan[self.epoch]
+    self._rest(m)
+    if self.phase == 'warm' and not self.compat: m.backbone.eval()
+    self.learn.word_loss.attending = self.phase == 'joint' or self.settings.attend_warm
+    if self.settings.reset and self.epoch and self.plan[self.epoch-1][0] != self.phase: self.opt.clear_state()
 
-    def _rest(self, m):
-        "Parameters that rest in this phase take no gradient"
-        if not hasattr(self, 'free'): self.free = [p for p in m.parameters() if p.requires_grad]
-        rest = [*(m.backbone.parameters() if self.phase == 'warm' else ()), *[m.last.weight][self.train_last:]]
-        for p in self.free: p.requires_grad_(all(p is not q for q in rest))
+@patch
+def _rest(self:WordPhases, m):
+    "Parameters that rest in this phase take no gradient"
+    if not hasattr(self, 'free'): self.free = [p for p in m.parameters() if p.requires_grad]
+    rest = [*(m.backbone.parameters() if self.phase == 'warm' else ()), *[m.last.weight][self.train_last:]]
+    for p in self.free: p.requires_grad_(all(p is not q for q in rest))
 
-    def after_fit(self):
-        for p in getattr(self, 'free', []): p.requires_grad_(True)
+@patch
+def after_fit(self:WordPhases):
+    for p in getattr(self, 'free', []): p.requires_grad_(True)
 
-# %% ../../nbs/12_visual_words/13_training.ipynb #7b50ea6b
+# %% ../../nbs/12_visual_words/13_training.ipynb #9c20151d
 @patch
 def before_batch(self:WordPhases):
     step,gamma = self.settings.step,self.settings.gamma
@@ -98,7 +106,7 @@ def before_step(self:WordPhases):
         for p in part.parameters():
             if p.grad is not None: p.grad.add_(p.detach(), alpha=decay)
 
-# %% ../../nbs/12_visual_words/13_training.ipynb #683e0ea1
+# %% ../../nbs/12_visual_words/13_training.ipynb #ca612318
 @patch
 def after_train(self:WordPhases):
     if self.projects:
@@ -120,7 +128,7 @@ def project(self:WordPhases):
     if n >= .9*len(m.words): return
     warnings.warn(f'{len(m.words)} words are {n} different patches; fewer words (--n-parts {n}) would say the same')
 
-# %% ../../nbs/12_visual_words/13_training.ipynb #e8ad2116
+# %% ../../nbs/12_visual_words/13_training.ipynb #b59535ed
 @patch
 def fit_last(self:WordPhases):
     "Fit the last layer, with the learner's own optimiser"
@@ -136,7 +144,7 @@ def _on_table(self:WordPhases, opt, seed):
     fit_last(m.last.weight, a, y, opt, self.learn.loss_func, self.settings.last_epochs, 2*self.dls.bs,
              l.weights['l1'], l.classes, seed)
 
-# %% ../../nbs/12_visual_words/13_training.ipynb #7cdd8f85
+# %% ../../nbs/12_visual_words/13_training.ipynb #509d9d7c
 @patch
 def _through_network(self:WordPhases):
     "As published: epochs over the training images, batch norm in training mode"
@@ -158,7 +166,7 @@ def last_loss(self:WordPhases,
     w,l = self.learn.model.last.weight,self.learn.word_loss
     return self.learn.loss_func(a@w.T, y) + l.weights['l1']*weight_norm(w, l.classes)
 
-# %% ../../nbs/12_visual_words/13_training.ipynb #989115d0
+# %% ../../nbs/12_visual_words/13_training.ipynb #0781857b
 @patch
 def finish(self:WordPhases):
     "Drop needless words, then the least helpful ones; fit the last layer to those that stay"

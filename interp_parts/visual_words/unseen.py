@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['split_unseen', 'unseen_scores']
 
-# %% ../../nbs/12_visual_words/23_unseen.ipynb #38cbb0aa
+# %% ../../nbs/12_visual_words/23_unseen.ipynb #177467af
 import numpy as np, pandas as pd, torch
 from sklearn.linear_model import LogisticRegression
 from sklearn.neighbors import KNeighborsClassifier
@@ -16,7 +16,7 @@ from ..core import ConfigError
 from ..data.readers.classification import hold_out_classes
 from .base import BaseModel
 
-# %% ../../nbs/12_visual_words/23_unseen.ipynb #17c5ddd0
+# %% ../../nbs/12_visual_words/23_unseen.ipynb #a7cf5672
 def _only(df, names, keep):
     "The rows of some classes, with labels from 0 and splits train and test"
     t = df[df.label.isin([names.index(n) for n in keep])].copy()
@@ -36,7 +36,7 @@ def split_unseen(
     if len(seen) > 1: return _only(df, names, seen),_only(df, names, [n for n in names if n in held])
     raise ConfigError('unseen', f'{len(held)} classes', f'at most {len(names)-2} of {len(names)}')
 
-# %% ../../nbs/12_visual_words/23_unseen.ipynb #1d970366
+# %% ../../nbs/12_visual_words/23_unseen.ipynb #320dfe6f
 def _described(learn, rows, f):
     "Features (N,F) and labels (N,) of rows"
     xs,ys = zip(*[(f(x.to(learn.dls.device)).float().cpu(), b.label) for x,b in learn.batches(rows, whole=False)])
@@ -48,7 +48,7 @@ def _probe_scores(train, test, k=5):
     neighbours = KNeighborsClassifier(min(k, len(train[1]))).fit(*train)
     return dict(linear=linear.score(*test), neighbours=neighbours.score(*test))
 
-# %% ../../nbs/12_visual_words/23_unseen.ipynb #c71e9d5f
+# %% ../../nbs/12_visual_words/23_unseen.ipynb #980ae1ab
 @torch.no_grad()
 def unseen_scores(
     learners:dict, # Learners with word models by name, trained on the seen classes

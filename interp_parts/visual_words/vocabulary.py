@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['vocabulary_scores']
 
-# %% ../../nbs/12_visual_words/20_vocabulary.ipynb #d51f5c07
+# %% ../../nbs/12_visual_words/20_vocabulary.ipynb #6b9cbb56
 import torch
 
-# %% ../../nbs/12_visual_words/20_vocabulary.ipynb #b634564b
+# %% ../../nbs/12_visual_words/20_vocabulary.ipynb #6fd0e597
 def _classes_per_word(weight):
     "How many classes (P,) each word speaks for, counted and smooth, from weights (K,P)"
     pos = weight.clamp(min=0)
@@ -16,13 +16,13 @@ def _classes_per_word(weight):
     counted = ((pos > 0) & (pos >= .5*pos.amax(0))).sum(0)
     return counted,(-(p*p.clamp_min(1e-12).log()).sum(0)).exp()*(pos.sum(0) > 0)
 
-# %% ../../nbs/12_visual_words/20_vocabulary.ipynb #9cfe8260
+# %% ../../nbs/12_visual_words/20_vocabulary.ipynb #1e1d7689
 def _words_needed(contribution, share=.9):
     "How many words (N,) make up `share` of the positive contributions (N,P)"
     pos = contribution.clamp(min=0).sort(dim=1, descending=True).values
     return (pos.cumsum(1) < share*pos.sum(1, keepdim=True)).sum(1) + (pos.sum(1) > 0)
 
-# %% ../../nbs/12_visual_words/20_vocabulary.ipynb #d525e478
+# %% ../../nbs/12_visual_words/20_vocabulary.ipynb #71c2e62c
 def _shared_words(activation, weight):
     "Is each word (P,) needed by two classes? From activations (N,P) and weights (K,P)"
     logits,top = activation@weight.T,weight.topk(2, 0)
@@ -32,7 +32,7 @@ def _shared_words(activation, weight):
         out[j] = all((changed == k).any() for k in top.indices[:,j])
     return out
 
-# %% ../../nbs/12_visual_words/20_vocabulary.ipynb #00976648
+# %% ../../nbs/12_visual_words/20_vocabulary.ipynb #111cd796
 def vocabulary_scores(
     model, # A `VisualWords`
     activation:torch.Tensor, # (N,P) of test images
