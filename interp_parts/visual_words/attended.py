@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['attended_dls']
 
-# %% ../../nbs/12_visual_words/06_attended.ipynb #2dd59917
+# %% ../../nbs/12_visual_words/06_attended.ipynb #ecfeb36d
 import numpy as np, torch
 from fastai.data.core import DataLoaders
 from fastai.torch_core import TensorBase
@@ -14,7 +14,7 @@ from ..core import DataError
 from ..data.loaders import PartDataset
 from .maps import to_unit
 
-# %% ../../nbs/12_visual_words/06_attended.ipynb #5d4b286d
+# %% ../../nbs/12_visual_words/06_attended.ipynb #f83ae48b
 def _hats(n, cells, canvas, offset, scaled):
     "(cells,n): linear weights of `n` cells of a line at the centres of `cells` cells of the canvas"
     at = (((np.arange(cells)+.5)/cells*canvas - offset)/scaled*n - .5).clip(0, n-1)
@@ -27,10 +27,10 @@ def _crop_map(m, place, cells):
     cols = _hats(m.shape[1], cells[1], cw, ox, sw)
     return to_unit(torch.from_numpy(rows@m@cols.T)).float().numpy()
 
-# %% ../../nbs/12_visual_words/06_attended.ipynb #5766e46c
+# %% ../../nbs/12_visual_words/06_attended.ipynb #f456cdb5
 class _TensorAttention(TensorBase): "A base model's attention map (h,w)"
 
-# %% ../../nbs/12_visual_words/06_attended.ipynb #665a2165
+# %% ../../nbs/12_visual_words/06_attended.ipynb #9ad93e55
 class _AttendedDataset(PartDataset):
     "A `PartDataset` whose last target is the base model's attention"
     def __init__(self, ds, maps, cells=(7,7), compat=False):
@@ -48,7 +48,7 @@ class _AttendedDataset(PartDataset):
         m = np.array(m[:,::-1] if flip else m, dtype=np.float32)
         return (*super()._index(i, place), _TensorAttention(torch.from_numpy(m)))
 
-# %% ../../nbs/12_visual_words/06_attended.ipynb #45c25f8a
+# %% ../../nbs/12_visual_words/06_attended.ipynb #3ef1f132
 def attended_dls(
     dls:DataLoaders, # From `part_dls`; stays as it is
     maps:dict, # Maps by row of the table

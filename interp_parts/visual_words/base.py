@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['BaseModel', 'read_attention']
 
-# %% ../../nbs/12_visual_words/05_base.ipynb #1683405b
+# %% ../../nbs/12_visual_words/05_base.ipynb #bc2efb76
 from pathlib import Path
 
 import numpy as np, torch
@@ -17,7 +17,7 @@ from ..files import reading
 from ..training.runs import load_run
 from .maps import resize_maps, to_unit
 
-# %% ../../nbs/12_visual_words/05_base.ipynb #97777c96
+# %% ../../nbs/12_visual_words/05_base.ipynb #5552d7c6
 def _as_map(a, hw):
     "Activations (B,C,h,w), (B,h,w,C) or (B,N,C) of an image of height and width `hw`, as (B,C,h,w)"
     fits = lambda h,w: abs(h*hw[1] - w*hw[0]) <= max(hw)
@@ -29,7 +29,7 @@ def _as_map(a, hw):
         if n > 0 and n%h == 0 and fits(h, n//h): return a[:,front:].transpose(1,2).unflatten(2, (h,n//h))
     raise ConfigError('layer', f'{a.shape[1]} tokens', f'a grid like the {hw[0]}x{hw[1]} image', 'name another layer')
 
-# %% ../../nbs/12_visual_words/05_base.ipynb #81a96546
+# %% ../../nbs/12_visual_words/05_base.ipynb #61193b02
 def _grad_cam(model, layer, x, target=None):
     "Grad-CAM (B,h,w) in 0..1 at the layer's own resolution, and the logits"
     seen = []
@@ -48,7 +48,7 @@ def _grad_cam(model, layer, x, target=None):
     a,g = _as_map(seen[0].detach(), x.shape[2:]),_as_map(g, x.shape[2:])
     return to_unit((g.mean((2,3), keepdim=True)*a).sum(1).relu()),logits.detach()
 
-# %% ../../nbs/12_visual_words/05_base.ipynb #083a73bd
+# %% ../../nbs/12_visual_words/05_base.ipynb #2a131622
 class BaseModel(nn.Module):
     "A frozen classifier and the layer its Grad-CAM is taken from"
     def __init__(self,
@@ -65,7 +65,7 @@ class BaseModel(nn.Module):
         with torch.no_grad(): out = self.model(x)
         return getattr(out, 'logits', out)
 
-# %% ../../nbs/12_visual_words/05_base.ipynb #0edceafb
+# %% ../../nbs/12_visual_words/05_base.ipynb #68a664bf
 @patch
 def pooled(self:BaseModel,
     x:torch.Tensor, # (B,3,H,W) images
@@ -85,7 +85,7 @@ def cams(self:BaseModel,
     "Grad-CAM (B,h,w) in 0..1 and the logits (B,K)"
     return _grad_cam(self.model, self.at[0], x, target)
 
-# %% ../../nbs/12_visual_words/05_base.ipynb #44fd2d2a
+# %% ../../nbs/12_visual_words/05_base.ipynb #2b00be96
 @patch
 def attention(self:BaseModel,
     batches, # Iterates `(images, Batch)`
@@ -100,7 +100,7 @@ def attention(self:BaseModel,
             maps[row],logits[row] = m,v
     return maps,logits
 
-# %% ../../nbs/12_visual_words/05_base.ipynb #e4bf9697
+# %% ../../nbs/12_visual_words/05_base.ipynb #ce1c0482
 @patch(cls_method=True)
 def of_run(cls:BaseModel,
     run, # Folder of a run of the plain classifier
@@ -112,7 +112,7 @@ def of_run(cls:BaseModel,
     if method == 'classifier': return cls(learn.model),learn.config
     raise CheckpointError(run, f'a run of {method}', 'a run of classifier', 'pass --init RUN')
 
-# %% ../../nbs/12_visual_words/05_base.ipynb #80171a7e
+# %% ../../nbs/12_visual_words/05_base.ipynb #413a63da
 def _alike(a, b):
     "Correlation of two maps at 7x7"
     a,b = [resize_maps(torch.from_numpy(np.array(m, dtype=np.float32)), (7,7)).flatten() for m in (a,b)]
@@ -127,7 +127,7 @@ def _check_attention(maps, own, path):
     got = f'correlation {right:.2f} with the base model, {wrong:.2f} with maps of other images'
     raise DataError(path, got, 'rows in the order of sorted files')
 
-# %% ../../nbs/12_visual_words/05_base.ipynb #f3103198
+# %% ../../nbs/12_visual_words/05_base.ipynb #37c07a1f
 def _check_array(path, a, n):
     "Complain about an array that is no `n` maps in 0..1"
     if not isinstance(a, np.ndarray): raise DataError(path, 'several arrays', 'a .npy file of numbers')

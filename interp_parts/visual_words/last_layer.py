@@ -5,19 +5,19 @@
 # %% auto #0
 __all__ = ['fit_last']
 
-# %% ../../nbs/12_visual_words/11_last_layer.ipynb #8d992a40
+# %% ../../nbs/12_visual_words/11_last_layer.ipynb #17d2f644
 import torch
 from torch import nn
 
 from .layer import weight_norm
 
-# %% ../../nbs/12_visual_words/11_last_layer.ipynb #6910ca59
+# %% ../../nbs/12_visual_words/11_last_layer.ipynb #ac72dc18
 def _step(weight, a, y, opt, loss_func, l1, classes):
     opt.zero_grad()
     (loss_func(a@weight.T, y) + l1*weight_norm(weight, classes)).backward()
     opt.step()
 
-# %% ../../nbs/12_visual_words/11_last_layer.ipynb #ec6f1cdd
+# %% ../../nbs/12_visual_words/11_last_layer.ipynb #cff71009
 def fit_last(
     weight:nn.Parameter, # (K,P) of the last layer
     a:torch.Tensor, # (N,P) activations

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['WordLosses', 'WordLoss']
 
-# %% ../../nbs/12_visual_words/10_losses.ipynb #254df31f
+# %% ../../nbs/12_visual_words/10_losses.ipynb #9b622835
 from dataclasses import dataclass, replace
 
 import torch
@@ -14,7 +14,7 @@ from fastcore.basics import patch
 from ..training.losses import LossTerms
 from .layer import attention_loss, cluster_loss, nearest_maps, weight_norm
 
-# %% ../../nbs/12_visual_words/10_losses.ipynb #8dbdf4a3
+# %% ../../nbs/12_visual_words/10_losses.ipynb #a0b542a5
 @dataclass
 class WordLosses:
     "Which terms are added to the prediction loss, and their weights"
@@ -25,7 +25,7 @@ class WordLosses:
     attend:float=10. # Weight of the attention term; 0 without a base model
     top:int=None # Words of an image that are compared with the attention; default 10
 
-# %% ../../nbs/12_visual_words/10_losses.ipynb #54ae2812
+# %% ../../nbs/12_visual_words/10_losses.ipynb #67e6247d
 class WordLoss(LossTerms):
     "Cluster, attention and sparsity terms of visual words, or cluster, separation and sparsity of ProtoPNet"
     def __init__(self,
@@ -45,7 +45,7 @@ class WordLoss(LossTerms):
         "Classes whose own words are spared by the sparsity term"
         return self.learn.model.word_class if self.class_specific else None
 
-# %% ../../nbs/12_visual_words/10_losses.ipynb #b71e8cf9
+# %% ../../nbs/12_visual_words/10_losses.ipynb #ed44db48
 @patch
 def terms(self:WordLoss)->dict:
     "Weighted terms of the batch by name"

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Worded', 'VisualWords']
 
-# %% ../../nbs/12_visual_words/04_network.ipynb #a4151344
+# %% ../../nbs/12_visual_words/04_network.ipynb #6fbe4efb
 from dataclasses import dataclass
 
 import torch
@@ -17,7 +17,7 @@ from ..models.backbones import Backbone
 from .layer import MOST_SIMILAR, Distances, log_similarity, word_distances
 from .precision import full_precision
 
-# %% ../../nbs/12_visual_words/04_network.ipynb #9033d43f
+# %% ../../nbs/12_visual_words/04_network.ipynb #293b3ef8
 def _widths(channels, depth, kind):
     "Channels into and out of each pair of convolutions"
     if pick(kind, ('regular','bottleneck'), 'add_on') == 'regular': return [(channels,depth)]
@@ -36,7 +36,7 @@ def _add_on(channels, depth=128, kind='regular'):
         nn.init.zeros_(l.bias)
     return nn.Sequential(*layers)
 
-# %% ../../nbs/12_visual_words/04_network.ipynb #422161f3
+# %% ../../nbs/12_visual_words/04_network.ipynb #f28ea122
 _starts = ('blocks', 'uniform', 'sparse')
 
 def _word_classes(n_words, n_classes):
@@ -51,7 +51,7 @@ def _last_weights(n_classes, n_words, start='blocks'):
     two = torch.rand(n_classes, n_words).topk(min(2, n_classes), 0).indices
     return torch.full((n_classes,n_words), -.5).scatter(0, two, 1.)
 
-# %% ../../nbs/12_visual_words/04_network.ipynb #b301b8ed
+# %% ../../nbs/12_visual_words/04_network.ipynb #23036972
 @dataclass
 class Worded:
     "What the model computes from a batch"
@@ -60,7 +60,7 @@ class Worded:
     distances:Distances # Of all patches to all words
     z:torch.Tensor # (B,D,h,w) patches
 
-# %% ../../nbs/12_visual_words/04_network.ipynb #09e347aa
+# %% ../../nbs/12_visual_words/04_network.ipynb #a7f82c97
 class VisualWords(PartModel):
     "Visual words (LVW), and ProtoPNet, which differs in its training only"
     original_needs = 'the same backbone and number of words'
@@ -98,7 +98,7 @@ class VisualWords(PartModel):
         self.register_buffer('word_class', _word_classes(n_parts, n_classes))
         self.register_buffer('sources', torch.full((n_parts,4), -1)) # row, cell and label of the patch that a word is
 
-# %% ../../nbs/12_visual_words/04_network.ipynb #73a43661
+# %% ../../nbs/12_visual_words/04_network.ipynb #86701a60
 @patch
 def patches(self:VisualWords,
     x:torch.Tensor, # (B,3,H,W) normalised images
@@ -107,9 +107,12 @@ def patches(self:VisualWords,
     f = self.backbone(x)
     with full_precision(x.device.type): return self.add_on(f if f.dtype == torch.float64 else f.float())
 
-# %% ../../nbs/12_visual_words/04_network.ipynb #aff9ea89
+# %% ../../nbs/12_visual_words/04_network.ipynb #108b9dda
 @patch
-def forward(self:VisualWords, x)->Worded:
+def forward(self:VisualWords,
+    x:torch.Tensor, # (B,3,H,W) normalised images
+)->Worded:
+    "Patches, their distances to the words, activations and logits"
     z = self.patches(x)
     d = word_distances(z, self.words)
     a = d.similarity(z, self.words, self.nearest)
@@ -123,7 +126,7 @@ def _parts(self:VisualWords, x, target):
     return Parts(maps, presence, logits=o.logits, embedding=o.activation, target=target, contribution_kind='logit',
                  contribution=o.activation*self.last.weight[target], constant=torch.zeros_like(o.logits[:,0]))
 
-# %% ../../nbs/12_visual_words/04_network.ipynb #6ff85008
+# %% ../../nbs/12_visual_words/04_network.ipynb #9631056b
 @patch(as_prop=True)
 def n_patches(self:VisualWords)->int:
     "How many different patches the words are"
@@ -143,7 +146,7 @@ def weighty_words(self:VisualWords,
     "Numbers of the words with the largest weights, in their order"
     return self.last.weight.detach().abs().amax(0).argsort(descending=True)[:n].sort().values.tolist()
 
-# %% ../../nbs/12_visual_words/04_network.ipynb #e4b7a9ef
+# %% ../../nbs/12_visual_words/04_network.ipynb #ea5106a6
 @patch
 @torch.no_grad()
 def activations(self:VisualWords,
@@ -159,7 +162,7 @@ def activations(self:VisualWords,
                 y.append(b.label.to(dev))
     return torch.cat(a),torch.cat(y)
 
-# %% ../../nbs/12_visual_words/04_network.ipynb #a595aa0f
+# %% ../../nbs/12_visual_words/04_network.ipynb #6fc9088b
 _theirs = dict(backbone='features', add_on='add_on_layers', words='prototype_vectors', last='last_layer')
 
 @patch

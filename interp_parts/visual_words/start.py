@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['start_words']
 
-# %% ../../nbs/12_visual_words/12_start.ipynb #65d57bd7
+# %% ../../nbs/12_visual_words/12_start.ipynb #4b6f38e9
 import torch
 from sklearn.cluster import KMeans
 from torch import nn
@@ -15,7 +15,7 @@ from ..training.losses import few_rows
 from .last_layer import fit_last
 from .maps import resize_maps
 
-# %% ../../nbs/12_visual_words/12_start.ipynb #510f7d2a
+# %% ../../nbs/12_visual_words/12_start.ipynb #19de465d
 @torch.no_grad()
 def _looked_at(model, batches, look=None, per_image=16, seed=0):
     "The patches (N,D) with the highest attention `look(images, Batch)` (B,h,w), and the labels (N,) of their images"
@@ -31,7 +31,7 @@ def _looked_at(model, batches, look=None, per_image=16, seed=0):
             ys.append(y.long().repeat_interleave(at.shape[1]))
     return torch.cat(zs),torch.cat(ys)
 
-# %% ../../nbs/12_visual_words/12_start.ipynb #4ac75fe8
+# %% ../../nbs/12_visual_words/12_start.ipynb #3b506827
 def _centers(z, k, seed):
     "k-means centres; with too few patches, random ones of them, slightly moved"
     if len(z) > k: return torch.from_numpy(KMeans(k, n_init=1, random_state=seed).fit(z.numpy()).cluster_centers_)
@@ -49,7 +49,7 @@ def _init_words(model, z, y=None, seed=0):
         mine = z[y == c] if (y == c).any() else z
         model.words[at] = _centers(mine, len(at), seed).to(model.words)
 
-# %% ../../nbs/12_visual_words/12_start.ipynb #48229eb7
+# %% ../../nbs/12_visual_words/12_start.ipynb #7279c7d6
 @torch.no_grad()
 def _start_layers(add_on, maps, directions=None, gain=1.):
     "Start 1x1 convolutions on maps (B,C,h,w) with mean 0 and deviation 1; the first with `directions` (K,C)"
@@ -67,14 +67,14 @@ def _start_layers(add_on, maps, directions=None, gain=1.):
     conv.weight.mul_(gain)
     conv.bias.mul_(gain)
 
-# %% ../../nbs/12_visual_words/12_start.ipynb #8021aedd
+# %% ../../nbs/12_visual_words/12_start.ipynb #773d8177
 def _head_of(base, channels, n_classes):
     "The weights of the base model's linear head on `channels` channels; None if there is none"
     layers = (l for l in base.model.modules() if isinstance(l, nn.Linear))
     found = [l.weight for l in layers if l.weight.shape == (n_classes,channels)]
     return found[-1] if found else None
 
-# %% ../../nbs/12_visual_words/12_start.ipynb #7578363d
+# %% ../../nbs/12_visual_words/12_start.ipynb #8f7144dd
 def start_words(
     learn, # A learner of `VisualWords` with `base`, a `BaseModel` or None
     look=None, # `(images, Batch) -> (B,h,w)` attention; None: random patches

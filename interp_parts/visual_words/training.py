@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Phases', 'WordPhases']
 
-# %% ../../nbs/12_visual_words/13_training.ipynb #9f6017ac
+# %% ../../nbs/12_visual_words/13_training.ipynb #70cdda82
 import warnings
 from dataclasses import dataclass, replace
 
@@ -19,7 +19,7 @@ from .last_layer import fit_last
 from .layer import weight_norm
 from .projection import project_words
 
-# %% ../../nbs/12_visual_words/13_training.ipynb #e3b415a5
+# %% ../../nbs/12_visual_words/13_training.ipynb #ef4cef08
 @dataclass
 class Phases:
     "What is trained when, when words are projected, and what is dropped in the end"
@@ -40,7 +40,7 @@ class Phases:
     def __post_init__(self):
         if self.keep is not None and self.keep < 1: raise ConfigError('keep', self.keep, 'at least 1')
 
-# %% ../../nbs/12_visual_words/13_training.ipynb #f3cfb8ea
+# %% ../../nbs/12_visual_words/13_training.ipynb #6a4306ea
 @patch
 def plan(self:Phases,
     epochs:int, # Of the whole training
@@ -54,7 +54,7 @@ def plan(self:Phases,
     projects = lambda e: e >= max(start, warm) and (epochs-1-e)%every == 0
     return [('warm' if e < warm else 'joint', projects(e)) for e in range(epochs)]
 
-# %% ../../nbs/12_visual_words/13_training.ipynb #40bd1e1d
+# %% ../../nbs/12_visual_words/13_training.ipynb #313d76d9
 class WordPhases(Callback):
     "Warm and joint epochs, projections, and the fit of the last layer after them"
     order = 62 # after the schedule has set the learning rates
@@ -68,9 +68,10 @@ class WordPhases(Callback):
         self.train_last,self.compat = train_last,compat
         self.distinct = not compat if self.settings.distinct is None else self.settings.distinct
 
-# %% ../../nbs/12_visual_words/13_training.ipynb #e8b309cb
+# %% ../../nbs/12_visual_words/13_training.ipynb #95d809d2
 @patch
 def before_train(self:WordPhases):
+    "Look up what this epoch does, and put parameters to rest"
     m = self.learn.model
     self.plan = self.settings.plan(self.n_epoch)
     self.phase,self.projects = self.plan[self.epoch]
@@ -88,11 +89,13 @@ def _rest(self:WordPhases, m):
 
 @patch
 def after_fit(self:WordPhases):
+    "Let all parameters take gradients again"
     for p in getattr(self, 'free', []): p.requires_grad_(True)
 
-# %% ../../nbs/12_visual_words/13_training.ipynb #9c20151d
+# %% ../../nbs/12_visual_words/13_training.ipynb #ca5a1f3f
 @patch
 def before_batch(self:WordPhases):
+    "Lower the learning rates"
     step,gamma = self.settings.step,self.settings.gamma
     if not (self.training and step and self.phase == 'joint'): return
     f = gamma**((self.epoch - [p for p,_ in self.plan].index('joint'))//step)
@@ -100,15 +103,17 @@ def before_batch(self:WordPhases):
 
 @patch
 def before_step(self:WordPhases):
+    "Add weight decay to the gradients"
     decay = self.settings.weight_decay
     if not decay: return
     for part in (self.learn.model.backbone, self.learn.model.add_on):
         for p in part.parameters():
             if p.grad is not None: p.grad.add_(p.detach(), alpha=decay)
 
-# %% ../../nbs/12_visual_words/13_training.ipynb #ca612318
+# %% ../../nbs/12_visual_words/13_training.ipynb #e9b28f8c
 @patch
 def after_train(self:WordPhases):
+    "Project words and fit the last layer, if the plan says so"
     if self.projects:
         self.project()
         self.fit_last()
@@ -128,7 +133,7 @@ def project(self:WordPhases):
     if n >= .9*len(m.words): return
     warnings.warn(f'{len(m.words)} words are {n} different patches; fewer words (--n-parts {n}) would say the same')
 
-# %% ../../nbs/12_visual_words/13_training.ipynb #b59535ed
+# %% ../../nbs/12_visual_words/13_training.ipynb #1a13768f
 @patch
 def fit_last(self:WordPhases):
     "Fit the last layer, with the learner's own optimiser"
@@ -144,7 +149,7 @@ def _on_table(self:WordPhases, opt, seed):
     fit_last(m.last.weight, a, y, opt, self.learn.loss_func, self.settings.last_epochs, 2*self.dls.bs,
              l.weights['l1'], l.classes, seed)
 
-# %% ../../nbs/12_visual_words/13_training.ipynb #509d9d7c
+# %% ../../nbs/12_visual_words/13_training.ipynb #2f5dbf14
 @patch
 def _through_network(self:WordPhases):
     "As published: epochs over the training images, batch norm in training mode"
@@ -166,7 +171,7 @@ def last_loss(self:WordPhases,
     w,l = self.learn.model.last.weight,self.learn.word_loss
     return self.learn.loss_func(a@w.T, y) + l.weights['l1']*weight_norm(w, l.classes)
 
-# %% ../../nbs/12_visual_words/13_training.ipynb #0781857b
+# %% ../../nbs/12_visual_words/13_training.ipynb #0a73d375
 @patch
 def finish(self:WordPhases):
     "Drop needless words, then the least helpful ones; fit the last layer to those that stay"
