@@ -48,7 +48,7 @@ def _grad_cam(model, layer, x, target=None):
     a,g = _as_map(seen[0].detach(), x.shape[2:]),_as_map(g, x.shape[2:])
     return to_unit((g.mean((2,3), keepdim=True)*a).sum(1).relu()),logits.detach()
 
-# %% ../../nbs/12_visual_words/05_base.ipynb #2a131622
+# %% ../../nbs/12_visual_words/05_base.ipynb #69624364
 class BaseModel(nn.Module):
     "A frozen classifier and the layer its Grad-CAM is taken from"
     def __init__(self,
@@ -56,7 +56,8 @@ class BaseModel(nn.Module):
         layer:str='backbone', # Name of a submodule
     ):
         super().__init__()
-        self.model,self.layer = model.eval().requires_grad_(False),layer
+        self.model = model.eval().requires_grad_(False)
+        self.layer = layer
         self.at = [dict(model.named_modules())[pick(layer, [n for n,_ in model.named_modules() if n], 'layer')]]
 
     def train(self, mode=True): return super().train(False)

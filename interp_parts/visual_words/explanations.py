@@ -24,10 +24,12 @@ from .pictures import word_gallery
 from .projection import nearest_patches
 from ..visualization.overlays import Picture, clip_lines, save_picture
 
-# %% ../../nbs/12_visual_words/18_explanations.ipynb #019d5052
+# %% ../../nbs/12_visual_words/18_explanations.ipynb #4629b966
 def _word_table(model, parts, classes, n=8):
     "The `n` words that contribute most to the answer for one image, and which other classes they speak for"
-    t,w,rows = parts.target[0].item(),model.last.weight.detach().cpu(),[]
+    t = parts.target[0].item()
+    w = model.last.weight.detach().cpu()
+    rows = []
     for j in parts.contribution[0].argsort(descending=True)[:n].tolist():
         v,source = w[:,j],model.sources[j,3].item()
         others = [classes[k] for k in v.argsort(descending=True).tolist() if k != t and v[k] > 0 and v[k] >= .5*v.max()]
@@ -125,10 +127,12 @@ def _word_list(model, table, classes, n=3):
                         speaks_for=', '.join(f'{c} {v:+.2f}' for c,v in best)))
     return pd.DataFrame(out)
 
-# %% ../../nbs/12_visual_words/18_explanations.ipynb #699fa51c
+# %% ../../nbs/12_visual_words/18_explanations.ipynb #da1231da
 def _explanations(learn, rows, images, out, n=10):
     "Why each image of `rows` gets its answer: a picture of each, and a table of its `n` most important words"
-    files,tables,vocab = [],[],learn.dls.vocab
+    files = []
+    tables = []
+    vocab = learn.dls.vocab
     said = 'Top: where each word is in this image; bottom: the patch that the word is, in its training image.'
     for p,b in learn.parts(rows, whole=False):
         for i,row in enumerate(b.index.tolist()):
@@ -146,7 +150,8 @@ def _explanations(learn, rows, images, out, n=10):
 
 def _write_original(learn, near, images, out):
     "The original's files: of the projection, and of the images nearest to the words of the gallery"
-    m,epochs = learn.model,getattr(learn, 'config', {}).get('training', {}).get('epochs', 1)
+    m = learn.model
+    epochs = getattr(learn, 'config', {}).get('training', {}).get('epochs', 1)
     field = ReceptiveField.of_model(m, learn.dls.view.size, next(iter(near.values())).maps.shape[2])
     files = OriginalFiles(images, field)
     if 'train' in near and (m.sources[:,0] >= 0).all():
@@ -155,7 +160,7 @@ def _write_original(learn, near, images, out):
     for s,v in near.items():
         for j in m.weighty_words(): files.nearest(v, j, out/'nearest'/s/str(j))
 
-# %% ../../nbs/12_visual_words/18_explanations.ipynb #a797a5d3
+# %% ../../nbs/12_visual_words/18_explanations.ipynb #b1c65f7a
 def word_pictures(
     learn, # With a `VisualWords` model
     table:pd.DataFrame, # All of the data
@@ -164,7 +169,10 @@ def word_pictures(
     k:int=5, # Nearest images of a word
 )->list:
     "Write what words add to the pictures of a run; returns the pictures"
-    out,m,vocab,images = Path(folder),learn.model,learn.dls.vocab,SeenImages(table, learn.dls.view)
+    out = Path(folder)
+    m = learn.model
+    vocab = learn.dls.vocab
+    images = SeenImages(table, learn.dls.view)
     kinds = {s:table[table.split == s] for s in dict.fromkeys(['train', rows.split.iloc[0]])}
     near = {s:nearest_patches(m, learn.batches(d, whole=False), k) for s,d in kinds.items() if len(d)}
     said = 'The patch that each word is, and the images nearest to it; all words are in words/ and words.csv.'

@@ -17,7 +17,7 @@ def _loudest(maps, presence, top=10):
     "Maps (B,top,h,w) of the words with the highest presence (B,P)"
     return maps[torch.arange(len(maps))[:,None],nearest_words(-presence, top)]
 
-# %% ../../nbs/12_visual_words/19_fidelity.ipynb #079eb501
+# %% ../../nbs/12_visual_words/19_fidelity.ipynb #fb265bd1
 class AttentionFidelity:
     "IoU of the words' attention and the base model's, beside maps that do not know the image"
     def __init__(self,
@@ -26,7 +26,10 @@ class AttentionFidelity:
         thresholds=(50,75,90), # Percentiles
         top:int=10, # Words of an image
     ):
-        self.size,self.mean_cam,self.thresholds,self.top = tuple(size),mean_cam,thresholds,top
+        self.size = tuple(size)
+        self.mean_cam = mean_cam
+        self.thresholds = thresholds
+        self.top = top
         self.rows = {}
 
     @staticmethod
@@ -70,13 +73,15 @@ def maps(self:AttentionFidelity)->dict:
     out = {'':words, '_shuffled':lambda rs: words([after[r] for r in rs]), '_centre':same(centre)}
     return out if self.mean_cam is None else {**out, '_mean_cam':same(resize_maps(self.mean_cam[None], self.size))}
 
-# %% ../../nbs/12_visual_words/19_fidelity.ipynb #65685bf0
+# %% ../../nbs/12_visual_words/19_fidelity.ipynb #4f92b6b0
 @patch
 def result(self:AttentionFidelity,
     compat:bool=False, # The original with its quirks: areas below the percentile?
 )->dict:
     "attention_iou_Q, and the same of each baseline, for each threshold"
-    rows,sums,beside = sorted(self.rows),{},self.maps()
+    rows = sorted(self.rows)
+    sums = {}
+    beside = self.maps()
     for i in range(0, len(rows), 32):
         rs = rows[i:i+32]
         cams = to_unit(resize_maps(torch.stack([self.rows[r][1] for r in rs]), self.size))

@@ -60,7 +60,7 @@ def boxes(self:ReceptiveField,
     hi = (centre+self.side/2).trunc().long().clamp(max=size)
     return torch.stack(torch.broadcast_tensors(lo[:,None], hi[:,None], lo, hi), -1)
 
-# %% ../../nbs/12_visual_words/08_fields.ipynb #1c534e6c
+# %% ../../nbs/12_visual_words/08_fields.ipynb #541bc1e9
 def _one(v): return v[0] if isinstance(v, tuple) else v
 
 def _padding(m):
@@ -73,7 +73,9 @@ def chain(cls:ReceptiveField,
     x:torch.Tensor, # An input
 )->list:
     "Kernel, stride and padding of each convolution and pooling that `net` runs on `x`, shortcuts left out"
-    chain,kinds,short = [],(nn.Conv2d,nn.MaxPool2d,nn.AvgPool2d),{'downsample','shortcut'}
+    chain = []
+    kinds = (nn.Conv2d,nn.MaxPool2d,nn.AvgPool2d)
+    short = {'downsample','shortcut'}
     note = lambda m,*_: chain.append((_one(m.kernel_size), _one(m.stride), _padding(m)))
     path = [m for n,m in net.named_modules() if isinstance(m, kinds) and not short & set(n.split('.'))]
     hooks = [m.register_forward_hook(note) for m in path]

@@ -47,7 +47,7 @@ class OriginalFiles:
         if _cut(im, box).shape == im.shape: return {}
         return dict(zip(names, (_cut(im, box), _cut(over, box))))
 
-# %% ../../nbs/12_visual_words/17_files.ipynb #f5126d84
+# %% ../../nbs/12_visual_words/17_files.ipynb #9f68b855
 @patch
 def projection(self:OriginalFiles,
     near, # From `project_words`: one patch a word
@@ -57,7 +57,8 @@ def projection(self:OriginalFiles,
     "Write the files of a projection; returns boxes (P,6) of high activation and of receptive fields"
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
-    rows,sims = near.index[:,0].tolist(),log_similarity(near.maps[:,0])
+    rows = near.index[:,0].tolist()
+    sims = log_similarity(near.maps[:,0])
     boxes = self._boxes(near, rows, sims, near.cell[:,0])
     bb,rf = [np.concatenate([near.index.numpy(), b.numpy(), near.label.numpy()], 1) for b in boxes]
     np.save(out/f'bb{epoch}.npy', bb)

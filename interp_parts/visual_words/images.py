@@ -25,7 +25,7 @@ def heat(
     jet = cv2.applyColorMap(np.uint8(255*(m/m.max() if m.max() > 0 else m)), cv2.COLORMAP_JET)[...,::-1]
     return jet if image is None else np.uint8(np.clip(.5*image + .3*jet.astype(float) + .5, 0, 255))
 
-# %% ../../nbs/12_visual_words/15_images.ipynb #781a9dde
+# %% ../../nbs/12_visual_words/15_images.ipynb #5d9264d2
 class SeenImages(dict):
     "Rows of a table as (H,W,3) uint8 network inputs, decoded when needed"
     def __init__(self,
@@ -33,7 +33,8 @@ class SeenImages(dict):
         view, # `View` of the training, such as `learn.dls.view`
     ):
         super().__init__()
-        self.df,self.view = df,view
+        self.df = df
+        self.view = view
 
     def __missing__(self, row):
         im = load_image(self.df.image[row])

@@ -17,7 +17,7 @@ def _step(weight, a, y, opt, loss_func, l1, classes):
     (loss_func(a@weight.T, y) + l1*weight_norm(weight, classes)).backward()
     opt.step()
 
-# %% ../../nbs/12_visual_words/11_last_layer.ipynb #cff71009
+# %% ../../nbs/12_visual_words/11_last_layer.ipynb #6482f4a5
 def fit_last(
     weight:nn.Parameter, # (K,P) of the last layer
     a:torch.Tensor, # (N,P) activations
@@ -31,7 +31,8 @@ def fit_last(
     seed:int=0, # Of the order
 ):
     "Fit the last layer to stored activations"
-    g,was = torch.Generator().manual_seed(seed),weight.requires_grad
+    g = torch.Generator().manual_seed(seed)
+    was = weight.requires_grad
     weight.requires_grad_(True)
     for _ in range(epochs):
         for i in torch.randperm(len(a), generator=g).to(a.device).split(bs):

@@ -25,7 +25,7 @@ class WordLosses:
     attend:float=10. # Weight of the attention term; 0 without a base model
     top:int=None # Words of an image that are compared with the attention; default 10
 
-# %% ../../nbs/12_visual_words/10_losses.ipynb #67e6247d
+# %% ../../nbs/12_visual_words/10_losses.ipynb #84fc4f91
 class WordLoss(LossTerms):
     "Cluster, attention and sparsity terms of visual words, or cluster, separation and sparsity of ProtoPNet"
     def __init__(self,
@@ -34,9 +34,12 @@ class WordLoss(LossTerms):
         **options # Of `WordLosses`, one by one
     ):
         o = replace(losses or WordLosses(), **options)
-        self.class_specific,self.attend,self.top = o.class_specific,o.attend,o.top or 10
+        self.class_specific = o.class_specific
+        self.attend = o.attend
+        self.top = o.top or 10
         self.weights = dict(cluster=o.cluster, separation=o.separation, l1=o.l1)
-        self.compat,self.attending = compat,True
+        self.compat = compat
+        self.attending = True
         self.names = ('cluster','l1') + ('attention',)*bool(o.attend)
         if o.class_specific: self.names = ('cluster','separation','l1')
 
@@ -45,7 +48,7 @@ class WordLoss(LossTerms):
         "Classes whose own words are spared by the sparsity term"
         return self.learn.model.word_class if self.class_specific else None
 
-# %% ../../nbs/12_visual_words/10_losses.ipynb #ed44db48
+# %% ../../nbs/12_visual_words/10_losses.ipynb #ef75b28e
 @patch
 def terms(self:WordLoss)->dict:
     "Weighted terms of the batch by name"
@@ -58,7 +61,8 @@ def terms(self:WordLoss)->dict:
 @patch
 def _distance_terms(self:WordLoss, least, m):
     if not self.class_specific: return dict(cluster=cluster_loss(least))
-    own,depth = m.word_class == self.learn.yb[0][:,None],m.words.shape[1]
+    own = m.word_class == self.learn.yb[0][:,None]
+    depth = m.words.shape[1]
     return dict(cluster=cluster_loss(least, own, depth), separation=cluster_loss(least, ~own, depth))
 
 @patch

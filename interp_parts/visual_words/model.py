@@ -81,11 +81,12 @@ def _first_base(init, base, backbone, dls):
     do = f'pass --{k} {have[k]}'*(k != 'classes')
     raise ConfigError('init', f'{init} has {k} {have[k]}', f'{want[k]} as here', do)
 
-# %% ../../nbs/12_visual_words/14_model.ipynb #820d7f18
+# %% ../../nbs/12_visual_words/14_model.ipynb #938aecca
 def _same_shapes(a, b):
     "Do two modules have the same tensors?"
     return {k:v.shape for k,v in a.state_dict().items()} == {k:v.shape for k,v in b.state_dict().items()}
 
+# %% ../../nbs/12_visual_words/14_model.ipynb #21b6469f
 def _model(dls, base, backbone, trunk, pretrained, weights, freeze_early, options):
     "A `VisualWords` that starts from the base model's backbone if it can"
     theirs = getattr(base.model, 'config', {}) if base is not None else {}
@@ -100,9 +101,10 @@ def _model(dls, base, backbone, trunk, pretrained, weights, freeze_early, option
         raise ConfigError('stage', options.get('stage'), f"that of the base model, {theirs.get('stage', 'final')}")
     return model
 
-# %% ../../nbs/12_visual_words/14_model.ipynb #18e8f0ce
+# %% ../../nbs/12_visual_words/14_model.ipynb #3e4ac55f
 def _cams(base): return lambda x,b: base.cams(x.to(next(base.parameters()).device))[0]
 
+# %% ../../nbs/12_visual_words/14_model.ipynb #9f128473
 def _imported(learn, base, files, rows):
     "Maps of `.npy` files: of the training rows, and of the validation rows if there are any"
     d = learn.dls
@@ -174,7 +176,7 @@ _state = 'transcribed, full scale not run; needs --init RUN of a base model'
 _guess = f'settings of Pets; the number of words is our extrapolation; {_state}'
 _others = dict(dogs=120, awa2=50, flowers=102, stl10=10, food101=101)
 
-# %% ../../nbs/12_visual_words/14_model.ipynb #993a3744
+# %% ../../nbs/12_visual_words/14_model.ipynb #610307e1
 _own = dict(bs=32, freeze_bn=True, note='ours, not published; measured on CUB classes 1 to 40; needs --init RUN',
             model=dict(depth=0, start_gain=.3, nearest=9, cluster=.3, attend_warm=True, warm=2, start=2, every=3,
                        last_epochs=20, last_lr=3e-4),
@@ -185,6 +187,6 @@ visual_words_recipes = dict(
     **{f'{name}_res34':_recipe(name, k, _guess) for name,k in _others.items()},
     own_classifier=_own)
 
-register(visual_words_learner, VisualWords, visual_words_recipes,
-         'similarities to patches of training images (LVW; ProtoPNet)',
-         scores=word_scores, base='classifier', pictures=word_pictures)
+_method = register(visual_words_learner, VisualWords, visual_words_recipes,
+                   'similarities to patches of training images (LVW; ProtoPNet)',
+                   scores=word_scores, base='classifier', pictures=word_pictures)

@@ -146,7 +146,7 @@ def weighty_words(self:VisualWords,
     "Numbers of the words with the largest weights, in their order"
     return self.last.weight.detach().abs().amax(0).argsort(descending=True)[:n].sort().values.tolist()
 
-# %% ../../nbs/12_visual_words/04_network.ipynb #ea5106a6
+# %% ../../nbs/12_visual_words/04_network.ipynb #532b2927
 @patch
 @torch.no_grad()
 def activations(self:VisualWords,
@@ -154,7 +154,9 @@ def activations(self:VisualWords,
     flip:bool=True, # Also of the mirror images?
 )->tuple:
     "Activations (N,P) of all words on all images, and their targets"
-    dev,a,y = self.words.device,[],[]
+    dev = self.words.device
+    a = []
+    y = []
     with eval_mode(self):
         for x,b in batches:
             for v in (x, x.flip(-1))[:1+flip]:

@@ -33,7 +33,7 @@ def _whole(image, side):
     im = cv2.resize(image, (w,h), interpolation=cv2.INTER_AREA if h < image.shape[0] else cv2.INTER_LINEAR)
     return cv2.copyMakeBorder(im, t, side-h-t, l, side-w-l, cv2.BORDER_CONSTANT, value=(255,255,255))
 
-# %% ../../nbs/12_visual_words/16_pictures.ipynb #6d9f4b3d
+# %% ../../nbs/12_visual_words/16_pictures.ipynb #f35e05ca
 def _speaks(model, j, vocab):
     "A word and the classes that it counts most for"
     best = model.last.weight[:,j].detach().topk(min(2, len(vocab)))
@@ -42,7 +42,8 @@ def _speaks(model, j, vocab):
 
 def _rows(near, images, patches, words, side):
     "For each word its patch and its strips, with gaps between them, as a list of pictures of one height"
-    strips,gap = [images.strips(v, words, side) for v in near.values()],np.full((side,10,3), 255, np.uint8)
+    strips = [images.strips(v, words, side) for v in near.values()]
+    gap = np.full((side,10,3), 255, np.uint8)
     first = lambda j: _whole(patches[j], side) if j in patches else gap[:,:1].repeat(side, 1)
     return [[first(j), *(v for s in strips for v in (gap, s[j]))] for j in words]
 

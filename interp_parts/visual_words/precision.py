@@ -11,13 +11,14 @@ from contextlib import contextmanager
 
 import torch
 
-# %% ../../nbs/12_visual_words/01_precision.ipynb #c58df0a6
+# %% ../../nbs/12_visual_words/01_precision.ipynb #c766822b
 def _operators():
     "What has a switch of its own in newer versions of PyTorch: products and convolutions on GPU and CPU"
     b = torch.backends
     found = [getattr(m, n, None) for m in (b.cuda,b.cudnn,b.mkldnn) for n in ('matmul','conv','rnn')]
     return [o for o in found if hasattr(o, 'fp32_precision')]
 
+# %% ../../nbs/12_visual_words/01_precision.ipynb #23dfac24
 def _read(get):
     try: return get()
     except RuntimeError: return None # PyTorch's older switches cannot say what was set operator by operator
@@ -35,7 +36,7 @@ def _switches():
     conv = _read(lambda: torch.backends.cudnn.allow_tf32)
     return product, conv, [o.fp32_precision for o in _operators()]
 
-# %% ../../nbs/12_visual_words/01_precision.ipynb #7261fe42
+# %% ../../nbs/12_visual_words/01_precision.ipynb #31b1e35b
 _lock = threading.Lock()
 _inside = [] # Devices of the blocks that are open, in all threads
 _before = [] # Where the switches stood before the first one
@@ -52,6 +53,7 @@ def _leave(device):
         _inside.remove(device)
         if not _inside: _put(*_before.pop())
 
+# %% ../../nbs/12_visual_words/01_precision.ipynb #e4af05d6
 @contextmanager
 def full_precision(
     device='cpu', # Type of the device the block computes on

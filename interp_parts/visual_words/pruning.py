@@ -54,7 +54,7 @@ def _merged(weight, why):
         if reason == 'duplicate of': w[:,to] += w[:,j]
     return w
 
-# %% ../../nbs/12_visual_words/09_pruning.ipynb #9ee896fc
+# %% ../../nbs/12_visual_words/09_pruning.ipynb #03e1dd16
 @patch
 @torch.no_grad()
 def drop_words(self:VisualWords,
@@ -68,7 +68,8 @@ def drop_words(self:VisualWords,
     self.words = nn.Parameter(self.words[keep])
     self.last.weight = nn.Parameter(w[:,keep])
     self.last.in_features = self.config['n_parts'] = len(keep)
-    self.sources,self.word_class = self.sources[keep],self.word_class[keep]
+    self.sources = self.sources[keep]
+    self.word_class = self.word_class[keep]
     return self
 
 # %% ../../nbs/12_visual_words/09_pruning.ipynb #53dff165

@@ -45,10 +45,11 @@ def _part_purity(rows, boxes, labels, n):
         out[m,k] = torch.bincount(inside, minlength=n+1)[1:n+1]/len(inside)
     return out.mean(1).amax(1)
 
-# %% ../../nbs/12_visual_words/21_purity.ipynb #332f44ca
+# %% ../../nbs/12_visual_words/21_purity.ipynb #baab4a30
 def _random_patches(inside, n, k, seed=0):
     "Rows (n,k) and cells (n,k) of random patches; `inside` (h,w) bool by row: cells on the object"
-    g,rows = np.random.default_rng(seed),[r for r,m in inside.items() if m.any()]
+    g = np.random.default_rng(seed)
+    rows = [r for r,m in inside.items() if m.any()]
     chosen = np.stack([g.choice(rows, min(k, len(rows)), replace=False) for _ in range(n)])
     cells = [[g.choice(np.flatnonzero(np.asarray(inside[r]))) for r in line] for line in chosen]
     return torch.from_numpy(chosen),torch.tensor(np.array(cells))
@@ -62,13 +63,14 @@ def _on_object(b, grid):
     lo,hi = b.box[:,:2],b.box[:,:2]+b.box[:,2:]
     return ((y >= lo[:,1:]) & (y < hi[:,1:]))[:,:,None] & ((x >= lo[:,:1]) & (x < hi[:,:1]))[:,None]
 
-# %% ../../nbs/12_visual_words/21_purity.ipynb #79aa9de2
+# %% ../../nbs/12_visual_words/21_purity.ipynb #c809fecf
 class _Objects:
     "What is known of the objects in some images, and how many of the nearest words lie on them"
     def __init__(self, grid): self.grid,self.inside,self.points,self.size,self.hits,self.n = grid,{},{},None,0,0
 
     def update(self, p, b, top):
-        self.size,on = tuple(b.size[0].tolist()),_on_object(b, self.grid)
+        self.size = tuple(b.size[0].tolist())
+        on = _on_object(b, self.grid)
         if b.keypoints is not None:
             self.points.update(zip(b.index.tolist(), torch.cat([b.keypoints, b.visible[...,None]], 2)))
         if on is None: return

@@ -44,7 +44,7 @@ def _answers(learn, rows, fidelity=None, base=None):
     order = torch.cat([s[0] for s in seen]).argsort()
     return [None if seen[0][i] is None else torch.cat([s[i] for s in seen])[order] for i in range(1, 6)]
 
-# %% ../../nbs/12_visual_words/22_scores.ipynb #e901378b
+# %% ../../nbs/12_visual_words/22_scores.ipynb #65116754
 @torch.no_grad()
 def evaluate_words(
     learn, # With a `VisualWords` model
@@ -58,7 +58,8 @@ def evaluate_words(
     n_labels:int=0, # Parts
 )->dict:
     "Accuracy, fidelity to the base model, and what the words are worth"
-    base,rows = base or getattr(learn, 'base', None),split_rows(df, (test,) if test else ('test','eval'))
+    base = base or getattr(learn, 'base', None)
+    rows = split_rows(df, (test,) if test else ('test','eval'))
     fidelity,out = None,{}
     if base is not None:
         cams = base.attention(learn.batches(df[df.split=='train'], whole=False))[0]
@@ -70,12 +71,13 @@ def evaluate_words(
     objects = object_scores(learn, rows, labels, n_labels, top=top)
     return dict(out, **vocabulary_scores(learn.model, activation, contribution), **objects, n_images=len(rows))
 
-# %% ../../nbs/12_visual_words/22_scores.ipynb #907afae8
+# %% ../../nbs/12_visual_words/22_scores.ipynb #e9b19e6b
 class _SeenLabels(dict):
     "Part-mask files by row as (H,W) numbers, as the network sees their images"
     def __init__(self, files, view):
         super().__init__()
-        self.files,self.view = files,view
+        self.files = files
+        self.view = view
 
     def __missing__(self, row):
         with Image.open(self.files[row]) as im:

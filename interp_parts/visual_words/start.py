@@ -15,11 +15,13 @@ from ..training.losses import few_rows
 from .last_layer import fit_last
 from .maps import resize_maps
 
-# %% ../../nbs/12_visual_words/12_start.ipynb #19de465d
+# %% ../../nbs/12_visual_words/12_start.ipynb #4a111225
 @torch.no_grad()
 def _looked_at(model, batches, look=None, per_image=16, seed=0):
     "The patches (N,D) with the highest attention `look(images, Batch)` (B,h,w), and the labels (N,) of their images"
-    g,zs,ys = torch.Generator().manual_seed(seed),[],[]
+    g = torch.Generator().manual_seed(seed)
+    zs = []
+    ys = []
     with eval_mode(model):
         for x,b in batches:
             z = model.patches(x.to(model.words.device)).cpu()

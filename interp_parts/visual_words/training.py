@@ -54,7 +54,7 @@ def plan(self:Phases,
     projects = lambda e: e >= max(start, warm) and (epochs-1-e)%every == 0
     return [('warm' if e < warm else 'joint', projects(e)) for e in range(epochs)]
 
-# %% ../../nbs/12_visual_words/13_training.ipynb #313d76d9
+# %% ../../nbs/12_visual_words/13_training.ipynb #d92d11b1
 class WordPhases(Callback):
     "Warm and joint epochs, projections, and the fit of the last layer after them"
     order = 62 # after the schedule has set the learning rates
@@ -65,7 +65,8 @@ class WordPhases(Callback):
         **options # Of `Phases`, one by one
     ):
         self.settings = replace(phases or Phases(), **options)
-        self.train_last,self.compat = train_last,compat
+        self.train_last = train_last
+        self.compat = compat
         self.distinct = not compat if self.settings.distinct is None else self.settings.distinct
 
 # %% ../../nbs/12_visual_words/13_training.ipynb #95d809d2
@@ -171,7 +172,7 @@ def last_loss(self:WordPhases,
     w,l = self.learn.model.last.weight,self.learn.word_loss
     return self.learn.loss_func(a@w.T, y) + l.weights['l1']*weight_norm(w, l.classes)
 
-# %% ../../nbs/12_visual_words/13_training.ipynb #0a73d375
+# %% ../../nbs/12_visual_words/13_training.ipynb #c229d247
 @patch
 def finish(self:WordPhases):
     "Drop needless words, then the least helpful ones; fit the last layer to those that stay"
@@ -198,5 +199,6 @@ def _drop(self:WordPhases, why):
     if not why: return
     self.learn.model.drop_words(why)
     vars(self).pop('free', None) # the parameters are others now
-    l,self.learn.opt = self.learn.word_loss,None
+    l = self.learn.word_loss
+    self.learn.opt = None
     l.top = min(l.top, len(self.learn.model.words))

@@ -16,11 +16,12 @@ from ..core import ConfigError
 from ..data.readers.classification import hold_out_classes
 from .base import BaseModel
 
-# %% ../../nbs/12_visual_words/23_unseen.ipynb #a7cf5672
+# %% ../../nbs/12_visual_words/23_unseen.ipynb #68b3bd94
 def _only(df, names, keep):
     "The rows of some classes, with labels from 0 and splits train and test"
     t = df[df.label.isin([names.index(n) for n in keep])].copy()
-    t['label'],t['split'] = [keep.index(names[k]) for k in t.label],t.split.replace(dict(fit='train', eval='test'))
+    t['label'] = [keep.index(names[k]) for k in t.label]
+    t['split'] = t.split.replace(dict(fit='train', eval='test'))
     t.attrs = dict(df.attrs, classes=keep, name=f"{df.attrs.get('name', 'table')}-{len(keep)}")
     return t
 
@@ -48,7 +49,7 @@ def _probe_scores(train, test, k=5):
     neighbours = KNeighborsClassifier(min(k, len(train[1]))).fit(*train)
     return dict(linear=linear.score(*test), neighbours=neighbours.score(*test))
 
-# %% ../../nbs/12_visual_words/23_unseen.ipynb #980ae1ab
+# %% ../../nbs/12_visual_words/23_unseen.ipynb #3ac4e4f0
 @torch.no_grad()
 def unseen_scores(
     learners:dict, # Learners with word models by name, trained on the seen classes
@@ -56,7 +57,8 @@ def unseen_scores(
     base:BaseModel=None, # Trained on the seen classes; its pooled features stand beside
 )->dict:
     "Top-1 accuracy on classes never seen, by description and by probe"
-    sets,out = [unseen[unseen.split==s] for s in ('train','test')],{}
+    sets = [unseen[unseen.split==s] for s in ('train','test')]
+    out = {}
     how = {n:(l, lambda x,m=l.model: m.parts(x).embedding) for n,l in learners.items()}
     if base: how['base_features'] = next(iter(learners.values())),base.pooled
     for name,(l,f) in how.items():

@@ -22,11 +22,12 @@ def _words_needed(contribution, share=.9):
     pos = contribution.clamp(min=0).sort(dim=1, descending=True).values
     return (pos.cumsum(1) < share*pos.sum(1, keepdim=True)).sum(1) + (pos.sum(1) > 0)
 
-# %% ../../nbs/12_visual_words/20_vocabulary.ipynb #71c2e62c
+# %% ../../nbs/12_visual_words/20_vocabulary.ipynb #6b6ba3fd
 def _shared_words(activation, weight):
     "Is each word (P,) needed by two classes? From activations (N,P) and weights (K,P)"
     logits,top = activation@weight.T,weight.topk(2, 0)
-    said,out = logits.argmax(1),torch.zeros(weight.shape[1], dtype=torch.bool)
+    said = logits.argmax(1)
+    out = torch.zeros(weight.shape[1], dtype=torch.bool)
     for j in ((top.values[1] > 0) & (top.values[1] >= .5*top.values[0])).nonzero()[:,0].tolist():
         changed = said[(logits - activation[:,j:j+1]*weight[:,j]).argmax(1) != said]
         out[j] = all((changed == k).any() for k in top.indices[:,j])
