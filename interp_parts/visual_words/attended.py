@@ -30,12 +30,14 @@ def _crop_map(m, place, cells):
 # %% ../../nbs/12_visual_words/06_attended.ipynb #f456cdb5
 class _TensorAttention(TensorBase): "A base model's attention map (h,w)"
 
-# %% ../../nbs/12_visual_words/06_attended.ipynb #9ad93e55
+# %% ../../nbs/12_visual_words/06_attended.ipynb #7c5de0dd
 class _AttendedDataset(PartDataset):
     "A `PartDataset` whose last target is the base model's attention"
     def __init__(self, ds, maps, cells=(7,7), compat=False):
         self.__dict__.update(ds.__dict__)
-        self.maps,self.cells,self.compat = maps,cells,compat
+        self.maps = maps
+        self.cells = cells
+        self.compat = compat
         missing = [r for r in self.rows if r not in maps]
         if not missing: return
         got = f'no map of row {missing[0]} and {len(missing)-1} more'
