@@ -12,7 +12,7 @@ from importlib.machinery import ModuleSpec
 # %% ../nbs/00b_moved.ipynb #48b07fec
 kept = dict(readers='data.readers', backbones='models.backbones', classifier='models.classifier')
 moved = dict(
-    annotations='data.readers', base_model='visual_words.base', baselines='evaluation.baselines',
+    annotations='data.readers', base_model='visual_words', baselines='evaluation.baselines',
     benchmark='command.benchmark', casia_net='activation_diversity.network',
     classification_readers='data.readers data.table', cli='command.cli',
     clustering='evaluation.clustering', contract='testing.contract', deeplab='contrastive_reconstruction.networks',
@@ -37,12 +37,13 @@ moved = dict(
     reconstruction_pictures='contrastive_reconstruction.pictures', reliability='testing.bad_inputs',
     report='visualization.report', runs='command.runs data.rows',
     saliency='classification_specific_parts.saliency_maps',
-    selection_pictures='classification_specific_parts.pictures', sparse_svm='classification_specific_parts.svm classification_specific_parts.l2_svm',
+    selection_pictures='classification_specific_parts.pictures',
+    sparse_svm='classification_specific_parts.svm classification_specific_parts.l2_svm',
     synthetic_faces='synthetic.faces', table='command.comparison', unsupervised='contrastive_reconstruction.scores',
     warps='contrastive_reconstruction.warps',
-    word_layer='visual_words.layer', word_pictures='visual_words.pictures',
-    word_projection='visual_words.projection', word_scores='visual_words.scores',
-    word_training='visual_words.training')
+    word_layer='visual_words', word_pictures='visual_words',
+    word_projection='visual_words', word_scores='visual_words',
+    word_training='visual_words')
 
 # %% ../nbs/00b_moved.ipynb #03e66b68
 class _Alias:

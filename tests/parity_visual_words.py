@@ -11,17 +11,22 @@ from torch import nn
 
 from interp_parts.models.backbones import Backbone
 from interp_parts.training.optim import split_params
-from interp_parts.visual_words.base import grad_cam
+from interp_parts.visual_words.base import BaseModel
 from interp_parts.core import Batch, PartLearner
 from interp_parts.data.images import imagenet_stats, normalize
 from interp_parts.training.fit import fit_run
 from interp_parts.core import load_original
-from interp_parts.visual_words.model import VisualWords
-from interp_parts.visual_words.layer import attention_loss, cluster_loss, log_similarity, mean_pair_distance, mean_separation, nearest_maps, nearest_words, own_cluster_loss, resize_maps, to_unit, weight_norm, word_classes, word_distances
-from interp_parts.visual_words.pictures import heat, write_nearest, write_projection
-from interp_parts.visual_words.projection import activation_boxes, class_votes, conv_chain, drop_words, nearest_patches, project_words, receptive_boxes, receptive_field
-from interp_parts.visual_words.scores import area, mask_iou, word_attention
-from interp_parts.visual_words.training import WordLoss, WordPhases
+from interp_parts.visual_words.fidelity import AttentionFidelity
+from interp_parts.visual_words.fields import ReceptiveField, activation_boxes
+from interp_parts.visual_words.files import OriginalFiles
+from interp_parts.visual_words.images import heat
+from interp_parts.visual_words.layer import (attention_loss, cluster_loss, log_similarity, nearest_maps, nearest_words,
+                                             weight_norm)
+from interp_parts.visual_words.losses import WordLoss
+from interp_parts.visual_words.maps import resize_maps, to_unit
+from interp_parts.visual_words.network import VisualWords
+from interp_parts.visual_words.projection import nearest_patches, project_words
+from interp_parts.visual_words.training import WordPhases
 
 class Stub(nn.Module):
     "The recordings' backbone: a convolution as wide as its stride, batch norm, ReLU"
@@ -66,8 +71,8 @@ class Unmasked(WordLoss):
 
 def word_loss(case, k):
     "Our loss for a recorded case"
-    if 'class_specific' in case: return (Unmasked if case.endswith('nomask') else WordLoss)(True)
-    return WordLoss(attend=0 if case.endswith('noattn') else 10., top=k, corners=True)
+    if 'class_specific' in case: return (Unmasked if case.endswith('nomask') else WordLoss)(class_specific=True)
+    return WordLoss(attend=0 if case.endswith('noattn') else 10., top=k, compat=True)
 
 def one_batch(r, case, net, x, y, a):
     "Loss terms, logged numbers and gradients of a training batch"
@@ -90,10 +95,10 @@ def logged(r, case, net, o, y, a, k, values):
     least,own,depth = o.distances.least,net.word_class == y[:,None],net.words.shape[1]
     by_class = 'class_specific' in case
     values |= dict(acc=(o.logits.argmax(1) == y).double().mean(), l1=weight_norm(net.last.weight),
-                   cluster=own_cluster_loss(least, own, depth) if by_class else cluster_loss(least),
-                   separation=own_cluster_loss(least, ~own, depth), avg_separation=mean_separation(least, own),
+                   cluster=cluster_loss(least, own, depth) if by_class else cluster_loss(least),
+                   separation=cluster_loss(least, ~own, depth), avg_separation=o.distances.separation(own),
                    attn_loss=attention_loss(nearest_maps(o.z, net.words, o.distances, k), a, corners=True),
-                   p_dist_pair=mean_pair_distance(net.words))
+                   p_dist_pair=net.word_distance())
     for n in values:
         if f'{case}.{n}' in r: r.close(f'{case}.{n}', values[n], 1e-9)
 
@@ -119,7 +124,7 @@ class Staged(WordPhases):
         self.learn.loss = self.learn.loss.float() # fastai's smoothed loss is float32; the gradient is of another copy
 
     def after_train(self):
-        if self.epoch == self.timing['warm']-1: self.keep('s1_warm')
+        if self.epoch == self.settings.warm-1: self.keep('s1_warm')
         super().after_train()
 
     def project(self):
@@ -154,9 +159,9 @@ def train(r):
     dls = DataLoaders(*(DataLoader(list(zip(x, y, a)), bs=bs, shuffle=False) for _ in range(2)), device='cpu')
     dls.n_inp = 1
     phases = Staged(x, y, a, warm=2, start=3, every=1, last_epochs=2, last_lr=1e-4, step=1, gamma=.1, weight_decay=1e-3,
-                    reset=True, distinct=False, bn_train=True, attend_warm=False)
+                    reset=True, compat=True)
     learn = PartLearner(dls, rebuilt(state), loss_func=F.cross_entropy, splitter=split_params,
-                        cbs=[WordLoss(corners=True), phases])
+                        cbs=[WordLoss(compat=True), phases])
     with learn.no_bar(), learn.no_logging():
         fit_run(learn, 4, optimizer='adam', lr=(1e-4,3e-3), schedule='constant')
     after_stages(r, phases, x, y)
@@ -179,11 +184,11 @@ def after_stages(r, phases, x, y):
 
 def projection(r, stages, x, y):
     "Boxes, maps, files and words of the projection, over all classes and by class"
-    field = receptive_field([(r.arrays['s0_init.features.conv.weight'].shape[2],)*2+(0,)], x.shape[2])
+    field = ReceptiveField.of_chain([(r.arrays['s0_init.features.conv.weight'].shape[2],)*2+(0,)], x.shape[2])
     images = dict(enumerate(r['raw_u8'].transpose(0,2,3,1)))
     near = project_words(copy.deepcopy(stages['s2_joint']), stream(x, y), distinct=False)
     with tempfile.TemporaryDirectory() as d:
-        bb,rf = write_projection(near, images, d, 10, field)
+        bb,rf = OriginalFiles(images, field).projection(near, d, 10)
         r.exact('files', sorted(f.name for f in Path(d).iterdir()))
         overlay = png(Path(d)/'prototype-img-original_with_self_act0.png', r.top('overlay0_png_rgb'))
         r.near('overlay0_png_rgb', overlay, 2/255*max(1, round(r.top('overlay0_png_rgb')/255)*255))
@@ -209,11 +214,11 @@ def evaluation(r):
     y = r.tensor('train_labels')
     fidelity(r, net, test, r.tensor('test_attn_u8').float()/255)
     with torch.no_grad(): r.near('train_min_distances', net(train).distances.least, 1e-4)
-    field = receptive_field([(r.arrays['p.features.conv.weight'].shape[2],)*2+(0,)], train.shape[2])
+    field = ReceptiveField.of_chain([(r.arrays['p.features.conv.weight'].shape[2],)*2+(0,)], train.shape[2])
     for k in map(int, r.find(r'nearest\.k(\d+)\.labels')): nearest(r, k, nearest_patches(net, stream(train, y), k))
     images,k = dict(enumerate(r['train_images'])),min(map(int, r.find(r'nearest\.k(\d+)\.labels')))
     with tempfile.TemporaryDirectory() as d:
-        write_nearest(nearest_patches(net, stream(train, y), k), 0, images, d, field)
+        OriginalFiles(images, field).nearest(nearest_patches(net, stream(train, y), k), 0, d)
         r.exact('nearest.files', sorted(f.name for f in Path(d).iterdir()))
     for case in r.find(r'prune\.(\w+)\.info'): prune(r, case, net, train, y)
 
@@ -222,14 +227,15 @@ def fidelity(r, net, test, attention):
     with torch.no_grad(): o = net(test)
     ids = nearest_words(o.distances.least, min(10, len(net.words)))
     maps = log_similarity(o.distances.maps)[torch.arange(len(test))[:,None],ids]
-    pooled = word_attention(maps, test.shape[2:])
+    pooled = AttentionFidelity.pooled(maps, test.shape[2:])
     r.near('pooled_maps', pooled[:len(r.arrays['pooled_maps'])], 2e-3)
     for q in r.find(r'iou\.(\d+)'):
-        low,high = (mask_iou(*(area(m, float(q), side) for m in (pooled,attention))) for side in (True,False))
+        areas = [[AttentionFidelity.area(m, float(q), low) for m in (pooled,attention)] for low in (True,False)]
+        low,high = (AttentionFidelity.iou(*pair) for pair in areas)
         r.near(f'iou.{q}', low, 3e-3)
         r.near(f'iou_mean.{q}', low.mean(), 3e-3)
         r.near(f'iou_high_mean.{q}', high.mean(), 3e-3)
-        r.near(f'mask_fraction.{q}', area(attention, float(q), True).double().mean(), 3e-3)
+        r.near(f'mask_fraction.{q}', AttentionFidelity.area(attention, float(q), True).double().mean(), 3e-3)
     r['test_labels']
 
 def nearest(r, k, near):
@@ -245,9 +251,9 @@ def prune(r, case, net, train, y):
     "Votes of the nearest training images; named k6_t3: six images, three votes"
     k,least = (int(v[1:]) for v in case.split('_'))
     net = copy.deepcopy(net)
-    classes = word_classes(len(net.words), len(net.last.weight))
-    gone = (class_votes(nearest_patches(net, stream(train, y), k), classes) < least).nonzero()[:,0].tolist()
-    drop_words(net, gone)
+    classes = net.word_class
+    gone = (nearest_patches(net, stream(train, y), k).votes(classes) < least).nonzero()[:,0].tolist()
+    net.drop_words(gone)
     r.exact(f'prune.{case}.info', [[j, classes[j].item()] for j in gone])
     kept = set(range(len(classes))) - set(gone)
     order = [sorted(kept).index(j) for j in kept] # the original keeps its words in the order of a Python set
@@ -270,11 +276,12 @@ def fields(r):
     for name,size,_ in keys:
         if (name,size) in chains: continue
         with torch.device('meta'):
-            chains[name,size] = conv_chain(Backbone(name, 32, 'final'), torch.zeros(1, 3, int(size), int(size)))
-    r.exact('rf_info_n_jump_size_start', [receptive_field(chains[n,s], int(s), int(k)) for n,s,k in keys])
+            net = Backbone(name, 32, 'final')
+            chains[name,size] = ReceptiveField.chain(net, torch.zeros(1, 3, int(size), int(size)))
+    r.exact('rf_info_n_jump_size_start', [ReceptiveField.of_chain(chains[n,s], int(s), int(k)) for n,s,k in keys])
     for which in r.find(r'rf_boxes_(.+)'):
         name,_,size = which.rpartition('_')
-        r.exact(f'rf_boxes_{which}', receptive_boxes(receptive_field(chains[name,size], int(size)), int(size)))
+        r.exact(f'rf_boxes_{which}', ReceptiveField.of_chain(chains[name,size], int(size)).boxes(int(size)))
 
 def crops(r, crop):
     "A map enlarged, its boxes and its colours, which may be those of the next level"
@@ -313,7 +320,7 @@ def cams(r):
     "Grad-CAM of the predicted and of a given class"
     net,x = Small(recorded(r, 'gc.p')).eval(),(r.tensor('gc.x_u8').float()/255 - .5)/.25
     for name,target in dict(map_argmax=None, map_label=r.tensor('gc.y')).items():
-        m,logits = grad_cam(net, net.act, x, target)
+        m,logits = BaseModel(net, 'act').cams(x, target)
         r.near(f'gc.{name}', to_unit(resize_maps(m, x.shape[2:])), 1e-5)
     r.near('gc.logits', logits, 1e-5)
 

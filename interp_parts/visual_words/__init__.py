@@ -5,23 +5,44 @@
 # %% auto #0
 __all__ = []
 
-# %% ../../nbs/12_visual_words/00_visual_words.ipynb #81229cdc
-from . import layer, base, projection, training, model, pictures, scores
+# %% ../../nbs/12_visual_words/00_visual_words.ipynb #d817b8b0
+from . import precision, maps, layer, network, base, attended, projection, fields, pruning
+from . import losses, last_layer, start, training, model
+from . import images, pictures, files, explanations
+from . import fidelity, vocabulary, purity, scores, unseen
 
-# %% ../../nbs/12_visual_words/00_visual_words.ipynb #a1ba7656
-__all__ = [*layer.__all__, *base.__all__, *projection.__all__, *training.__all__, *model.__all__,
-           *pictures.__all__, *scores.__all__, 'PartLearner', 'create_learner', 'part_table', 'check_table',
-           'part_dls', 'PartBatches', 'load_image', 'fit_run', 'seed_everything', 'run_config', 'save_run',
-           'load_run']
+# %% ../../nbs/12_visual_words/00_visual_words.ipynb #ff9e6df7
+__all__ = [*precision.__all__, *maps.__all__, *layer.__all__, *network.__all__, *base.__all__, *attended.__all__,
+           *projection.__all__, *fields.__all__, *pruning.__all__, *losses.__all__, *last_layer.__all__, *start.__all__,
+           *training.__all__, *model.__all__, *images.__all__, *pictures.__all__, *files.__all__, *explanations.__all__,
+           *fidelity.__all__, *vocabulary.__all__, *purity.__all__, *scores.__all__, *unseen.__all__,
+           'PartLearner', 'create_learner', 'part_table', 'check_table', 'part_dls', 'PartBatches', 'load_image',
+           'fit_run', 'seed_everything', 'run_config', 'save_run', 'load_run']
 
-# %% ../../nbs/12_visual_words/00_visual_words.ipynb #07e809eb
+# %% ../../nbs/12_visual_words/00_visual_words.ipynb #ea26ce88
+from .precision import *
+from .maps import *
 from .layer import *
+from .network import *
 from .base import *
+from .attended import *
 from .projection import *
+from .fields import *
+from .pruning import *
+from .losses import *
+from .last_layer import *
+from .start import *
 from .training import *
 from .model import *
+from .images import *
 from .pictures import *
+from .files import *
+from .explanations import *
+from .fidelity import *
+from .vocabulary import *
+from .purity import *
 from .scores import *
+from .unseen import *
 from ..core import PartLearner, create_learner
 from ..data.table import part_table, check_table
 from ..data.loaders import part_dls, PartBatches
