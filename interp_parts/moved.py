@@ -34,7 +34,9 @@ moved = dict(
     report='visualization.report', runs='command.runs data.rows',
     saliency='classification_specific_parts.saliency_maps',
     selection_pictures='classification_specific_parts.pictures', sparse_svm='classification_specific_parts.svm',
-    synthetic_faces='synthetic.faces', table='command.comparison', unsupervised='contrastive_reconstruction.scores',
+    synthetic_faces='synthetic.faces', table='command.comparison',
+    unsupervised='contrastive_reconstruction.scores contrastive_reconstruction.keypoint_scores '
+                 'contrastive_reconstruction.pixel_scores',
     warps='contrastive_reconstruction.warps', winograd='activation_diversity.winograd',
     word_layer='visual_words.layer', word_pictures='visual_words.pictures',
     word_projection='visual_words.projection', word_scores='visual_words.scores',
