@@ -97,7 +97,7 @@ def _no_prediction(pred, *targets):
 # %% ../../nbs/11_contrastive_reconstruction/07_model.ipynb #afe76ea2
 def _groups(model): return model.groups()
 
-# %% ../../nbs/11_contrastive_reconstruction/07_model.ipynb #ee9c94ce
+# %% ../../nbs/11_contrastive_reconstruction/07_model.ipynb #07489f8a
 def contrastive_reconstruction_learner(
     dls, # From `part_dls`, of a table with masks
     backbone:str='resnet50', # timm's name
@@ -132,7 +132,7 @@ def contrastive_reconstruction_learner(
     rec = Reconstruction(net, warp=RandomWarp(**(warp or {})), jitter=ColorJitter(**(jitter or {})),
                          **{**quirks, **(losses or {})})
     cbs = [rec, *([_PolyDecay()] if compat else []), *(cbs or [])]
-    learn = PartLearner(dls, model.to(dls.device), loss_func=no_prediction, splitter=_groups, cbs=cbs)
+    learn = PartLearner(dls, model.to(dls.device), loss_func=_no_prediction, splitter=_groups, cbs=cbs)
     if kmeans:
         views = dict(warp=rec.warp, jitter=rec.jitter) if kmeans_warped else {}
         cluster_start(learn, net, kmeans, centered=kmeans_centered, n=kmeans_images, **views)
