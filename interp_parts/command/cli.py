@@ -283,6 +283,7 @@ def run_command(
         warnings.showwarning = lambda said, *a, **k: _fail(f'warning: {" ".join(str(said).split())}')
         if not sys.warnoptions: # of libraries, not for users
             for kind in (FutureWarning, DeprecationWarning): warnings.simplefilter('ignore', kind)
+            warnings.filterwarnings('default', 'the recipe .* is called', FutureWarning)
         return _run(args)
 
 def _run(args):

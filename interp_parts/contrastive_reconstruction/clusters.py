@@ -76,9 +76,12 @@ class FeatureKMeans:
         "The same from batches"
         return self.fit(((denormalize(x, batches.stats), b.mask) for x,b in batches), n)
 
-# %% ../../nbs/11_contrastive_reconstruction/06_clusters.ipynb #8ac77371
+# %% ../../nbs/11_contrastive_reconstruction/06_clusters.ipynb #eb0de3d8
 @patch
-def distances(self:FeatureKMeans, x, mask=None):
+def distances(self:FeatureKMeans,
+    x:torch.Tensor, # (B,3,H,W) images in 0..1
+    mask=None, # (B,H,W) foreground
+)->torch.Tensor:
     "Squared distances (B,K,h,w) to the centres"
     f,c = self.features(x, mask),self.centers.to(x.device)
     f = self._scaled(f.movedim(1, -1)).movedim(-1, 1)
@@ -86,14 +89,20 @@ def distances(self:FeatureKMeans, x, mask=None):
     d = f.square().sum(1, keepdim=True) - 2*product + c.square().sum(1)[:,None,None]
     return d.clamp_min(0)
 
-# %% ../../nbs/11_contrastive_reconstruction/06_clusters.ipynb #de9ccd90
+# %% ../../nbs/11_contrastive_reconstruction/06_clusters.ipynb #2e67e0c6
 @patch
-def nearest(self:FeatureKMeans, x, mask=None):
+def nearest(self:FeatureKMeans,
+    x:torch.Tensor, # (B,3,H,W) images in 0..1
+    mask=None, # (B,H,W) foreground
+)->torch.Tensor:
     "One-hot maps (B,K,h,w) of the nearest centre"
     return F.one_hot(self.distances(x, mask).argmin(1), self.k).permute(0,3,1,2).float()
 
 @patch
-def parts(self:FeatureKMeans, x, mask=None):
+def parts(self:FeatureKMeans,
+    x:torch.Tensor, # (B,3,H,W) images in 0..1
+    mask=None, # (B,H,W) foreground
+)->Parts:
     "`Parts` of images in 0..1"
     near = self.nearest(x, mask)
     return Parts(near, near.amax((2,3)))

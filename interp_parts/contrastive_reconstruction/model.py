@@ -68,9 +68,12 @@ class ContrastiveReconstruction(PartModel):
         if self.freeze_bn: [m.eval() for m in self.modules() if isinstance(m, nn.BatchNorm2d)]
         return self
 
-# %% ../../nbs/11_contrastive_reconstruction/07_model.ipynb #298d4165
+# %% ../../nbs/11_contrastive_reconstruction/07_model.ipynb #68539ce0
 @patch
-def forward(self:ContrastiveReconstruction, x):
+def forward(self:ContrastiveReconstruction,
+    x:torch.Tensor, # (B,3,H,W) normalised images
+):
+    "Part logits of images"
     if self.compat: x = (x*self.std + self.mean)*255 - torch.tensor(BGR_MEAN, device=x.device)[:,None,None]
     return _Segmented(self.head(self.backbone(x)) if hasattr(self, 'head') else self.net(x))
 

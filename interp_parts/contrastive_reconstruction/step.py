@@ -110,9 +110,11 @@ class Reconstruction(LossTerms):
 
     def after_fit(self): self.clean = self.second = self.mask = None
 
-# %% ../../nbs/11_contrastive_reconstruction/04a_step.ipynb #491aef0c
+# %% ../../nbs/11_contrastive_reconstruction/04a_step.ipynb #ebffaed6
 @patch
-def views(self:Reconstruction, k):
+def views(self:Reconstruction,
+    k:int, # Parts
+)->Views:
     "Targets, warp and positives for the batch at hand"
     colors = rgb_to_lab(self.clean) if self.lab else self.clean*255 - 128
     which = same_everywhere(draw_positives(len(self.mask)*n_processes(), k, self.skip_first, self.mask.device))
@@ -132,12 +134,13 @@ def terms(self:Reconstruction):
     terms['semantic'] = terms['semantic'].sum()*n/6 if self.batch_sum else terms['semantic'].mean()
     return {n:self.weights[n]*t for n,t in terms.items()}
 
-# %% ../../nbs/11_contrastive_reconstruction/04a_step.ipynb #1494b6cd
+# %% ../../nbs/11_contrastive_reconstruction/04a_step.ipynb #90db6b6b
 @patch
 def _count(self:Reconstruction, mass): self.mass = mass if self.mass is None else self.mass + mass
 
 @patch
 def after_epoch(self:Reconstruction):
+    "Warn of lost parts"
     share = None if self.mass is None else self.mass/self.mass.sum().clamp_min(1e-9)
     self.mass = None
     lost = [] if share is None else (share < .01).nonzero()[:,0].tolist()
