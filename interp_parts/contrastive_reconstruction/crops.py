@@ -68,25 +68,25 @@ class _Crop:
         if self.flip: pts[:,0] = self.canvas[0] - pts[:,0]
         return pts.astype(np.float32)
 
-# %% ../../nbs/11_contrastive_reconstruction/05_crops.ipynb #b7a511d5
+# %% ../../nbs/11_contrastive_reconstruction/05_crops.ipynb #e959bb8c
 def instance_crop(
     box, # x, y, w, h of the object, or None: the whole image
     original, # Width and height of the image
     size:int, # Side of the network input, in pixels
     jitter:float=0., # Random change of the box's sides
     flip:bool=False, # Mirrored?
-    rng=np.random, # Source of chance
+    rng=np.random, # Source of random numbers
 )->_Crop:
     "The published square crop around an object"
     x,y,w,h = (0,0,original[0]-1,original[1]-1) if box is None else box
     b = _square_box(_jitter_box((x, y, x+w, y+h), .05*(box is not None), jitter*(box is not None), rng))
     return _Crop(tuple(b.tolist()), (size,size), tuple(original), flip)
 
-# %% ../../nbs/11_contrastive_reconstruction/05_crops.ipynb #856bb21b
+# %% ../../nbs/11_contrastive_reconstruction/05_crops.ipynb #d8bfd5db
 def _random_crop(original, size, flip=False, rng=random):
     "Half to all of the image, 3:4 to 4:3, as for DeepFashion"
     w,h = original
-    with torch.random.fork_rng(devices=[]): # torchvision draws from PyTorch's state, which stays as it was
+    with torch.random.fork_rng(devices=[]): # torchvision uses PyTorch's random state, which stays as it was
         torch.default_generator.manual_seed(rng.getrandbits(60))
         y,x,ch,cw = RandomResizedCrop.get_params(torch.empty(1,h,w), (.5,1.), (3/4,4/3))
     return _Crop((x, y, x+cw-1, y+ch-1), (size,size), tuple(original), flip)

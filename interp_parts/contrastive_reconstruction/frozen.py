@@ -42,7 +42,7 @@ def _scaled_to(shape, size):
     "Height and width of the scaled image"
     return tuple(round(s*size/min(shape)) for s in shape)
 
-# %% ../../nbs/11_contrastive_reconstruction/02_frozen.ipynb #8438697d
+# %% ../../nbs/11_contrastive_reconstruction/02_frozen.ipynb #9f62397b
 class _Taps(nn.Module):
     "A frozen network that gives several feature maps of images in 0..1"
     def __init__(self, stats, gains, norm=False):
@@ -55,7 +55,7 @@ class _Taps(nn.Module):
             self.register_buffer(k, torch.tensor(v, dtype=torch.float32)[:,None,None])
 
     def freeze(self):
-        "No gradient, and evaluation mode for ever"
+        "No gradient, and always evaluation mode"
         return self.requires_grad_(False).eval()
 
     def train(self, mode=True): return super().train(False)
@@ -76,7 +76,7 @@ def _edges(x):
     k = torch.tensor([[1.,0,-1],[2,0,-2],[1,0,-1]], device=x.device, dtype=x.dtype)
     return F.conv2d(x.mean(1, keepdim=True), torch.stack([k,k.T])[:,None], padding=1)
 
-# %% ../../nbs/11_contrastive_reconstruction/02_frozen.ipynb #d85f44f6
+# %% ../../nbs/11_contrastive_reconstruction/02_frozen.ipynb #11e1f55b
 class VGGTaps(_Taps):
     "Activations of a VGG"
     def __init__(self,
@@ -84,9 +84,9 @@ class VGGTaps(_Taps):
         taps=('relu3_2','relu5_4'), # Activations
         gains=(.33,1.), # Their weights
         norm:bool=False, # Divide each tap by its length at each place?
-        sobel:bool=False, # Edges instead of colours, as DeepCluster's VGG16 wants?
+        sobel:bool=False, # Edges instead of colours, as for DeepCluster's VGG16?
         div:int=1, # All widths are divided by this
-        stats=((0.485,0.456,0.406),(0.229,0.224,0.225)), # Mean and deviation of the three channels
+        stats=((0.485,0.456,0.406),(0.229,0.224,0.225)), # Mean and standard deviation of the three channels
     ):
         super().__init__(stats, gains, norm)
         layers = _vgg_layers(name)

@@ -101,7 +101,7 @@ def _random_projective(n, degrees=60., tilt=10., scale=(.7,2.)):
     turns = [np.radians(np.random.uniform(-d, d, n)) for d in (tilt,tilt,degrees)]
     return _projective(*turns, np.random.uniform(1/scale[1], 1/scale[0], n))
 
-# %% ../../nbs/11_contrastive_reconstruction/01_warps.ipynb #e1fd7b16
+# %% ../../nbs/11_contrastive_reconstruction/01_warps.ipynb #7bd2132f
 class RandomWarp(nn.Module):
     "A random thin-plate spline and similarity for each image, the same for all arguments"
     def __init__(self,
@@ -117,14 +117,14 @@ class RandomWarp(nn.Module):
         self.sigma = sigma
         self.mirror = mirror
         self.padding = padding
-        draw = dict(affine=lambda n: _random_similarity(n, degrees, scale, shift),
-                    projective=lambda n: _random_projective(n, degrees, scale=scale))
-        self.draw = pick(mode, draw, 'warp mode')
+        random = dict(affine=lambda n: _random_similarity(n, degrees, scale, shift),
+                      projective=lambda n: _random_projective(n, degrees, scale=scale))
+        self.random_matrices = pick(mode, random, 'warp mode')
 
     def source(self, n):
         "Source points (n,25,2) of `n` images"
         c = _control_points().float()
-        s = _move_points(c + torch.empty(n, *c.shape).uniform_(-self.sigma, self.sigma), self.draw(n))
+        s = _move_points(c + torch.empty(n, *c.shape).uniform_(-self.sigma, self.sigma), self.random_matrices(n))
         return s*torch.tensor([-1.,1]) if self.mirror and np.random.rand() < .5 else s
 
     def grid(self, x): return _tps_grid(self.source(len(x)).to(x.device), x.shape[-2:])
