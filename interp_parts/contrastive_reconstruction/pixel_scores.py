@@ -56,9 +56,9 @@ def _pixel_item(row, view, size=256, how='nearest'):
     m = None if mask is None else np.asarray(mask.resize(wh, Image.Resampling.NEAREST)) > 0
     return np.asarray(im.resize(wh, Image.Resampling.BILINEAR)),_resize_labels(labels, wh, how),m
 
-# %% ../../nbs/11_contrastive_reconstruction/08b_pixel_scores.ipynb #b0ed29fa
+# %% ../../nbs/11_contrastive_reconstruction/08b_pixel_scores.ipynb #5a914f19
 def _pixel_batch(i, labels, mask=None):
-    "What baselines that know no colours are told of an image: its foreground, and the box of it"
+    "A `Batch` for the baselines: the foreground of an image, and its box"
     on = labels > 0 if mask is None else mask
     x0,y0,x1,y1 = tight_box(on) or (0, 0, on.shape[1]-1, on.shape[0]-1)
     size,box = torch.tensor([on.shape]),torch.tensor([[x0,y0,x1-x0+1,y1-y0+1]]).float()
