@@ -8,7 +8,7 @@ __all__ = ['KINDS', 'methods', 'method_names', 'InterpPartsError', 'DataError', 
            'PickLogits', 'SplitTargets', 'PartLearner', 'Method', 'register', 'get_method', 'create_learner']
 
 # %% ../nbs/00_core.ipynb #5d38d18c
-import difflib, importlib
+import difflib, importlib, warnings
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, replace
 
@@ -282,6 +282,14 @@ class Method:
     base:str|None=None # Method whose finished run it cannot do without (`--init`)
     pictures:object=None # `(learner, table, rows, folder) -> files`: its own pictures
     importer:object=None # `(file, out, **options) -> run`: makes a run of a checkpoint of its authors
+    renamed_recipes:dict=field(default_factory=dict) # Names of recipes now, by their earlier names
+
+    def recipe_name(self, name):
+        "The name of a recipe now; an earlier name gives a warning"
+        if name not in self.renamed_recipes: return name
+        new = self.renamed_recipes[name]
+        warnings.warn(f'the recipe {name} is called {new} now', FutureWarning, stacklevel=2)
+        return new
 
 methods = {}
 method_names = ['classifier', 'region_grouping', 'contrastive_reconstruction', 'visual_words', 'activation_diversity',

@@ -39,7 +39,7 @@ moved = dict(
     saliency='classification_specific_parts.saliency_maps',
     selection_pictures='classification_specific_parts.pictures',
     sparse_svm='classification_specific_parts.svm classification_specific_parts.l2_svm',
-    synthetic_faces='synthetic.faces', table='command.comparison', unsupervised='contrastive_reconstruction.scores',
+    synthetic_faces='synthetic.faces', table='command.comparison', unsupervised='contrastive_reconstruction',
     warps='contrastive_reconstruction.warps',
     word_layer='visual_words', word_pictures='visual_words',
     word_projection='visual_words', word_scores='visual_words',

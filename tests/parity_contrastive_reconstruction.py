@@ -8,21 +8,31 @@ from fastai.vision.core import TensorMask
 from PIL import Image
 from torch import nn
 
-from interp_parts.evaluation.clustering import Contingency, ari, nmi
-from interp_parts.contrastive_reconstruction.losses import Reconstruction
-from interp_parts.contrastive_reconstruction.model import BGR_MEAN, ContrastiveReconstruction, Segmented, poly_lr
-from interp_parts.contrastive_reconstruction.published import original_net
-from interp_parts.core import Batch, Parts
-from interp_parts.contrastive_reconstruction.networks import UNet, unit_parts
-from interp_parts.contrastive_reconstruction.crops import crop_box, instance_crop, jitter_box, pad_square, scale_longest, square_box
-from interp_parts.evaluation.landmarks import part_centers, to_frame, trim_to_stride
-from interp_parts.data.readers.parts import _area_part as area_part, _decode_colors as decode_colors, _paint_parts as paint_parts, DEEPFASHION_COLORS, pascal_parts, tight_box
+from interp_parts.contrastive_reconstruction.crops import (instance_crop, _crop_box as crop_box,
+                                                           _jitter_box as jitter_box, _square_box as square_box)
 from interp_parts.contrastive_reconstruction.frozen import VGGTaps, rgb_to_lab
-from interp_parts.contrastive_reconstruction.losses import consistency, contrastive_loss, draw_positives, equivariance_loss, part_moments, upsample_logits
-from interp_parts.contrastive_reconstruction.pictures import drawing_centers, voc_colors
+from interp_parts.contrastive_reconstruction.keypoint_scores import (_KeypointClusters as KeypointClusters,
+    _at_points as at_points, _name_points as name_points, _regression_columns as regression_columns, trainer_centers)
+from interp_parts.contrastive_reconstruction.losses import (consistency, contrastive_loss, draw_positives,
+                                                            equivariance_loss, part_moments, upsample_logits)
+from interp_parts.contrastive_reconstruction.model import (BGR_MEAN, ContrastiveReconstruction,
+                                                           _Segmented as Segmented, _poly_lr as poly_lr)
+from interp_parts.contrastive_reconstruction.networks import UNet
+from interp_parts.contrastive_reconstruction.pictures import (_drawing_centers as drawing_centers,
+                                                              _voc_colors as voc_colors)
+from interp_parts.contrastive_reconstruction.pixel_scores import (_PixelScores as PixelScores,
+                                                                  _pad_square as pad_square, _scale_longest as scale_longest)
+from interp_parts.contrastive_reconstruction.published import original_net
+from interp_parts.contrastive_reconstruction.step import Reconstruction
+from interp_parts.contrastive_reconstruction.warps import (RandomWarp, warp, _control_points as control_points,
+    _move_points as move_points, _projective as projective, _random_similarity as random_similarity,
+    _similarity as similarity, _tps_grid as tps_grid, _tps_inverse as tps_inverse)
+from interp_parts.core import Batch, Parts
+from interp_parts.data.readers.parts import (DEEPFASHION_COLORS, _area_part as area_part, _decode_colors as decode_colors,
+                                             _paint_parts as paint_parts, pascal_parts, tight_box)
+from interp_parts.evaluation.clustering import Contingency, ari, nmi
+from interp_parts.evaluation.landmarks import part_centers, to_frame, trim_to_stride
 from interp_parts.training.optim import torch_opt
-from interp_parts.contrastive_reconstruction.scores import KeypointClusters, PixelScores, at_points, name_points, regression_columns, trainer_centers
-from interp_parts.contrastive_reconstruction.warps import RandomWarp, control_points, move_points, projective, random_similarity, similarity, tps_grid, tps_inverse, warp
 
 def generated(n, i, seed):
     "`n` numbers in -0.5..0.5: entry `i` of the rule that made the recorded parameters"
@@ -156,7 +166,7 @@ def deeplab(r):
     instance,part = net.features(x)
     logits = net.layer5(part)
     r.close('eval_logits', logits, 1e-3)
-    for k,f in dict(part=unit_parts(part), instance=instance).items():
+    for k,f in dict(part=net.unit_parts(part), instance=instance).items():
         name = f'eval_feature_{k}_head'
         if name in r: r.close(name, f[:,:r.arrays[name].shape[1]], 1e-3)
     (logits*r.tensor('G')).sum().backward()

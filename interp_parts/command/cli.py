@@ -190,6 +190,7 @@ def _recipes(
     "List the published settings"
     from interp_parts.core import get_method, method_names, pick
     all_ = {k:dict(method=m, **r) for m in method_names for k,r in get_method(m).recipes.items()}
+    for m in method_names: name = get_method(m).recipe_name(name)
     shown = {name:pick(name, all_, 'recipe')} if name else all_
     if json_: print(json.dumps(shown, indent=1))
     else: print('\n'.join(_recipe_line(k, **r) for k,r in shown.items()))
@@ -282,6 +283,7 @@ def run_command(
         warnings.showwarning = lambda said, *a, **k: _fail(f'warning: {" ".join(str(said).split())}')
         if not sys.warnoptions: # of libraries, not for users
             for kind in (FutureWarning, DeprecationWarning): warnings.simplefilter('ignore', kind)
+            warnings.filterwarnings('default', 'the recipe .* is called', FutureWarning)
         return _run(args)
 
 def _run(args):

@@ -81,7 +81,7 @@ def _place(settings, method, key, value):
 
 def _recipe(method, name):
     "A recipe by its name, or by a word of it that no other recipe of the method has, such as cub"
-    known = get_method(method).recipes
+    known,name = get_method(method).recipes,get_method(method).recipe_name(name)
     having = [k for k in known if name in k.split('_')]
     return copy.deepcopy(known[having[0]] if name not in known and len(having) == 1 else pick(name, known, '--recipe'))
 
