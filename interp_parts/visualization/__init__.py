@@ -9,7 +9,8 @@ __all__ = []
 from . import overlays, figures, learner, summary, report, model_card
 
 # %% ../../nbs/21_visualization/00_visualization.ipynb #c6dd529d
-__all__ = [*overlays.__all__, *figures.__all__, *learner.__all__, *summary.__all__, *report.__all__, *model_card.__all__]
+__all__ = [*overlays.__all__, *figures.__all__, *learner.__all__,
+           *summary.__all__, *report.__all__, *model_card.__all__]
 
 # %% ../../nbs/21_visualization/00_visualization.ipynb #c6db02c3
 from .overlays import *

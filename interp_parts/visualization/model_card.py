@@ -26,8 +26,9 @@ def _md_table(head, rows):
 def _limits(run):
     "What the model cannot do, as far as its files say"
     n,m = len(run.config.get('vocab') or []),run.metrics.get('n_images')
-    if run.config.get('multi'): yield f'It says yes or no to {n} attributes for any image, also for one of something else.'
-    elif n: yield f'It knows {n} classes and answers with one of them for any image, also for one of something else.'
+    anything = 'for any image, also for one of something else.'
+    if run.config.get('multi'): yield f'It says yes or no to {n} attributes {anything}'
+    elif n: yield f'It knows {n} classes and answers with one of them {anything}'
     yield 'Its parts were found without part labels: another training may find others, and a person might name others.'
     yield 'Part maps are coarse; an overlay is exact to about one cell of the map.'
     yield f'The scores hold for images like the {m} they were measured on.' if m else 'It has not been scored yet.'

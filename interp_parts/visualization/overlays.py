@@ -20,7 +20,7 @@ from matplotlib.patches import Patch
 from matplotlib.text import Text
 
 from ..core import DataError, Parts
-from ..evaluation.pixels import upsample, upsample as upsample_image
+from ..evaluation.pixels import upsample, upsample as upsample_image # the old name, for modules that import it
 from ..files import atomic_path, claim_file
 
 # %% ../../nbs/21_visualization/01_overlays.ipynb #c3631992

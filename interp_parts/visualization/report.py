@@ -166,11 +166,14 @@ sample of training images.{% endif %}</p>
 {% if pictures or tables %}<h2>Pictures</h2>{% endif %}
 {% for p in pictures %}
 {% if 'note' in p %}<p class="note">{{ p.note }}</p>{% else %}
-<figure><img alt="{{ p.title }}. {{ p.text }}" width="{{ p.width }}" height="{{ p.height }}" loading="lazy" src="{{ p.src }}">
+<figure><img alt="{{ p.title }}. {{ p.text }}" width="{{ p.width }}" height="{{ p.height }}"
+loading="lazy" src="{{ p.src }}">
 <figcaption><b>{{ p.title }}</b> {{ p.text }}</figcaption></figure>
 {% endif %}
 {% endfor %}
-{% for t in tables %}{% if 'note' in t %}<p class="note">{{ t.note }}</p>{% else %}{{ table(t) }}{% endif %}{% endfor %}
+{% for t in tables %}
+{% if 'note' in t %}<p class="note">{{ t.note }}</p>{% else %}{{ table(t) }}{% endif %}
+{% endfor %}
 {% for name,values in facts.items() if values %}<h2>{{ name }}</h2>{{ pairs(values) }}{% endfor %}
 {% if run.config.citation %}<h2>Citation</h2><p>{{ run.config.citation }}</p>{% endif %}
 </body></html>
@@ -180,8 +183,10 @@ sample of training images.{% endif %}</p>
 def _html(run_dir):
     "The page as a string"
     run,d = RunSummary(run_dir),Path(run_dir)
-    charts = {name: _data_uri(_chart(name, lines).png(dpi=150)) for name,lines in _read_curves(d/'history.csv').items()}
-    facts = dict(Settings=run.settings(), Data=run.section('data'), Licences=run.licences, Versions=run.section('versions'))
+    curves = _read_curves(d/'history.csv')
+    charts = {name: _data_uri(_chart(name, lines).png(dpi=150)) for name,lines in curves.items()}
+    facts = dict(Settings=run.settings(), Data=run.section('data'), Licences=run.licences,
+                 Versions=run.section('versions'))
     env = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined)
     return env.from_string(_MACROS + _PAGE).render(run=run, charts=charts, pictures=_pictures(d), tables=_tables(d),
                                                    facts=facts, style=_STYLE)

@@ -92,7 +92,8 @@ class RunSummary:
     @property
     def other_numbers(self)->dict:
         "What is in the metrics beside scores and baselines, by name"
-        return _flat({k:v for k,v in self.metrics.items() if k not in _SCORES and not _score_of(k) and not _is_model(v)})
+        known = lambda k,v: k in _SCORES or _score_of(k) or _is_model(v)
+        return _flat({k:v for k,v in self.metrics.items() if not known(k, v)})
 
     @property
     def licences(self)->dict:
