@@ -11,7 +11,8 @@ from interp_parts.training.optim import split_params
 from interp_parts.data.views import View
 from interp_parts.evaluation.scoring import accuracy, accuracy_per_attribute
 from interp_parts.evaluation.landmarks import KeypointRegression, eye_frame, keypoint_errors, mean_error, part_centers, to_frame, trim_to_stride
-from interp_parts.visualization.overlays import assignment_overlay, attention_map, attention_overlay, hard_assignment, part_colors, part_images
+from interp_parts.evaluation.pixels import upsample
+from interp_parts.visualization.overlays import assignment_overlay, attention_map, attention_overlay, hard_assignment, part_colors
 from interp_parts.data.readers.faces import _binary_labels as binary_labels, _scale_factors as scale_factors, _scops_filter as scops_filter
 from interp_parts.core import load_original
 from interp_parts.region_grouping.grouping import GroupingUnit, assign_pixels, describe_parts
@@ -300,7 +301,7 @@ def vis(r):
     r.near('att_overlay_rgb', attention_overlay(rgb, heat, compat=True), 1)
     r.exact('hard', hard_assignment(maps, size)[0])
     r.exact('assign_overlay_rgb', assignment_overlay(rgb, maps))
-    r.near('part_maps_uint8', part_images(maps, size), 1)
+    r.near('part_maps_uint8', (upsample(maps[0], size).numpy()*255).astype(np.uint8), 1)
     r.close('colors', 255*part_colors(maps.shape[1]), 1e-9)
 
 def data(r):

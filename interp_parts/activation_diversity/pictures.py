@@ -14,7 +14,8 @@ from matplotlib import colormaps
 from .peaks import Locations, spreadness
 from ..core import ConfigError, DataError, PartModel, eval_mode
 from ..data.images import denormalize, imagenet_stats
-from ..visualization.overlays import Picture, to_rgb, upsample_image
+from ..evaluation.pixels import upsample
+from ..visualization.overlays import Picture, to_rgb
 
 # %% ../../nbs/13_activation_diversity/11_pictures.ipynb #98e6dd6e
 def mean_face(
@@ -62,7 +63,7 @@ def location_figure(
 def _tinted(image, response, scale=None):
     "(H,W,3) uint8: grey image, red where the response (h,w) is positive, blue where it is negative"
     grey = to_rgb(image).mean(2, keepdims=True).repeat(3, 2)
-    r = upsample_image(response[None], grey.shape[:2])[0].numpy()
+    r = upsample(response[None], grey.shape[:2])[0].numpy()
     r = np.clip(r/(scale or max(np.abs(r).max(), 1e-12)), -1, 1)[...,None]
     colour = np.where(r > 0, (230.,30,30), (30.,70,230.))
     return (grey*(1-np.abs(r))+colour*np.abs(r)).astype(np.uint8)
