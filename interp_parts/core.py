@@ -7,12 +7,13 @@ __all__ = ['KINDS', 'methods', 'method_names', 'InterpPartsError', 'DataError', 
            'nearest', 'pick', 'Parts', 'check_parts', 'Batch', 'cat_batches', 'eval_mode', 'PartModel', 'store_config',
            'load_original', 'PartLearner', 'register', 'get_method', 'create_learner']
 
-# %% ../nbs/00_core.ipynb #af8daa23
-import difflib, importlib, inspect
+# %% ../nbs/00_core.ipynb #2afab083
+import difflib, importlib, inspect, threading
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from functools import wraps
 from types import SimpleNamespace
+from weakref import WeakKeyDictionary
 
 import torch
 from fastai.callback.core import Callback
@@ -172,17 +173,24 @@ def cat_batches(
     vals = {f.name:[getattr(o, f.name) for o in items] for f in fields(items[0])}
     return replace(items[0], **{k:join(v) for k,v in vals.items() if isinstance(v[0], (torch.Tensor, list))})
 
-# %% ../nbs/00_core.ipynb #ef4397a4
+# %% ../nbs/00_core.ipynb #9f361e5d
+_modes,_modes_lock = WeakKeyDictionary(),threading.Lock() # A list for each module: its own mode, then a False for each block
+
 @contextmanager
 def eval_mode(
     model:nn.Module, # Any module
 ):
-    "Evaluation mode inside the block; every submodule's own mode afterwards, also after an exception"
-    modes = [(m, m.training) for m in model.modules()]
-    model.eval()
+    "Evaluation mode inside the block, in any number of threads; every submodule's own mode after the last of them"
+    modules = list(model.modules())
+    with _modes_lock:
+        for m in modules: _modes.setdefault(m, []).append(m.training)
+        model.eval()
     try: yield model
     finally:
-        for m,t in modes: m.training = t
+        with _modes_lock:
+            for m in modules:
+                mode = _modes[m].pop()
+                if not _modes[m]: m.training = mode
 
 # %% ../nbs/00_core.ipynb #55f9355f
 class PartModel(nn.Module):
