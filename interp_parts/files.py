@@ -7,7 +7,7 @@ __all__ = ['SCHEMA', 'MARK', 'atomic_path', 'write_text', 'write_json', 'reading
            'made', 'occupied', 'free_name', 'check_claim', 'claim', 'replaceable', 'start_folder', 'mark_npz',
            'made_file', 'claim_file']
 
-# %% ../nbs/00a_files.ipynb #631e5904
+# %% ../nbs/00a_files.ipynb #0d02d418
 import errno, json, os, re, shutil, tempfile, zipfile
 from contextlib import contextmanager
 from fnmatch import fnmatch
@@ -18,7 +18,9 @@ from PIL import Image
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from .core import CheckpointError, ConfigError, DataError, InterpPartsError
+from .core import CheckpointError, ConfigError, DataError, InterpPartsError, TrainingError
+from .kinds import misfit
+from .lock import LOCK, check_lock, locked
 
 # %% ../nbs/00a_files.ipynb #5c8d7a9a
 _umask = os.umask(0)
@@ -71,17 +73,26 @@ def reading(
         said = ' '.join(str(e).split())[:200]
         raise error(path, f'cannot be read ({type(e).__name__}: {said})', expected, do) from e
 
-# %% ../nbs/00a_files.ipynb #2fd12d10
+# %% ../nbs/00a_files.ipynb #0f5a5806
 def read_json(
     path, # File to be read
+    kinds=None, # What it has to hold, such as `dict(epoch=int, names=[str])`; None: anything
 ):
-    "Read a JSON file; one that is missing or damaged is named"
-    try: return json.loads(Path(path).read_text(encoding='utf-8'))
+    "Read a JSON file; one that is missing, damaged or of another kind is named"
+    try: d = json.loads(Path(path).read_text(encoding='utf-8'))
     except FileNotFoundError: raise CheckpointError(path, 'no such file') from None
     except (ValueError, RecursionError, OSError) as e: raise CheckpointError(path, f'not JSON ({e})') from None
+    if kinds is None or not (found := misfit(d, kinds)): return d
+    raise CheckpointError(path, *found, 'take back what was changed in it, or make it again')
 
-# %% ../nbs/00a_files.ipynb #dd743cd6
+# %% ../nbs/00a_files.ipynb #6ccddd15
 SCHEMA = 1 # Of a run's configuration
+
+def _check_finite(path, tensors):
+    "A file of weights is never written with a number that is not finite"
+    bad = [k for k,v in tensors.items() if v.is_floating_point() and not v.isfinite().all()]
+    if bad: raise TrainingError(path, f'{len(bad)} tensors are not finite ({", ".join(bad[:3])}), and are not saved',
+                                'finite weights', 'lower the learning rate (--set lr=...), or look at the images')
 
 def _write_plain(path, write):
     with atomic_path(path) as tmp:
@@ -96,6 +107,7 @@ def save_tensors(
     "Write a model's state, or a dictionary, in one piece"
     if isinstance(what, dict): return _write_plain(path, lambda tmp: torch.save(what, tmp))
     sd = {k:v.detach().cpu().contiguous() for k,v in what.state_dict().items()}
+    _check_finite(path, sd)
     _write_plain(path, lambda tmp: save_file(sd, tmp))
 
 # %% ../nbs/00a_files.ipynb #3df77028
@@ -142,7 +154,7 @@ def _earlier(d):
     names = os.listdir(d)
     return 'grabcut' if names and all(map(_cut_mask.fullmatch, names)) else None
 
-# %% ../nbs/00a_files.ipynb #d9bdcd69
+# %% ../nbs/00a_files.ipynb #822001d2
 def made(
     folder, # Any folder
 )->str|None:
@@ -156,8 +168,8 @@ def made(
 def occupied(
     folder, # Any path
 )->bool:
-    "Does it hold anything but our mark?"
-    return Path(folder).is_dir() and any(n != MARK for n in os.listdir(folder))
+    "Does it hold anything but our mark, and the lock of whoever writes it?"
+    return Path(folder).is_dir() and any(n not in (MARK,LOCK) for n in os.listdir(folder))
 
 # %% ../nbs/00a_files.ipynb #d41118e9
 _also = dict(run=('run','demo')) # A demo is a run with its images
@@ -221,8 +233,8 @@ def claim(
         write_json(p/MARK, dict(kind=made(p) or kind, interp_parts=__version__))
     return p
 
-# %% ../nbs/00a_files.ipynb #93e5cf0b
-_run_files = (MARK, 'config.json', 'settings.json', 'model.safetensors', 'README.md', 'history.csv', 'metrics.json',
+# %% ../nbs/00a_files.ipynb #c2ef5d35
+_run_files = (MARK, LOCK, 'config.json', 'settings.json', 'model.safetensors', 'README.md', 'history.csv', 'metrics.json',
               'report.html', 'split.txt', 'state/state.json', 'state/initial.json', 'state/initial.safetensors',
               'state/model-*.safetensors', 'state/loop-*.pt', 'visualization/*.csv', 'visualization/words/word_*.jpg',
               'visualization/projection/*', 'visualization/nearest/*', 'cs_parts/*.npz', 'cs_parts/*.json',
@@ -231,7 +243,7 @@ _run_files = (MARK, 'config.json', 'settings.json', 'model.safetensors', 'README
 def _of_run(run, f):
     "Is it a file that a run consists of?"
     name = f.relative_to(run).as_posix()
-    if fnmatch(f.name, '.*-????????.*'): return True # what a killed process was writing
+    if fnmatch(f.name, '.*-????????.*') or fnmatch(f.name, '.lock-*.json'): return True # what a killed process was writing
     if name.startswith('masks/'): return bool(_cut_mask.fullmatch(f.name))
     return any(fnmatch(name, p) for p in _run_files) or f.suffix == '.png' and made_file(f)
 
@@ -256,7 +268,7 @@ def replaceable(
     f = next(_foreign(p), None)
     return f and f'holds {f.relative_to(p)}, which interp_parts did not write'
 
-# %% ../nbs/00a_files.ipynb #ac12b9c3
+# %% ../nbs/00a_files.ipynb #cd2733f3
 @contextmanager
 def start_folder(
     folder, # Folder to be written to
@@ -264,15 +276,18 @@ def start_folder(
     data=(), # Files and folders that are read
     replace:bool=False, # Replace one that exists?
 ):
-    "Claim a folder for what the block starts; if that fails, the folder is as it was before"
+    "Claim a folder for what the block starts, and lock it; if that fails, the folder is as it was before"
     p,aside = Path(os.path.abspath(folder)),None
+    check_lock(p)
     if replace and occupied(p):
         why = replaceable(folder, kind, data)
         if why: raise ConfigError(folder, why, f'a {kind}', _another(folder, kind, data))
         aside = Path(tempfile.mkdtemp(dir=p.parent, prefix=f'{p.name}-before-'))
         os.rename(p, aside/p.name)
     fresh = not p.exists()
-    try: yield claim(folder, kind, data)
+    try:
+        claimed = claim(folder, kind, data)
+        with locked(claimed): yield claimed
     except BaseException:
         if fresh: shutil.rmtree(p, ignore_errors=True)
         if aside:
