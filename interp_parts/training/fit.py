@@ -5,15 +5,17 @@
 # %% auto #0
 __all__ = ['defaults', 'read_history', 'fit_run']
 
-# %% ../../nbs/04_training/05_fit.ipynb #c78521e0
-from contextlib import nullcontext
+# %% ../../nbs/04_training/05_fit.ipynb #d82cc958
 from pathlib import Path
 
 import pandas as pd
 from fastai.callback.core import Callback
 from fastai.callback.training import GradientClip
+from fastcore.foundation import L
 
-from ..files import claim, load_tensors, write_text
+from ..core import CheckpointError, ConfigError
+from ..files import claim, load_tensors, reading, write_text
+from ..lock import locked
 from .guards import StopNonFinite, WatchParts
 from .optim import keep_memory, scheduled, torch_opt
 from .state import SaveState, say_unsaved
@@ -35,52 +37,72 @@ class _History(Callback):
         try: write_text(self.path, pd.DataFrame(self.rows).to_csv(index=False))
         except OSError as e: say_unsaved(self.path, e)
 
-# %% ../../nbs/04_training/05_fit.ipynb #c3f07abe
+# %% ../../nbs/04_training/05_fit.ipynb #51b67cf3
 def read_history(
     run, # Folder of the run
 )->pd.DataFrame:
     "The run's history; an empty table if it has none"
     f = Path(run)/'history.csv'
-    return pd.read_csv(f, float_precision='round_trip') if f.exists() else pd.DataFrame()
+    if not f.exists(): return pd.DataFrame()
+    what = 'a row for each epoch, as a training writes them'
+    with reading(f, what, 'take back what was changed in it, or delete it', CheckpointError):
+        df = pd.read_csv(f, float_precision='round_trip')
+        if df.epoch.dtype != 'int64': raise ValueError(f'epochs {df.epoch.tolist()[:3]}')
+        return df
 
-# %% ../../nbs/04_training/05_fit.ipynb #4d3bbcb3
+# %% ../../nbs/04_training/05_fit.ipynb #7581cbeb
 defaults = dict(optimizer='adamw', lr=(2e-4,2e-3), schedule='one_cycle', options=dict(weight_decay=1e-2))
 
-def _use_optimizer(learn, optimizer, options, lr):
-    "Let the learner use PyTorch's optimiser; returns a learning rate for each of its groups"
+def _rates(lr, n):
+    "A learning rate for each of `n` groups of parameters"
+    rates = list(lr) if isinstance(lr, (list,tuple)) else [lr]
+    if len(rates) == 1: rates = rates*n
+    if len(rates) < n or not all(type(o) in (int,float) and o >= 0 for o in rates):
+        raise ConfigError('lr', repr(lr), f'one number, or one for each of {n} groups of parameters, backbone first',
+                          'pass lr=1e-3 or lr=(2e-4,2e-3); --set lr=0.001 or --set lr=[0.0002,0.002]')
+    return rates[-n:]
+
+def _use_optimizer(learn, optimizer, options):
+    "Let the learner use PyTorch's optimiser"
     learn.opt_func = torch_opt(optimizer, **(options or {}))
     learn.wd_bn_bias,learn.train_bn = True,False
-    return list(lr)[-len(learn.splitter(learn.model)):]
 
 def _finish(learn):
     "Call what changes a trained model, and is not itself a state to resume from"
     for c in learn.cbs:
         if hasattr(type(c), 'finish'): c.finish()
 
-# %% ../../nbs/04_training/05_fit.ipynb #2c5fdcac
+# %% ../../nbs/04_training/05_fit.ipynb #832bcca4
 def fit_run(
     learn, # A `PartLearner`
     epochs:int=12, # Passes over the training images
     run=None, # Folder for state and history; None keeps nothing
     resume:bool=False, # Continue from RUN/state?
     optimizer:str='adamw', # 'sgd', 'adam' or 'adamw'
-    lr=(2e-4,2e-3), # Base learning rates of backbone and new layers
+    lr=(2e-4,2e-3), # Base learning rates of backbone and new layers, or one number for both
     schedule:str='one_cycle', # One of `schedules`
     options:dict=None, # Further options of the optimiser
-    cbs=(), # Further callbacks
+    cbs=(), # Further callbacks, or one
     clip:float|None=None, # Largest norm of the gradient
     save_every:int|None=None, # Save the state after so many steps, not only after each epoch
 ):
     "Train a learner with PyTorch's optimiser and a schedule per step; returns the learner"
     keep_memory()
-    lrs = _use_optimizer(learn, optimizer, options, lr)
-    save = SaveState(claim(run, 'run'), save_every, resume) if run else None
-    state,start = (save.state,save.start) if save else (None,0)
-    cbs = [scheduled(schedule, lrs), StopNonFinite(), WatchParts(), *cbs, *([GradientClip(clip)] if clip else [])]
-    if save: cbs += [_History(run, start), save]
-    if state: print(f"resumed at epoch {start} step {state['step']}")
-    if start < epochs:
-        with save.stops_gently() if save else nullcontext(): learn.fit(epochs, lrs, cbs=cbs, start_epoch=start)
-    elif state: load_tensors(Path(run)/'state'/state['files']['model'], learn.model)
+    _use_optimizer(learn, optimizer, options)
+    lrs = _rates(lr, len(learn.splitter(learn.model)))
+    cbs = [scheduled(schedule, lrs), StopNonFinite(), WatchParts(), *L(cbs), *([GradientClip(clip)] if clip else [])]
+    if run is None: learn.fit(epochs, lrs, cbs=cbs)
+    else:
+        with locked(claim(run, 'run')): _fit_into(learn, epochs, lrs, cbs, run, save_every, resume)
     _finish(learn)
     return learn
+
+def _fit_into(learn, epochs, lrs, cbs, run, save_every, resume):
+    "Fit with a history and a state in the run"
+    save = SaveState(run, save_every, resume)
+    state = save.state
+    if state: print(f"resumed at epoch {save.start} step {state['step']}")
+    if save.start < epochs:
+        with save.stops_gently():
+            learn.fit(epochs, lrs, cbs=[*cbs, _History(run, save.start), save], start_epoch=save.start)
+    elif state: load_tensors(Path(run)/'state'/state['files']['model'], learn.model)

@@ -14,15 +14,16 @@ from fastai.callback.core import Callback
 from ..core import Parts, TrainingError
 from ..data.table import first_few
 
-# %% ../../nbs/04_training/02_guards.ipynb #cfb5a62d
+# %% ../../nbs/04_training/02_guards.ipynb #d1846042
 class StopNonFinite(Callback):
     "Stop when the loss is not a finite number, naming the step and the terms"
     order = 7
     def after_loss(self):
-        if not self.training or torch.isfinite(self.loss).all(): return
+        if torch.isfinite(self.loss).all(): return
+        step = 'step' if self.training else 'validation batch'
         terms = {k:f'{v.item():.3g}' for k,v in getattr(self.learn, 'loss_terms', {}).items()}
         files = _batch_files(self.dl, self.iter)
-        raise TrainingError(f'epoch {self.epoch} step {self.iter}', f'loss {self.loss.item()} {terms}', 'a finite loss',
+        raise TrainingError(f'epoch {self.epoch} {step} {self.iter}', f'loss {self.loss.item()} {terms}', 'a finite loss',
                             'lower the learning rate (--set lr=...) or look at the images of this batch' +
                             (f': {first_few(files)}' if files else ''))
 

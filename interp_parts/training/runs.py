@@ -22,16 +22,24 @@ from ..data.views import View
 from ..files import SCHEMA, claim, load_tensors, read_json, reading, save_tensors, write_json
 from .optim import keep_memory
 
-# %% ../../nbs/04_training/06_runs.ipynb #b14e6865
+# %% ../../nbs/04_training/06_runs.ipynb #7b80e9a2
 def fingerprint(
     df:pd.DataFrame, # A table
+    contents:bool=False, # Of what is in the files, whatever their names?
 )->str:
     "Short hash of which images, splits and labels a table holds; independent of where it lies"
     h = hashlib.sha256()
     label = next((df[c] for c in ('label','labels','identity') if c in df), df.split)
-    for p,s,l in zip(df.image, df.split, label):
-        h.update(f"{'/'.join(Path(p).parts[-2:])} {Path(p).stat().st_size} {s} {l}\n".encode())
+    named = lambda p: f"{'/'.join(Path(p).parts[-2:])} {Path(p).stat().st_size}".encode()
+    for p,s,l in zip(df.image, df.split, label): h.update((_ends if contents else named)(p) + f' {s} {l}\n'.encode())
     return h.hexdigest()[:16]
+
+def _ends(path, n=4096):
+    "Size, and first and last bytes of a file"
+    with open(path, 'rb') as f:
+        head,size = f.read(n),f.seek(0, 2)
+        f.seek(max(size-n, 0))
+        return f'{size} '.encode() + head + f.read(n)
 
 # %% ../../nbs/04_training/06_runs.ipynb #35a06c8a
 def versions()->dict:

@@ -5,23 +5,24 @@
 # %% auto #0
 __all__ = ['STATE_SCHEMA', 'read_state', 'say_unsaved', 'SaveState']
 
-# %% ../../nbs/04_training/04_state.ipynb #df432aba
+# %% ../../nbs/04_training/04_state.ipynb #2f81a062
 import os, random, signal, threading
 from contextlib import contextmanager
 from pathlib import Path
 
-import numpy as np, torch
+import numpy as np, torch, torch.distributed as dist
 from fastai.callback.core import Callback
 from fastcore.basics import patch
 from fastcore.foundation import L
 
-from ..core import CheckpointError
+from ..core import CheckpointError, ConfigError
 from ..files import load_tensors, read_json, reading, save_tensors, write_json
+from .runs import fingerprint, versions
 
-# %% ../../nbs/04_training/04_state.ipynb #a38f667d
+# %% ../../nbs/04_training/04_state.ipynb #24470058
 STATE_SCHEMA = 2 # Of a training's state; states of schema 1, of whole epochs, load too
 
-def _names_files(s): return isinstance(s['files'], dict) and {'model','loop'} <= s['files'].keys()
+_kinds = dict(epoch=int, step=int, files=dict(model=str, loop=str))
 
 def read_state(
     run, # Folder of the run
@@ -31,9 +32,14 @@ def read_state(
     if not f.exists(): return None
     s = read_json(f)
     got = s.get('schema') if isinstance(s, dict) else None
-    if got not in (1,STATE_SCHEMA) or not {'epoch','step','files'} <= s.keys() or not _names_files(s):
+    if got not in (1,STATE_SCHEMA):
         raise CheckpointError(f, f'schema {got}', f'schema 1 or {STATE_SCHEMA}', 'use the interp_parts that wrote it')
-    return dict(phase='epoch', batch=0) | s
+    s = dict(phase='epoch', batch=0) | read_json(f, _kinds)
+    if s['phase'] not in ('epoch','train','valid') or type(s['batch']) is not int:
+        raise CheckpointError(f, f"phase {s['phase']!r}, batch {s['batch']!r}", 'a place in an epoch', _anew)
+    return s
+
+_anew = 'train again, into a new --out'
 
 # %% ../../nbs/04_training/04_state.ipynb #f93aaec6
 def _rng_state():
@@ -68,7 +74,7 @@ def _plain(v):
     if type(v) not in (bool, int, float, str, type(None)): raise TypeError(f'{type(v).__name__} in a state')
     return v
 
-# %% ../../nbs/04_training/04_state.ipynb #1e94c417
+# %% ../../nbs/04_training/04_state.ipynb #9bd84b84
 def _plain_vars(o):
     "What of an object's attributes is plain; the rest are its functions"
     out = {}
@@ -82,7 +88,7 @@ def _metrics(learn): return [learn.recorder.smooth_loss, learn.recorder.loss, *l
 def _loop_state(learn):
     "All that the rest of a training depends on beside weights and data"
     value = lambda v: _plain(v.state_dict() if hasattr(v, 'state_dict') else v)
-    return dict(opt=learn.opt.state_dict(), rng=_rng_state(), train_iter=learn.train_iter, pct_train=learn.pct_train,
+    return dict(opt=_plain(learn.opt.state_dict()), rng=_rng_state(), train_iter=learn.train_iter, pct_train=learn.pct_train,
                 grads={k:p.grad for k,p in learn.model.named_parameters() if p.grad is not None},
                 metrics=[_plain_vars(m) for m in _metrics(learn)], log=_plain(learn.recorder.log),
                 cbs={type(cb).__name__:{n:value(getattr(cb, n)) for n in names} for cb,names in _kept(learn)})
@@ -112,7 +118,25 @@ def say_unsaved(
     "Print one line about a file that could not be written"
     print(f'{path}: not saved ({e.strerror or e}); the training goes on, what was saved before is intact')
 
-# %% ../../nbs/04_training/04_state.ipynb #06dd13e0
+# %% ../../nbs/04_training/04_state.ipynb #1c19a637
+def _facts(learn):
+    "What a training depends on outside of its state"
+    table = vars(learn.dls).get('table')
+    rows = [r for dl in learn.dls.loaders for r in getattr(dl.dataset, 'rows', ())]
+    n = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+    return dict(data=fingerprint(table.loc[rows], contents=True) if table is not None else None,
+                versions=versions(), processes=n)
+
+def _compare(run, old, new):
+    "Raise an error for other data, print a line for other libraries or another number of processes"
+    if None not in (old.get('data'), new['data']) and old['data'] != new['data']:
+        raise ConfigError(run, 'began with other images or labels', 'the data that it began with',
+                          'pass --path to where they are now, or train into a new --out')
+    a,b = ({**o.get('versions', {}), 'processes':o.get('processes', 1)} for o in (old, new))
+    diff = [f'{k} {b[k]} (was {a[k]})' for k in b if a.get(k, b[k]) != b[k]]
+    if diff: print(f"{run}: resumed with {', '.join(diff)}; the last digits may differ from those of one training")
+
+# %% ../../nbs/04_training/04_state.ipynb #598c4cfb
 class SaveState(Callback):
     "Leave a complete training state in RUN/state after each epoch, every so many steps, and when asked to stop"
     order = 80
@@ -125,6 +149,10 @@ class SaveState(Callback):
         self.state = read_state(run) if resume else None
         self.start = self.state['epoch'] if self.state else 0 # fastai passes through the epochs before
         self.asked,self.looping,self.begin = False,False,None
+
+    def before_fit(self):
+        self.facts = _facts(self.learn)
+        if self.state: _compare(self.dir.parent, self.state, self.facts)
 
     def before_train(self): self.looping,self.begin = True,self.learn.dl.rng.getstate()
     before_validate = before_train
@@ -140,7 +168,7 @@ class SaveState(Callback):
         if self.epoch >= self.start: self.save(self.epoch+1)
         if self.asked: raise KeyboardInterrupt
 
-# %% ../../nbs/04_training/04_state.ipynb #1b86f174
+# %% ../../nbs/04_training/04_state.ipynb #e083104f
 @patch
 def save(self:SaveState,
     epoch:int, # Epoch that the training is in
@@ -156,13 +184,13 @@ def save(self:SaveState,
         save_tensors(self.dir/files['model'], self.learn.model)
         save_tensors(self.dir/files['loop'], loop)
         write_json(self.dir/'state.json', dict(schema=STATE_SCHEMA, epoch=epoch, step=self.learn.train_iter,
-                                               phase=phase, batch=batch, files=files))
+                                               phase=phase, batch=batch, files=files, **self.facts))
     except OSError as e: say_unsaved(self.dir, e)
     current = (read_state(self.dir.parent) or {}).get('files', {}).values()
     for f in self.dir.glob('*-*'):
         if f.name not in current: f.unlink()
 
-# %% ../../nbs/04_training/04_state.ipynb #c1364937
+# %% ../../nbs/04_training/04_state.ipynb #13b572b1
 @patch
 def before_epoch(self:SaveState):
     "Put a state back where the training goes on: before an epoch, or before one of its batches"
@@ -175,8 +203,6 @@ def before_epoch(self:SaveState):
         self.loop['log'] = self.learn.recorder.log # a new row of the table
         self.put_back()
     else: self.learn.at = s['phase'],s['batch'],self.put_back
-
-_anew = 'train again, into a new --out'
 
 def _read_loop(f, s, device):
     try: loop = torch.load(f, map_location={f'cuda:{i}':str(device) for i in range(16)}, weights_only=True)
