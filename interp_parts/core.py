@@ -7,15 +7,15 @@ __all__ = ['KINDS', 'methods', 'method_names', 'InterpPartsError', 'DataError', 
            'nearest', 'pick', 'Parts', 'check_parts', 'Batch', 'cat_batches', 'eval_mode', 'PartModel', 'store_config',
            'load_original', 'PartLearner', 'register', 'get_method', 'create_learner']
 
-# %% ../nbs/00_core.ipynb #2afab083
-import difflib, importlib, inspect, threading
+# %% ../nbs/00_core.ipynb #2ed3fdd3
+import difflib, importlib, inspect, os, threading
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from functools import wraps
 from types import SimpleNamespace
 from weakref import WeakKeyDictionary
 
-import torch
+import torch, torch.distributed as dist
 from fastai.callback.core import Callback
 from fastai.learner import Learner
 from fastcore.foundation import L
@@ -269,18 +269,24 @@ class _SplitTargets(Callback):
         self.learn.extra,self.learn.xb,self.learn.yb = self.yb[1:],plain(self.xb),plain(self.yb[:1])
     def after_fit(self): self.learn.extra = ()
 
-# %% ../nbs/00_core.ipynb #8adab97d
+# %% ../nbs/00_core.ipynb #04f308c4
+def _check_processes():
+    n = os.environ.get('WORLD_SIZE', '1')
+    do = 'start without torchrun, unset WORLD_SIZE, or call torch.distributed.init_process_group first'
+    if n not in ('','0','1') and not (dist.is_available() and dist.is_initialized()):
+        raise ConfigError('WORLD_SIZE', n, 'one process, or processes that have met', do)
+
 _start = 'train',0,lambda: None # Where a fit begins: phase, batches done, and what to do before the next one
 
 def _rest(dl, done):
     "Batches of a fastai DataLoader but for the first `done`, which are not even read"
+    if not done: return (yield from dl) # a list of batches, too
     order = dl.get_idxs
-    if done: dl.get_idxs = lambda: order()[done*(dl.bs or 1):]
+    dl.get_idxs = lambda: order()[done*(dl.bs or 1):]
     try: yield from dl
-    finally:
-        if done: dl.get_idxs = order
+    finally: dl.get_idxs = order
 
-# %% ../nbs/00_core.ipynb #9e27e4a0
+# %% ../nbs/00_core.ipynb #65cd0691
 class PartLearner(Learner):
     "A fastai `Learner` for a `PartModel`"
     def __init__(self,
@@ -290,6 +296,7 @@ class PartLearner(Learner):
         cbs=None, # Callbacks of the method and of the user
         **kwargs # fastai's own: loss_func, opt_func, splitter, metrics ...
     ):
+        _check_processes()
         self.out,self.extra,self.at = None,(),_start
         model = model.to(memory_format=torch.channels_last) # twice as fast for depth-wise convolutions on a CPU
         super().__init__(dls, model, *args, cbs=[_PickLogits(), _SplitTargets(), *L(cbs)], **kwargs)

@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = []
 
-# %% ../../nbs/04_training/00_training.ipynb #92d848d7
-from . import losses, guards, optim, state, fit, runs, distributed
+# %% ../../nbs/04_training/00_training.ipynb #9724ef33
+from . import losses, guards, optim, state, fit, runs, distributed, loaded, calls
 
-# %% ../../nbs/04_training/00_training.ipynb #32966bef
+# %% ../../nbs/04_training/00_training.ipynb #d5e43f1e
 __all__ = [*losses.__all__, *guards.__all__, *optim.__all__, *state.__all__, *fit.__all__, *runs.__all__,
-           *distributed.__all__]
+           *distributed.__all__, *loaded.__all__, *calls.__all__]
 
-# %% ../../nbs/04_training/00_training.ipynb #02c641a7
+# %% ../../nbs/04_training/00_training.ipynb #1096e015
 from .losses import *
 from .guards import *
 from .optim import *
@@ -20,3 +20,5 @@ from .state import *
 from .fit import *
 from .runs import *
 from .distributed import *
+from .loaded import *
+from .calls import *

@@ -5,21 +5,22 @@
 # %% auto #0
 __all__ = ['fingerprint', 'versions', 'run_config', 'save_run', 'blank_dls', 'load_run']
 
-# %% ../../nbs/04_training/06_runs.ipynb #8f98c224
+# %% ../../nbs/04_training/06_runs.ipynb #14c2e52c
 import hashlib, platform
 from functools import cached_property
 from pathlib import Path
 
 import fastai, numpy as np, pandas as pd, timm, torch, torchvision
-from fastai.data.core import DataLoaders, TfmdDL
+from fastai.data.core import DataLoaders
 
-from ..core import CheckpointError, DataError, PartLearner, get_method
+from ..core import CheckpointError, ConfigError, DataError, PartLearner, get_method
 from ..data.images import NormalizeImages
-from ..data.loaders import PartDataset
+from ..data.loaders import PartDataset, PartDL
 from ..data.rows import run_rows
 from ..data.table import write_split
 from ..data.views import View
 from ..files import SCHEMA, claim, load_tensors, read_json, reading, save_tensors, write_json
+from .loaded import LoadedLearner
 from .optim import keep_memory
 
 # %% ../../nbs/04_training/06_runs.ipynb #7b80e9a2
@@ -75,9 +76,10 @@ def save_run(
     if table is not None and table.attrs.get('drawn'): write_split(table, Path(run)/'split.txt')
     write_json(Path(run)/'config.json', config)
 
-# %% ../../nbs/04_training/06_runs.ipynb #6a043f6b
+# %% ../../nbs/04_training/06_runs.ipynb #f1d09708
 class _BlankLoaders(DataLoaders):
     "DataLoaders without images; the table is read from where the run's data were, when it is first used"
+    blank = True
     @cached_property
     def table(self):
         if self.config['training'].get('path'): return run_rows(self.config)
@@ -92,21 +94,34 @@ def blank_dls(
 )->DataLoaders:
     "DataLoaders without images that know how images are to be seen"
     ds = PartDataset(pd.DataFrame(dict(image=[], split=[])), View(**config['view']))
-    dl = lambda: TfmdDL(ds, bs=bs, num_workers=workers, device=device, after_batch=[NormalizeImages(config['stats'])])
+    dl = lambda: PartDL(ds, bs=bs, num_workers=workers, device=device, after_batch=[NormalizeImages(config['stats'])])
     dls = _BlankLoaders(dl(), dl())
     dls.config,dls.view,dls.stats = config,View(**config['view']),config['stats']
     dls.vocab,dls.multi,dls.c = config['vocab'],config['multi'],len(config['vocab'])
     return dls
 
-# %% ../../nbs/04_training/06_runs.ipynb #dee95931
-_needed = {'vocab','multi','view','stats','data','training'}
+# %% ../../nbs/04_training/06_runs.ipynb #95b94548
+_kinds = dict(method=str, model=dict, vocab=list, multi=bool, view=dict(size=int, resize=str), stats=[[float]], data=dict,
+              training=dict)
 
-def _check_config(file, config):
-    got = config.get('schema')
+def _read_config(file):
+    "A run's configuration, if it is whole"
+    config = read_json(file)
+    got = config.get('schema') if isinstance(config, dict) else None
     if got != SCHEMA: raise CheckpointError(file, f'schema {got}', f'schema {SCHEMA}')
-    lost = _needed - config.keys()
-    if lost: raise CheckpointError(file, f'no {", ".join(sorted(lost))}', 'a whole configuration')
+    config = read_json(file, _kinds)
+    if [len(s) for s in config['stats']] != [3,3]:
+        raise CheckpointError(file, f"stats: {config['stats']}", 'mean and deviation of three channels')
+    if config['view']['size'] < 1: raise CheckpointError(file, f"view.size: {config['view']['size']}", 'at least 1')
+    return config
 
+def _make_model(config, file):
+    "The model of a configuration; weights come from the run, never from elsewhere"
+    try: make = get_method(config['method']).model
+    except ConfigError as e: raise CheckpointError(f'{file}: method', e.got, 'a method of interp_parts', e.do) from None
+    return make(**{k:v for k,v in config['model'].items() if k not in make.start_only})
+
+# %% ../../nbs/04_training/06_runs.ipynb #df818a9f
 def load_run(
     run, # Folder of a run
     device='cpu', # Where the model goes
@@ -118,11 +133,8 @@ def load_run(
     file = Path(run)/'config.json'
     if not file.exists(): raise CheckpointError(run, 'no config.json', 'a folder written by `interp-parts train`')
     with reading(file, 'what `interp-parts train` wrote', 'train again', CheckpointError):
-        config = read_json(file)
-        _check_config(file, config)
-        model = get_method(config['method']).model(**config['model'])
+        config = _read_config(file)
+        model = _make_model(config, file)
         dls = blank_dls(config, device, bs, workers)
     load_tensors(file.with_name('model.safetensors'), model)
-    learn = PartLearner(dls, model.to(device), loss_func=torch.nn.functional.cross_entropy)
-    learn.config = config
-    return learn
+    return LoadedLearner(dls, model.to(device).eval(), config)
