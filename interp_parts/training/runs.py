@@ -5,13 +5,15 @@
 # %% auto #0
 __all__ = ['fingerprint', 'versions', 'run_config', 'save_run', 'blank_dls', 'load_run']
 
-# %% ../../nbs/04_training/06_runs.ipynb #14c2e52c
+# %% ../../nbs/04_training/06_runs.ipynb #712d7e17
 import hashlib, platform
 from functools import cached_property
 from pathlib import Path
 
 import fastai, numpy as np, pandas as pd, timm, torch, torchvision
 from fastai.data.core import DataLoaders
+from fastai.torch_core import TensorCategory
+from fastai.vision.core import TensorImage
 
 from ..core import CheckpointError, ConfigError, DataError, PartLearner, get_method
 from ..data.images import NormalizeImages
@@ -76,7 +78,7 @@ def save_run(
     if table is not None and table.attrs.get('drawn'): write_split(table, Path(run)/'split.txt')
     write_json(Path(run)/'config.json', config)
 
-# %% ../../nbs/04_training/06_runs.ipynb #f1d09708
+# %% ../../nbs/04_training/06_runs.ipynb #30c9f627
 class _BlankLoaders(DataLoaders):
     "DataLoaders without images; the table is read from where the run's data were, when it is first used"
     blank = True
@@ -96,6 +98,7 @@ def blank_dls(
     ds = PartDataset(pd.DataFrame(dict(image=[], split=[])), View(**config['view']))
     dl = lambda: PartDL(ds, bs=bs, num_workers=workers, device=device, after_batch=[NormalizeImages(config['stats'])])
     dls = _BlankLoaders(dl(), dl())
+    for d in dls.loaders: d._n_inp,d._types = 1,(TensorImage,TensorCategory) # fastai looks at a batch for this
     dls.config,dls.view,dls.stats = config,View(**config['view']),config['stats']
     dls.vocab,dls.multi,dls.c = config['vocab'],config['multi'],len(config['vocab'])
     return dls
