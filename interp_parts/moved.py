@@ -45,7 +45,7 @@ moved = dict(
     word_projection='visual_words', word_scores='visual_words',
     word_training='visual_words')
 
-# %% ../nbs/00b_moved.ipynb #03e66b68
+# %% ../nbs/00b_moved.ipynb #e20b581e
 class _Alias:
     "Finder and loader of modules under their earlier names"
     def find_spec(self, name, path=None, target=None):
@@ -62,6 +62,7 @@ class _Alias:
         module.__all__ = [k for o in there for k in o.__all__]
         module.__dict__.update({k:getattr(o, k) for o in there for k in o.__all__})
 
+# %% ../nbs/00b_moved.ipynb #56edc1c9
 def install():
     "Let Python find modules under their earlier names; importing `interp_parts` does this"
     if not any(isinstance(o, _Alias) for o in sys.meta_path): sys.meta_path.append(_Alias())
