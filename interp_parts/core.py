@@ -10,9 +10,8 @@ __all__ = ['KINDS', 'methods', 'method_names', 'InterpPartsError', 'DataError', 
 # %% ../nbs/00_core.ipynb #2ed3fdd3
 import difflib, importlib, inspect, os, threading, warnings
 from contextlib import contextmanager
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from functools import wraps
-from types import SimpleNamespace
 from weakref import WeakKeyDictionary
 
 import torch, torch.distributed as dist
@@ -317,6 +316,27 @@ class PartLearner(Learner):
         if done == self.n_iter: put_back()
 
 # %% ../nbs/00_core.ipynb #fa7b515a
+@dataclass
+class _Method:
+    name:str # Name of the method and of its module
+    model:type # Its `PartModel`
+    learner:object # Factory `(dls, **options) -> PartLearner`
+    recipes:dict # Published settings by name
+    summary:str # One line for listings
+    extra:tuple # Annotations its training is given
+    scores:object # As `register` takes it, and so are the others
+    base:str|None
+    pictures:object
+    importer:object
+    renamed_recipes:dict=field(default_factory=dict) # Names of recipes now, by their earlier names
+
+    def recipe_name(self, name):
+        "The name of a recipe now; an earlier name gives a warning"
+        if name not in self.renamed_recipes: return name
+        new = self.renamed_recipes[name]
+        warnings.warn(f'the recipe {name} is called {new} now', FutureWarning, stacklevel=2)
+        return new
+
 methods = {}
 method_names = ['classifier', 'region_grouping', 'contrastive_reconstruction', 'visual_words', 'activation_diversity',
                 'classification_specific_parts']
@@ -332,17 +352,16 @@ def register(
     base:str=None, # Method whose finished run it needs (`--init`)
     pictures=None, # `(learner, table, rows shown, folder) -> files`: its own pictures, which `visualize` adds
     importer=None, # `(file, out, **options) -> run`: makes a run of a checkpoint of its authors
-)->SimpleNamespace:
+)->_Method:
     "Add a method to the registry under the name of its learner factory"
     name = learner.__name__.removesuffix('_learner')
-    methods[name] = SimpleNamespace(name=name, model=model, learner=learner, recipes=recipes or {}, summary=summary,
-                                    extra=tuple(extra), scores=scores, base=base, pictures=pictures, importer=importer)
+    methods[name] = _Method(name, model, learner, recipes or {}, summary, tuple(extra), scores, base, pictures, importer)
     return methods[name]
 
 # %% ../nbs/00_core.ipynb #373c4dab
 def get_method(
     name:str, # Such as 'region_grouping'
-)->SimpleNamespace:
+)->_Method:
     "The method called `name`, imported if need be"
     if name in methods: return methods[name]
     where = {'classifier':'models.classifier'}.get(pick(name, method_names, 'method'), name)
