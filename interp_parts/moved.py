@@ -17,7 +17,7 @@ moved = dict(
     classification_readers='data.readers.classification data.table', cli='command.cli',
     clustering='evaluation.clustering', contract='testing.contract', deeplab='contrastive_reconstruction.networks',
     demo='command.demo', distributed='training.distributed', diversity='activation_diversity.losses',
-    download='data.download', drawing='synthetic.drawing', explanation_scores='evaluation.explanations',
+    download='data.transfer data.archives data.download', drawing='synthetic.drawing', explanation_scores='evaluation.explanations',
     face_pictures='activation_diversity.pictures', face_readers='data.readers.faces', faces='evaluation.faces',
     feature_clusters='contrastive_reconstruction.clusters', file_lists='data.readers.file_lists',
     foreground='models.foreground', instance_crops='contrastive_reconstruction.crops',

@@ -6,7 +6,7 @@
 __all__ = ['SPLITS', 'BAD_IMAGE', 'part_table', 'first_few', 'check_table', 'same_files', 'check_copies', 'files_later',
            'split_and_class', 'usable_images', 'bad_image_line', 'write_split', 'use_split']
 
-# %% ../../nbs/01_data/01_table.ipynb #64822f94
+# %% ../../nbs/01_data/01_table.ipynb #0677f6d3
 import hashlib, os
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np, pandas as pd
 
 from ..core import DataError, pick
-from .images import find_broken, why_undecodable
+from .images import find_broken
 from ..files import write_text
 
 # %% ../../nbs/01_data/01_table.ipynb #2e70b646
@@ -31,7 +31,7 @@ def part_table(
     df.attrs.update(name=name, **attrs)
     return df
 
-# %% ../../nbs/01_data/01_table.ipynb #bf638c62
+# %% ../../nbs/01_data/01_table.ipynb #c11fe079
 def first_few(items, n=5): return ', '.join(map(str, items[:n])) + (f' and {len(items)-n} more' if len(items) > n else '')
 
 def _bad_rows(df, col, ok):
@@ -40,6 +40,7 @@ def _bad_rows(df, col, ok):
     if rows: raise DataError(f"{df.attrs['name']}: column {col}", f'row {first_few(rows)}: {df[col].iloc[rows[0]]}',
                              _column_doc[col].format(**{k:len(v) for k,v in df.attrs.items() if isinstance(v, list)}))
 
+# %% ../../nbs/01_data/01_table.ipynb #789be404
 _column_doc = dict(split=f'one of {SPLITS}', label='a whole number below {classes}',
                    labels='{attributes} values 0 or 1', box='four numbers x, y, w, h with w and h above 0',
                    keypoints='{keypoints} rows x, y, visible')
@@ -52,12 +53,14 @@ def _column_checks(a):
                 box=lambda v: len(v) == 4 and np.isfinite(v).all() and v[2] > 0 and v[3] > 0,
                 keypoints=lambda v: np.shape(v) == (n['keypoints'],3) and np.isfinite(v).all())
 
+# %% ../../nbs/01_data/01_table.ipynb #20fd79f8
 def _check_labels(df, name):
     "Complain about whole images, listed several times, that belong to several classes"
     if 'label' not in df or 'box' in df or df.image.is_unique: return
     n = df.groupby('image').label.nunique()
     if (n > 1).any(): raise DataError(name, f'{first_few(list(n.index[n > 1]))} has several labels', 'one label an image')
 
+# %% ../../nbs/01_data/01_table.ipynb #24b79506
 _files_later = ContextVar('files_later', default=False)
 
 def check_table(
@@ -82,7 +85,7 @@ def check_table(
                             'restore them or take their rows out')
     return df
 
-# %% ../../nbs/01_data/01_table.ipynb #0c0a2731
+# %% ../../nbs/01_data/01_table.ipynb #ef6d4bcd
 def _size(file):
     try: return os.stat(file).st_size
     except OSError: return 0 # `find_broken` names it
@@ -96,6 +99,7 @@ def _by(key, files):
     for f in files: out.setdefault(key(f), []).append(f)
     return out
 
+# %% ../../nbs/01_data/01_table.ipynb #20e5a8a5
 def same_files(
     files, # Paths
     others, # Paths
@@ -108,18 +112,19 @@ def same_files(
         pairs += [(f, known[h][0]) for f in a[n] if (h := _hash(f)) in known]
     return sorted(pairs)
 
+# %% ../../nbs/01_data/01_table.ipynb #a0457340
 def check_copies(
     df:pd.DataFrame, # A table whose split was given
 )->pd.DataFrame:
     "Return the table if no test image has the content of a training image; otherwise name the first five that have"
     test,train = (df.image[df.split.isin(s)] for s in (('test','eval'), ('train',)))
-    bad = lambda f: _files_later.get() and why_undecodable(f)        # `usable_images` takes them out
+    bad = lambda f: _files_later.get() and find_broken([f], decode=True)        # `usable_images` takes them out
     said = [f'{a} = {b}' for a,b in same_files(test, train) if not bad(a)]
     if said: raise DataError(df.attrs.get('name', 'table'), f'{len(said)} test images are copies of training images: '
                              f'{first_few(said)}', 'disjoint splits', 'remove them, or pass --set data.copies=true')
     return df
 
-# %% ../../nbs/01_data/01_table.ipynb #60ad2a87
+# %% ../../nbs/01_data/01_table.ipynb #474761a0
 BAD_IMAGE = ('error', 'skip', 'replace')
 
 @contextmanager
@@ -129,6 +134,7 @@ def files_later():
     try: yield
     finally: _files_later.reset(token)
 
+# %% ../../nbs/01_data/01_table.ipynb #f7b1ba54
 def split_and_class(df):
     "What a stand-in must have in common with each row: split and class"
     col = next((c for c in ('label','labels','identity') if c in df), None)
@@ -141,6 +147,7 @@ def _next_like(kinds, good):
         if good[i]: at.setdefault(k, []).append(i)
     return [next((j for j in at.get(k, []) if j >= i), at.get(k, [None])[0]) for i,k in enumerate(kinds)]
 
+# %% ../../nbs/01_data/01_table.ipynb #0ed0a08f
 def usable_images(
     df:pd.DataFrame, # A table whose files nobody has looked at
     on_bad_image:str='error', # 'error', 'skip' or 'replace'
@@ -154,6 +161,7 @@ def usable_images(
     out.attrs.update(on_bad_image=on_bad_image, bad_images=[f'{p} ({why})' for p,why in bad.items()])
     return check_table(out, files=False)
 
+# %% ../../nbs/01_data/01_table.ipynb #fb6ca186
 def bad_image_line(
     df:pd.DataFrame, # From `usable_images`
     late=(), # Files that broke afterwards
@@ -163,7 +171,7 @@ def bad_image_line(
     done = 'replaced' if df.attrs.get('on_bad_image') == 'replace' else 'left out'
     return f"{len(bad)} unusable image{'s'*(len(bad) != 1)} {done}: {first_few(bad)}" if bad else ''
 
-# %% ../../nbs/01_data/01_table.ipynb #46258d62
+# %% ../../nbs/01_data/01_table.ipynb #f09ab32b
 def _key(path): return '/'.join(Path(path).parts[-2:])
 
 def write_split(
@@ -175,6 +183,7 @@ def write_split(
     said = f"# {df.attrs.get('name')}: {df.attrs.get('protocol')}".replace('\n', ' ')
     write_text(path, '\n'.join([said, *rows]) + '\n')
 
+# %% ../../nbs/01_data/01_table.ipynb #c50c30ba
 def use_split(
     df:pd.DataFrame, # A table
     path, # List written by `write_split`
