@@ -8,7 +8,8 @@ from interp_parts.activation_diversity.model import ActivationDiversity
 from interp_parts.core import load_original
 from interp_parts.activation_diversity.network import CasiaNet, SameConv2d, legacy_upsample
 from interp_parts.activation_diversity.losses import AdamHat, IdentityLoss, filter_diversity, response_diversity
-from interp_parts.evaluation.faces import partly_hidden, pool_templates, pooled_distances, pooled_search, rank_rates, roc, search_fold, set_distances, tar_at_far, templates, verify_fold
+from interp_parts.evaluation.recognition import rank_rates, roc, tar_at_far
+from interp_parts.evaluation.face_templates import pooled_distances, set_distances, templates
 from interp_parts.activation_diversity.peaks import Peaks, average_locations
 from interp_parts.activation_diversity.occlusion import FaceMesh, fill_polygons, warp_windows
 
@@ -234,12 +235,12 @@ def fold(r, kind, k): return templates(*[r[f'{kind}{k}_{c}'] for c in ('template
 
 def scores(r):
     "Verification and identification by the original's rules"
-    f,hidden,folds = r['features'],partly_hidden(r['visibility']),r.find(r'verify(\d+)_dist')
+    f,flags,folds = r['features'],r['visibility'],r.find(r'verify(\d+)_dist')
     r['image_subject']
     rates,ranks = [],[]
     for k in folds:
-        rates.append(verification(r, f, hidden, k))
-        ranks.append(identification(r, f, hidden, k))
+        rates.append(verification(r, f, flags, k))
+        ranks.append(identification(r, f, flags, k))
     moments = [100*np.mean(rates, 0),100*np.std(rates, 0, ddof=1)]
     r.close('verify_mean_std_percent', np.stack(moments, 1).ravel(), 1e-12)
     moments = [100*np.mean(ranks, 0),100*np.std(ranks, 0, ddof=1)]
@@ -248,10 +249,10 @@ def scores(r):
 
 def rules(d, same): return np.array([tar_at_far(d[:,s], same, rule='original') for s in range(d.shape[1])])
 
-def verification(r, f, hidden, k):
+def verification(r, f, flags, k):
     "One fold, and its subset with natural occlusion; returns TAR of the reported score"
     sets,pairs = fold(r, 'verify', k),r[f'comparison{k}']
-    v = verify_fold(f, sets, pairs, rule='original')
+    v = sets.verify(f, pairs, rule='original')
     d,same = v['dist'],v['same']
     r.near(f'verify{k}_dist', d, 1e-12)
     r.exact(f'verify{k}_same', same)
@@ -259,14 +260,14 @@ def verification(r, f, hidden, k):
     curves = [np.stack(c, 1) for c in list(zip(*[roc(d[:,s], same, ties=False) for s in range(3)]))[:2]]
     for name,c in zip((f'verify{k}_tar',f'verify{k}_far'), curves):
         if name in r: r.near(name, c, 1e-12)
-    o = set_distances(f, sets.keep(hidden), pairs, compat=True)
+    o = set_distances(f, sets.occluded(flags), pairs, compat=True)
     used = ~np.isnan(o[:,0])
     r.exact(f'verify_occluded{k}_used', used)
     r.near(f'verify_occluded{k}_dist', np.where(used[:,None], o, 0), 1e-12)
     r.exact(f'verify_occluded{k}_acc', rules(o[used], same[used]))
     return v['tar']
 
-def identification(r, f, hidden, k):
+def identification(r, f, flags, k):
     "One fold, and its subset with natural occlusion; returns rank-1, 5 and 10"
     probes,gallery = fold(r, 'probe', k),fold(r, 'gallery', k)
     closed = np.isin(probes.subject, gallery.subject)
@@ -274,8 +275,8 @@ def identification(r, f, hidden, k):
     r.exact(f'search{k}_gallery_template', gallery.ids)
     ranks = range(1, len(r.arrays[f'search{k}_rank_curve'])+1)
     curve = []
-    for name,p,g in ((f'search{k}',probes,gallery), (f'search_occluded{k}',probes.keep(hidden),gallery.keep(hidden))):
-        s = search_fold(f, g, p, 'original', ranks)
+    for name,p,g in ((f'search{k}',probes,gallery), (f'search_occluded{k}',probes.occluded(flags),gallery.occluded(flags))):
+        s = p.search(f, g, 'original', ranks)
         r.near(f'{name}_dist', np.nan_to_num(s['dist'][closed], nan=100.), 1e-12)
         r.exact(f'{name}_rank_curve', np.array(s['rank']))
         curve.append(s['rank'])
@@ -294,7 +295,7 @@ def ijbc(r, f):
     "Pooled templates"
     g,p = [padded(r, s) for s in ('G1','G2')],padded(r, 'probe')
     sets = g+[p]
-    pooled = np.concatenate([pool_templates(f, t) for t in sets])
+    pooled = np.concatenate([t.pooled(f) for t in sets])
     ids,subject = [np.concatenate([getattr(t, k) for t in sets]) for k in ('ids','subject')]
     where = {t:i for i,t in enumerate(ids.tolist())}
     a,b = np.array([[where[t] for t in pair] for pair in r['ijbc_pairs'].tolist()]).T
@@ -305,7 +306,7 @@ def ijbc(r, f):
     r.exact('ijbc_acc', np.array(tar_at_far(d, same, rule='original')))
     for name,c in zip(('ijbc_tar','ijbc_far'), roc(d, same, ties=False)): r.near(name, c, 1e-12)
     gallery = np.concatenate([t.subject for t in g])
-    search = pooled_search(pool_templates(f, p), np.concatenate([pool_templates(f, t) for t in g]))
+    search = pooled_distances(p.pooled(f), other=np.concatenate([t.pooled(f) for t in g]))
     used = np.isin(p.subject, gallery) & ~np.isnan(search).all(1)
     full = ~np.isnan(search[used]).all(0)
     r.near('ijbc_search_dist', search[used][:,full], 1e-12)

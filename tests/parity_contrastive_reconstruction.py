@@ -16,7 +16,7 @@ from interp_parts.core import Batch, Parts
 from interp_parts.contrastive_reconstruction.networks import UNet, unit_parts
 from interp_parts.contrastive_reconstruction.crops import crop_box, instance_crop, jitter_box, pad_square, scale_longest, square_box
 from interp_parts.evaluation.landmarks import part_centers, to_frame, trim_to_stride
-from interp_parts.data.readers.parts import area_part, decode_colors, paint_parts, DEEPFASHION_COLORS, pascal_parts, tight_box
+from interp_parts.data.readers.parts import _area_part as area_part, _decode_colors as decode_colors, _paint_parts as paint_parts, DEEPFASHION_COLORS, pascal_parts, tight_box
 from interp_parts.contrastive_reconstruction.frozen import VGGTaps, rgb_to_lab
 from interp_parts.contrastive_reconstruction.losses import consistency, contrastive_loss, draw_positives, equivariance_loss, part_moments, upsample_logits
 from interp_parts.contrastive_reconstruction.pictures import drawing_centers, voc_colors

@@ -9,10 +9,10 @@ from torchvision.models.resnet import Bottleneck as ResNetBottleneck
 
 from interp_parts.training.optim import split_params
 from interp_parts.data.views import View
-from interp_parts.evaluation.scoring import accuracy, accuracy_per_attribute, weighted_mean
-from interp_parts.evaluation.landmarks import KeypointRegression, eye_distance, eye_frame, keypoint_errors, mean_error, part_centers, to_frame, trim_to_stride
+from interp_parts.evaluation.scoring import accuracy, accuracy_per_attribute
+from interp_parts.evaluation.landmarks import KeypointRegression, eye_frame, keypoint_errors, mean_error, part_centers, to_frame, trim_to_stride
 from interp_parts.visualization.overlays import assignment_overlay, attention_map, attention_overlay, hard_assignment, part_colors, part_images
-from interp_parts.data.readers.faces import binary_labels, scale_factors, scops_filter
+from interp_parts.data.readers.faces import _binary_labels as binary_labels, _scale_factors as scale_factors, _scops_filter as scops_filter
 from interp_parts.core import load_original
 from interp_parts.region_grouping.grouping import GroupingUnit, assign_pixels, describe_parts
 from interp_parts.region_grouping.model import Bottleneck, RegionGrouping, part_attention
@@ -233,7 +233,7 @@ def celeba_split(r, split):
     "Centres and landmarks of a split, compared and then normalised, and their visibility"
     maps,points = r.tensor(f'{split}_assign'),r.tensor(f'{split}_landmarks')
     centers = part_centers(maps, [16*s for s in maps.shape[2:]], compat=True)
-    for k,v in dict(centers=centers.flatten(1), annos=points.flatten(1), eyedist=eye_distance(points)).items():
+    for k,v in dict(centers=centers.flatten(1), annos=points.flatten(1), eyedist=eye_frame(points)[:,2:3]).items():
         r.close(f'{split}_{k}', v, 1e-5)
     frame = eye_frame(points)
     return to_frame(centers, frame),to_frame(points, frame),np.ones(points.shape[:2])
@@ -289,7 +289,7 @@ def metrics(r):
     r.close('bin_acc_threshold_half_on_logit', 100*accuracy_per_attribute(*bits, .5).mean(), 1e-5)
     r.close('bin_acc_threshold_zero', 100*accuracy_per_attribute(*bits).mean(), 1e-5)
     r.close('top1', 100*accuracy(r.tensor('cls_logits'), r.tensor('cls_target')), 1e-5)
-    r.close('meter_avg', weighted_mean(r['meter_vals'], r['meter_n']), 1e-5)
+    r.close('meter_avg', np.average(r['meter_vals'], weights=r['meter_n']), 1e-5)
 
 def vis(r):
     "Colours, maps and overlays of one image"

@@ -31,4 +31,6 @@ from ..data.images import load_image
 from ..training.fit import fit_run
 from ..training.optim import seed_everything
 from ..training.runs import run_config, save_run, load_run
-from ..evaluation.faces import Templates, templates, set_distances, tar_at_far, eer, all_pairs, random_pairs, repeated_eer, rank_rates, open_set, embeddings, occlusion_scores, save_features, save_maps
+from ..evaluation.recognition import tar_at_far, eer, all_pairs, random_pairs, repeated_eer, rank_rates, open_set
+from ..evaluation.face_templates import Templates, templates, set_distances
+from ..evaluation.faces import embeddings, occlusion_scores, save_features, save_maps

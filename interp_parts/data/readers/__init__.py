@@ -5,19 +5,34 @@
 # %% auto #0
 __all__ = []
 
-# %% ../../../nbs/01_data/readers/00_readers.ipynb #400044b3
-from . import files, folders, birds, faces, classification, parts, file_lists, registry
+# %% ../../../nbs/01_data/readers/00_readers.ipynb #aeb9cc89
+from . import (files, matlab, citations, folders, birds, faces, people, alignment,
+                                       protocols, classification, fine_grained, animals, objects, parts,
+                                       cub_parts, deepfashion, masked_folder, file_lists, registry)
 
-# %% ../../../nbs/01_data/readers/00_readers.ipynb #b6bbe487
-__all__ = [*files.__all__, *folders.__all__, *birds.__all__, *faces.__all__, *classification.__all__,
-           *parts.__all__, *file_lists.__all__, *registry.__all__]
+# %% ../../../nbs/01_data/readers/00_readers.ipynb #30dd592a
+__all__ = [*files.__all__, *matlab.__all__, *citations.__all__, *folders.__all__, *birds.__all__, *faces.__all__,
+           *people.__all__, *alignment.__all__, *protocols.__all__, *classification.__all__,
+           *fine_grained.__all__, *animals.__all__, *objects.__all__, *parts.__all__, *cub_parts.__all__,
+           *deepfashion.__all__, *masked_folder.__all__, *file_lists.__all__, *registry.__all__]
 
-# %% ../../../nbs/01_data/readers/00_readers.ipynb #131223d4
+# %% ../../../nbs/01_data/readers/00_readers.ipynb #47da69bc
 from .files import *
+from .matlab import *
+from .citations import *
 from .folders import *
 from .birds import *
 from .faces import *
+from .people import *
+from .alignment import *
+from .protocols import *
 from .classification import *
+from .fine_grained import *
+from .animals import *
+from .objects import *
 from .parts import *
+from .cub_parts import *
+from .deepfashion import *
+from .masked_folder import *
 from .file_lists import *
 from .registry import *
