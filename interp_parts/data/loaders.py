@@ -17,7 +17,7 @@ from fastcore.basics import patch
 
 from ..core import Batch, ConfigError, DataError, PartLearner, eval_mode, pick
 from .images import NormalizeImages, image_size, imagenet_stats, load_image, normalize
-from .table import split_and_class
+from .table import class_names, split_and_class
 from .views import View
 
 # %% ../../nbs/01_data/04_loaders.ipynb #68ce5ae2
@@ -176,7 +176,7 @@ def part_dls(
     dls.train.rng,dls.valid.rng = random.Random(seed),random.Random(seed+1)
     dls.view,dls.stats,dls.table,dls.valid_is_train = view,stats,df,same
     dls.multi = 'labels' in df
-    dls.vocab = df.attrs.get('attributes' if dls.multi else 'classes') or []
+    dls.vocab = class_names(df)
     dls.c = len(dls.vocab)
     return dls
 

@@ -14,15 +14,11 @@ import pandas as pd
 from ..core import get_method
 from .masks import add_grabcut_masks
 from .readers.registry import read_data
-from .table import files_later, usable_images
+from .table import files_later, listed_splits, match_classes, usable_images, use_split
 
-# %% ../../nbs/01_data/09_rows.ipynb #2e26e124
-def read_rows(
-    s:dict, # Settings, or a stored config's training section: data, path, protocol, on_bad_image
-    method:str=None, # Registered name: does it need masks?
-    run=None, # Folder of the run, where masks are kept unless the settings say otherwise
-)->pd.DataFrame:
-    "The table that the settings name; with masks made from its boxes if the method needs masks and there are none"
+# %% ../../nbs/01_data/09_rows.ipynb #bc2411a5
+def _read(s, method, run):
+    "The table of the settings, with masks if the method needs them"
     opts = {**s.get('reader', {}), **(dict(protocol=s['protocol']) if s.get('protocol') else {})}
     how = s.get('on_bad_image', 'error')
     with nullcontext() if how == 'error' else files_later(): df = read_data(s['data'], s['path'], **opts)
@@ -30,15 +26,36 @@ def read_rows(
     if method is None or 'mask' not in get_method(method).extra or 'mask' in df or 'box' not in df: return df
     return add_grabcut_masks(df, s.get('masks') or Path(run)/'masks')
 
+# %% ../../nbs/01_data/09_rows.ipynb #dcbea0d8
+def _kept_split(df, run, elsewhere=False):
+    "The table in the split of the run; images that came later are left out"
+    file = Path(run)/'split.txt' if run else None
+    if file is None or not file.is_file(): return df
+    if elsewhere and listed_splits(df, file).isna().all(): return df
+    out = use_split(df, file, later=True)
+    out.attrs = df.attrs
+    return out
+
+# %% ../../nbs/01_data/09_rows.ipynb #132def8a
+def read_rows(
+    s:dict, # Settings, or a stored config's training section: data, path, protocol, on_bad_image
+    method:str=None, # Registered name: does it need masks?
+    run=None, # Folder of the run, where masks are kept unless the settings say otherwise, and its split is read
+)->pd.DataFrame:
+    "The table that the settings name; with masks made from its boxes if the method needs masks and there are none"
+    return _kept_split(_read(s, method, run), run)
+
 # %% ../../nbs/01_data/09_rows.ipynb #5802c8c9
 def run_rows(
     config:dict, # Of a run
     path=None, # Another folder of the same data
-    run=None, # Folder of the run; None: no masks are made
+    run=None, # Folder of the run; None: no masks are made, and no list of its split is read
     reader:dict=None, # Options of the reader other than those of the training
 )->pd.DataFrame:
-    "The table a run was trained on"
+    "The table that a run was trained on: its split, its classes"
     t,opts = config['training'],dict(reader or {})
     protocol = opts.pop('protocol', t.get('protocol'))
     t = dict(t, path=path or t['path'], protocol=protocol, reader={**t.get('reader', {}), **opts})
-    return read_rows(t, run and config['method'], run)
+    df = _read(t, run and config['method'], run)
+    if protocol == config['training'].get('protocol'): df = _kept_split(df, run, path is not None)
+    return match_classes(df, config.get('vocab') or [])
