@@ -10,14 +10,15 @@ __all__ = ['MAX_ASPECT', 'FORMATS', 'imagenet_stats', 'load_image', 'broken', 'f
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np, torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, features
 from fastai.vision.core import TensorImage
 from fasttransform import Transform
 
 from ..core import DataError
 
 # %% ../../nbs/01_data/02_images.ipynb #69498570
-MAX_ASPECT,FORMATS = 200,('JPEG','PNG','GIF','BMP','WEBP','TIFF','PPM')
+MAX_ASPECT = 200
+FORMATS = ('JPEG','PNG','GIF','BMP','WEBP','TIFF','PPM', *(['AVIF'] if features.check('avif') else []))
 
 def _one_line(e): return ' '.join(str(e).split()) or type(e).__name__
 

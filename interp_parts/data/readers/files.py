@@ -6,7 +6,7 @@
 __all__ = ['IMAGE_SUFFIXES', 'read_list', 'read_names', 'DataFolder', 'save_png']
 
 # %% ../../../nbs/01_data/readers/01_files.ipynb #92989f86
-import hashlib, os
+import hashlib, os, warnings
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -15,10 +15,10 @@ from fastcore.basics import patch
 from PIL import Image
 
 from ...core import CheckpointError, DataError
-from ..images import broken
+from ..images import FORMATS, broken
 from .matlab import read_mat
 from ..table import first_few
-from ...files import atomic_path, read_json
+from ...files import atomic_path, made, read_json
 
 # %% ../../../nbs/01_data/readers/01_files.ipynb #0cfc0a25
 def read_list(
@@ -158,25 +158,45 @@ def mat(self:DataFolder,
     return read_mat(self/name, *variables)
 
 # %% ../../../nbs/01_data/readers/01_files.ipynb #e98950ea
-IMAGE_SUFFIXES = ('.jpg', '.jpeg', '.png', '.bmp', '.gif', '.webp', '.tif', '.tiff', '.ppm', '.pgm')
+IMAGE_SUFFIXES = ('.jpg', '.jpeg', '.jpe', '.jfif', '.png', '.bmp', '.gif', '.webp', '.tif', '.tiff', '.ppm', '.pgm',
+                  *(['.avif'] if 'AVIF' in FORMATS else []))
+_unread_suffixes = {'.avif', '.heic', '.heif', '.jxl', '.jp2', '.j2k', '.tga', '.psd', '.svg', '.eps', '.dng', '.cr2',
+                    '.cr3', '.nef', '.arw', '.raf', '.orf', '.rw2'} - {*IMAGE_SUFFIXES}
 
-def _visible(paths, root):
-    "`paths` in order, without hidden files and folders of `root`"
-    return sorted(p for p in paths if not any(s.startswith(('.','__')) for s in p.relative_to(root).parts))
+# %% ../../../nbs/01_data/readers/01_files.ipynb #3339ead5
+def _is_yours(p):
+    "Is it neither hidden, nor of a system, nor made by this library?"
+    return not p.name.startswith(('.','__','@')) and (p.is_file() or made(p) is None)
 
+def _walk(folder, seen=()):
+    "Files below a folder, in order; through links, but into no folder within itself"
+    here = os.path.realpath(folder)
+    if here in seen: return
+    for p in sorted(Path(folder).iterdir()):
+        if not _is_yours(p): continue
+        if p.is_dir(): yield from _walk(p, {here, *seen})
+        elif p.is_file(): yield p
+
+# %% ../../../nbs/01_data/readers/01_files.ipynb #66b19f1a
 @patch
 def images(self:DataFolder,
     *within:str, # Sub-folder; default all of it
 )->list:
     "All images below a folder, in order"
-    root = self.path.joinpath(*within)
-    files = (p for p in root.rglob('*') if p.suffix.lower() in IMAGE_SUFFIXES and p.is_file())
-    return _visible(files, root)
+    return sorted(p for p in _walk(self.path.joinpath(*within)) if p.suffix.lower() in IMAGE_SUFFIXES)
 
 @patch
 def folders(self:DataFolder)->list:
     "Its visible sub-folders, in order"
-    return _visible((p for p in self.path.iterdir() if p.is_dir()), self.path)
+    return sorted(p for p in self.path.iterdir() if p.is_dir() and _is_yours(p))
+
+# %% ../../../nbs/01_data/readers/01_files.ipynb #6740662e
+@patch
+def warn_unread(self:DataFolder):
+    "Say which files below the folder are images that cannot be read"
+    left = [p.name for p in _walk(self.path) if p.suffix.lower() in _unread_suffixes]
+    if left: warnings.warn(f'{self.path}: {len(left)} images of formats that cannot be read are left out: '
+                           f'{first_few(left)}; convert them to JPEG or PNG')
 
 # %% ../../../nbs/01_data/readers/01_files.ipynb #70800150
 @patch
