@@ -16,7 +16,7 @@ from fastai.vision.core import TensorImage, TensorMask, TensorPoint
 from fastcore.basics import patch
 
 from ..core import Batch, ConfigError, DataError, PartLearner, eval_mode, pick
-from .images import NormalizeImages, image_size, imagenet_stats, load_image, normalize
+from .images import NormalizeImages, image_size, imagenet_stats, load_image, load_mask, normalize
 from .table import class_names, split_and_class
 from .views import View
 
@@ -108,7 +108,7 @@ def _mask(self:PartDataset, i, place):
     "The moved foreground mask, 0 or 1, and the moved numbers of the true parts"
     out = ()
     if 'mask' in self.cols:
-        im = place.image(self._grey('mask', i, place).point(lambda v: 255*(v>0)))
+        im = place.image(self._grey('mask', i, place))
         out += (TensorMask(torch.from_numpy(np.asarray(im).copy()) >= 128).long(),)
     if 'part_mask' in self.cols:
         im = place.image(self._grey('part_mask', i, place), Image.Resampling.NEAREST)
@@ -118,7 +118,7 @@ def _mask(self:PartDataset, i, place):
 @patch
 def _grey(self:PartDataset, col, i, place):
     "An image of one channel, as large as the row's image"
-    im = load_image(self.cols[col][i]).convert('L')
+    im = load_mask(self.cols[col][i], numbers=col == 'part_mask')
     if im.size != place.original:
         raise DataError(self.cols[col][i], f'{im.size} pixels', f'{place.original} as its image')
     return im
@@ -278,9 +278,8 @@ def predict(self:PartLearner,
     item, # File, PIL image or (H,W,3) uint8 array
 )->tuple:
     "Name, number and probabilities, as fastai's `predict`"
-    im = Image.fromarray(item) if isinstance(item, np.ndarray) else item
-    if not isinstance(im, Image.Image): im = load_image(im)
-    x = np.asarray(self.dls.view.place(*im.size).image(im.convert('RGB'))).copy()
+    im = load_image(Image.fromarray(item) if isinstance(item, np.ndarray) else item)
+    x = np.asarray(self.dls.view.place(*im.size).image(im)).copy()
     x = normalize(torch.from_numpy(x).permute(2,0,1)[None].to(self.dls.device), self.dls.stats)
     with eval_mode(self.model), torch.no_grad(): l = self.model(x).logits[0].float().cpu()
     if self.dls.multi: return [n for n,v in zip(self.dls.vocab, l) if v > 0],l > 0,l.sigmoid()

@@ -14,7 +14,7 @@ import cv2, numpy as np, pandas as pd
 from PIL import Image
 
 from ..core import DataError
-from .images import broken, image_size, load_image
+from .images import broken, image_size, load_image, load_mask
 from .table import SPLITS, first_few
 from ..files import atomic_path, claim
 
@@ -55,7 +55,7 @@ def grabcut_mask(
     size:int=256, # Longer side of the copy that is cut, in pixels
 )->np.ndarray:
     "Foreground (H,W) bool inside the box (Rother et al. 2004); the box itself where GrabCut finds next to nothing"
-    img = np.ascontiguousarray(np.asarray(img.convert('RGB') if isinstance(img, Image.Image) else img)[...,:3])
+    img = np.ascontiguousarray(np.asarray(load_image(img) if isinstance(img, Image.Image) else img)[...,:3])
     h,w = img.shape[:2]
     scale = min(1., size/max(h, w))
     sw,sh = max(1, round(w*scale)),max(1, round(h*scale))
@@ -118,7 +118,7 @@ def _mask_trouble(image, mask, empty):
     if why := broken(mask): return why
     a,b = image_size(mask),image_size(image)
     if a != b: return f'{a[0]} x {a[1]} pixels, its image has {b[0]} x {b[1]}'
-    if empty and load_image(mask).convert('L').getbbox() is None: return 'nothing in it'
+    if empty and load_mask(mask).getbbox() is None: return 'nothing in it'
 
 # %% ../../nbs/01_data/05_masks.ipynb #861cafca
 def check_masks(
