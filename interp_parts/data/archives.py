@@ -32,16 +32,33 @@ def _to_the_end(f, most=1 << 26):
     while n := len(f.read(1 << 20)):
         if (most := most-n) < 0: raise ValueError('more after the last member')
 
-# %% ../../nbs/01_data/07_archives.ipynb #45fef5a8
+# %% ../../nbs/01_data/07_archives.ipynb #676bfabe
+class _Counted:
+    "A file that may be read for `most` bytes more"
+    def __init__(self, f): self.f,self.most = f,float('inf')
+
+    def read(self, n=-1):
+        data = self.f.read(n)
+        if (self.most := self.most-len(data)) < 0: raise ValueError('a header of more than 16 MB')
+        return data
+
+def _next_member(tar, counted):
+    "The next member; its names and headers, which `tarfile` keeps in memory, are limited"
+    counted.most = 1 << 24
+    member = tar.next()
+    counted.most = float('inf')
+    tar.members = []
+    return member
+
+# %% ../../nbs/01_data/07_archives.ipynb #db8e4b5f
 def _tar_members(path):
     "Name and open file (None: a folder) of every member; `tarfile` alone would not look at checksums"
     with open(path, 'rb') as f: head = f.read(5)
     opened = next((o for m,o in _packed.items() if head.startswith(m)), open)
-    with opened(path, 'rb') as f, tarfile.open(fileobj=f, mode='r|') as tar:
-        while m := tar.next():
+    with opened(path, 'rb') as f, tarfile.open(fileobj=(counted := _Counted(f)), mode='r|') as tar:
+        while m := _next_member(tar, counted):
             if not (m.isdir() or m.isreg()) or m.issparse(): _special(m.name, path, 'a link, a device or a sparse file')
             yield m.name,None if m.isdir() else tar.extractfile(m)
-            tar.members = []
         _to_the_end(f)
 
 # %% ../../nbs/01_data/07_archives.ipynb #692950ee

@@ -6,12 +6,13 @@
 __all__ = ['sources', 'get_data']
 
 # %% ../../nbs/01_data/08_download.ipynb #b73e487d
-import time, warnings
+import os, time, warnings
 from pathlib import Path
 
 from ..core import DataError, pick
 from .archives import extract, unpack_7z
 from .transfer import download_file, wrong_content
+from ..files import free_name
 
 # %% ../../nbs/01_data/08_download.ipynb #0dd355ba
 def _list(name, md5=None, need=False): return dict(name=name, urls={}, md5=md5, makes=name, need=need)
@@ -95,20 +96,32 @@ def _say(name):
         print(f'{name}: {n/1e6:,.0f}' + (f' of {total/1e6:,.0f}' if total else '') + ' MB', flush=True)
     return report
 
+# %% ../../nbs/01_data/08_download.ipynb #05e3d2e9
+def _unpack(archive, dest, fetched):
+    "Unpack; a damaged archive that was just fetched is moved aside, so that the next attempt fetches it again"
+    try: (unpack_7z if '.7z' in archive.name else extract)(archive, dest)
+    except DataError as e:
+        if not fetched: raise
+        aside = free_name(archive.with_name(f'{archive.name}.damaged'))
+        os.rename(archive, aside)
+        raise DataError(aside, e.got, e.expected, 'type the same again to fetch it again') from None
+
 # %% ../../nbs/01_data/08_download.ipynb #9ca40abf
 def _get_file(f, dest, page):
     "Fetch one file, if it is not there, and unpack it, if it is an archive"
     arc,errs = dest/f['name'],[]
-    for url,size in ([] if arc.exists() else f['urls'].items()):
+    there = arc.exists()
+    for url,size in ([] if there else f['urls'].items()):
         try: download_file(url, arc, size=size, md5=f['md5'], report=_say(f['name'])); break
         except DataError as e: errs.append(f'{url}: {e.got}')
     lost = [n for n in _all_parts(f) if not (dest/n).exists()]
+    fetched = bool(f['urls']) and not there
     if lost:
         raise DataError(lost[0], '; '.join(errs) or 'no direct link', f'{", ".join(lost)} from {page}',
                         f'download by hand into {dest}')
     if f['md5'] and (why := wrong_content(arc, None, None, f['md5'])):
         raise DataError(arc, why, 'the file as published', f'download it again from {page}')
-    if f['makes'] != f['name']: (unpack_7z if '.7z' in f['name'] else extract)(arc, dest)
+    if f['makes'] != f['name']: _unpack(arc, dest, fetched)
 
 # %% ../../nbs/01_data/08_download.ipynb #c0b5098d
 def get_data(

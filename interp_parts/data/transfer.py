@@ -6,7 +6,7 @@
 __all__ = ['wrong_content', 'download_file']
 
 # %% ../../nbs/01_data/06_transfer.ipynb #b8024d37
-import hashlib, http.client, os, shutil, urllib.request
+import hashlib, http.client, os, re, shutil, urllib.error, urllib.request
 from pathlib import Path, PurePosixPath
 from urllib.parse import urlsplit
 
@@ -26,49 +26,81 @@ def wrong_content(
         with open(path, 'rb') as f: got = hashlib.file_digest(f, name).hexdigest()
         if got != want.lower(): return f'{name} {got} instead of {want}'
 
-# %% ../../nbs/01_data/06_transfer.ipynb #f8d61aa9
-def _request(url, part):
-    "The request for what `part` lacks"
-    have,tag = part.stat().st_size if part.exists() else 0,part.with_name(f'{part.name}.tag')
-    cond = {'If-Range':tag.read_text()} if have and tag.exists() else {}
-    return have,urllib.request.Request(url, headers={'User-Agent':'interp_parts',
-                                                     **({'Range':f'bytes={have}-'} if have else {}), **cond})
+# %% ../../nbs/01_data/06_transfer.ipynb #6b57a354
+def _tag(part): return part.with_name(f'{part.name}.tag')
 
-# %% ../../nbs/01_data/06_transfer.ipynb #4b5d2fb5
-def _total(r):
-    "Bytes of the whole file, as the server says; None if it does not"
-    if r.status == 206: return int(n) if (n := r.headers['Content-Range'].split('/')[-1]).isdigit() else None
-    return int(r.headers['Content-Length']) if r.headers.get('Content-Length') else None
+def _request(url, part, checked):
+    "The request for what `part` lacks; for all of it if nothing tells whether the file is still the same"
+    tag = _tag(part).read_text() if _tag(part).exists() else ''
+    have = part.stat().st_size if part.exists() and (tag or checked) else 0
+    cond = {'Range':f'bytes={have}-', **({'If-Range':tag} if tag else {})} if have else {}
+    return have,urllib.request.Request(url, headers={'User-Agent':'interp_parts', **cond})
 
+class _WebOnly(urllib.request.HTTPRedirectHandler):
+    "Follows redirections to http and https only"
+    def redirect_request(self, req, fp, code, msg, headers, newurl):
+        if urlsplit(newurl).scheme in ('http','https'): return super().redirect_request(req, fp, code, msg, headers, newurl)
+        raise _Refused(f'the host leads to {newurl}')
+
+_open = urllib.request.build_opener(_WebOnly).open
+
+# %% ../../nbs/01_data/06_transfer.ipynb #c43a9b93
 class _Refused(OSError): "A host's answer that trying again would not change"
 
-# %% ../../nbs/01_data/06_transfer.ipynb #decf9dc8
-def _fetch(url, part, size, timeout, report):
+def _total(r, have):
+    "Bytes of the whole file, as the server says; None if it does not. A range that starts elsewhere is refused"
+    if r.status == 206:
+        said = re.fullmatch(r'bytes (\d+)-\d+/(\d+|\*)', r.headers.get('Content-Range', '').strip())
+        if not said or int(said[1]) != have: raise _Refused('the host sends another range than it was asked for')
+        return None if said[2] == '*' else int(said[2])
+    n = r.headers.get('Content-Length', '')
+    return int(n) if n.isdigit() else None
+
+# %% ../../nbs/01_data/06_transfer.ipynb #1e008ddf
+def _check_answer(r, total, size, checked):
+    "Refuse an answer that is not the file"
+    if r.status not in (200,206): raise _Refused(f'the host answers {r.status} {r.reason}')
+    if r.headers.get_content_type() == 'text/html': raise _Refused('the host answers with a web page')
+    if (packed := r.headers.get('Content-Encoding', 'identity')) != 'identity': raise _Refused(f'the host sends it as {packed}')
+    if size is not None and total not in (None, size): raise _Refused(f'the host has {total:,} bytes instead of {size:,}')
+    if total is None and size is None and not checked: raise _Refused('the host does not say how large the file is')
+
+def _write(r, f, at, most, report, total):
+    "Write what comes, from byte `at` on, at most `most` bytes"
+    while chunk := r.read1(1 << 20):
+        if not at and chunk.lstrip()[:14].lower().startswith((b'<!doctype html', b'<html')):
+            raise _Refused('the host answers with a web page')
+        at += len(chunk)
+        if most is not None and at > most: raise _Refused(f'the host sends more than {most:,} bytes')
+        f.write(chunk)
+        if report: report(at, total)
+
+# %% ../../nbs/01_data/06_transfer.ipynb #5e38bc53
+def _fetch(url, part, size, timeout, report, checked=False):
     "Append what the server sends to `part`; returns the size of the whole file if the server says it"
-    have,req = _request(url, part)
-    with urllib.request.urlopen(req, timeout=timeout) as r:
-        have,total = have if r.status == 206 else 0,_total(r)
-        if r.headers.get_content_type() == 'text/html': raise _Refused('the host answers with a web page')
-        if size is not None and total not in (None, size):
-            raise _Refused(f'the host has {total:,} bytes instead of {size:,}')
+    have,req = _request(url, part, checked)
+    with _open(req, timeout=timeout) as r:
+        try: total = _total(r, have)
+        except _Refused: part.unlink(); raise
+        have = have if r.status == 206 else 0
+        _check_answer(r, total, size, checked)
         free = shutil.disk_usage(part.parent).free
         if total and total-have > free: raise _Refused(f'{total-have:,} bytes do not fit on the disk ({free:,} free)')
-        if (tag := r.headers.get('ETag') or r.headers.get('Last-Modified')) and not tag.startswith('W/'):
-            part.with_name(f'{part.name}.tag').write_text(tag)
-        with open(part, 'ab' if have else 'wb') as f:
-            while chunk := r.read1(1 << 20):
-                f.write(chunk)
-                if report: report(f.tell(), total)
-    return total
+        tag = r.headers.get('ETag') or r.headers.get('Last-Modified') or ''
+        _tag(part).unlink(missing_ok=True)
+        if tag and not tag.startswith('W/'): _tag(part).write_text(tag)
+        most = total if size is None else size
+        with open(part, 'ab' if have else 'wb') as f: _write(r, f, have, free if most is None else most, report, total)
+    return size if total is None else total
 
 # %% ../../nbs/01_data/06_transfer.ipynb #4eaad5c8
-def _transfer(url, part, size, timeout, report):
+def _transfer(url, part, size, timeout, report, checked=False):
     "Fetch into `part` while every attempt brings new bytes; returns why it is not complete, or None"
     done = lambda: part.stat().st_size if part.exists() else 0
     best = -1
     while done() > best:
         best,why = done(),None
-        try: total = _fetch(url, part, size, timeout, report)
+        try: total = _fetch(url, part, size, timeout, report, checked)
         except _Refused as e: return str(e)
         except urllib.error.HTTPError as e:
             if e.code == 416 and best and e.headers.get('Content-Range','').split('/')[-1] == str(best): return None
@@ -78,6 +110,7 @@ def _transfer(url, part, size, timeout, report):
         else:
             if total in (None, done()): return None
             why = f'the connection broke off at byte {done():,} of {total:,}'
+        if not (checked or _tag(part).exists()): return why # it may be another file by now
     return why
 
 # %% ../../nbs/01_data/06_transfer.ipynb #bb1f1bc2
@@ -102,7 +135,7 @@ def download_file(
         raise DataError(dest, why, 'the file as published', 'move it away and type the same again')
     dest.parent.mkdir(parents=True, exist_ok=True)
     part,tag = dest.with_name(f'.{dest.name}.part'),dest.with_name(f'.{dest.name}.part.tag')
-    why,again = _transfer(url, part, size, timeout, report),''
+    why,again = _transfer(url, part, size, timeout, report, bool(sha256 or md5)),''
     if why and part.exists(): again = ', or type the same again to go on'
     if not why:
         tag.unlink(missing_ok=True)
