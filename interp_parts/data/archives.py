@@ -34,12 +34,13 @@ def _to_the_end(f, most=1 << 26):
 
 # %% ../../nbs/01_data/07_archives.ipynb #676bfabe
 class _Counted:
-    "A file that may be read for `most` bytes more"
-    def __init__(self, f): self.f,self.most = f,float('inf')
+    "A file that may be read for `most` bytes more; `tarfile` reads the first header when it opens the file"
+    def __init__(self, f): self.f,self.most = f,1 << 24
 
     def read(self, n=-1):
         data = self.f.read(n)
-        if (self.most := self.most-len(data)) < 0: raise ValueError('a header of more than 16 MB')
+        self.most -= len(data)
+        if self.most < 0: raise ValueError('a header of more than 16 MB')
         return data
 
 def _next_member(tar, counted):

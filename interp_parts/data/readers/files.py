@@ -18,7 +18,7 @@ from ...core import CheckpointError, DataError
 from ..images import FORMATS, broken
 from .matlab import read_mat
 from ..table import first_few
-from ...files import atomic_path, made, read_json
+from ...files import atomic_path, made, read_json, write_json
 
 # %% ../../../nbs/01_data/readers/01_files.ipynb #0cfc0a25
 def read_list(
@@ -217,17 +217,43 @@ def save_png(
     "Write a PNG in one piece"
     with atomic_path(path) as tmp: Image.fromarray(pixels).save(tmp, format='PNG', compress_level=1)
 
-# %% ../../../nbs/01_data/readers/01_files.ipynb #9055e84e
+# %% ../../../nbs/01_data/readers/01_files.ipynb #071208cf
+def _origin(source):
+    "What something is made from, as text: sizes and times of files, and settings; None if a file is gone"
+    try: stats = [p.stat() for p in source if isinstance(p, Path)]
+    except OSError: return None
+    files = [(s.st_size, s.st_mtime_ns, s.st_ctime_ns) for s in stats]
+    settings = [np.asarray(o).tobytes() if isinstance(o, np.ndarray) else o for o in source if not isinstance(o, Path)]
+    return hashlib.sha256(repr((files, settings)).encode()).hexdigest()[:16]
+
+def _made_from(folder):
+    "What each file of a cache was made from, as it was noted then"
+    try: return read_json(folder/'made.json')
+    except CheckpointError: return {}
+
+# %% ../../../nbs/01_data/readers/01_files.ipynb #9b5b267e
 @patch
 def made(self:DataFolder,
     what:str, # Name of their cache
-    names, # Names of the images, from the cache
+    names, # Names of the images (N,), from the cache
     make, # Called as `make(i, file)` for each that is not complete, writes it
     out=None, # Folder to use instead of the cache
     workers:int=2, # Threads
+    sources=None, # (N,) what each is made from: a tuple of files (`Path`) and settings
 )->list:
-    "The images as str, those made that are not complete yet"
-    files = [Path(out or self.cache(what))/n for n in names]
-    todo = [(i,f) for i,f in enumerate(files) if broken(f)]
-    with ThreadPoolExecutor(max(1, workers)) as pool: list(pool.map(lambda t: make(*t), todo))
+    "The images as str, those made that are not complete or not up to date"
+    folder = Path(out or self.cache(what))
+    files,names = [folder/n for n in names],[str(n) for n in names]
+    now,then = {n:_origin(s) for n,s in zip(names, sources or [()]*len(names))},_made_from(folder)
+    current = lambda n: n in then if now[n] is None else then.get(n) == now[n] or out is not None and n not in then
+    todo = [(i,f) for i,(n,f) in enumerate(zip(names, files)) if broken(f) or not current(n)]
+    if not todo: return [str(f) for f in files]
+    done = {n:k for n,k in then.items() if n not in {names[i] for i,_ in todo}}
+    def one(t):
+        make(*t)
+        done[names[t[0]]] = now[names[t[0]]]
+    try:
+        with ThreadPoolExecutor(max(1, workers)) as pool: list(pool.map(one, todo))
+    finally:
+        if folder.is_dir(): write_json(folder/'made.json', done)
     return [str(f) for f in files]
