@@ -137,7 +137,7 @@ def check_masks(
 
 # %% ../../nbs/01_data/05_masks.ipynb #8a5a9a5e
 _endings = ('{stem}.png', '{name}.png', '{stem}_mask.png', '{stem}_segment.png', '{stem}.bmp', '{stem}.tif',
-            '{stem}.gif')
+            '{stem}.gif', '{stem}_mask.jpg', '{stem}_mask.gif', '{stem}.jpg', '{stem}.jpeg', '{stem}.webp')
 
 # %% ../../nbs/01_data/05_masks.ipynb #6249aa79
 def label_files(
@@ -157,7 +157,7 @@ def label_files(
     lost = [p.name for p,f in zip(paths, files) if not f.exists()]
     if lost:
         raise DataError(folder, f'no mask for {len(lost)} of {len(paths)} images: {first_few(lost)}',
-                        'a PNG named as its image')
+                        'a mask named as its image')
     if len(set(files)) < len(set(paths)):
         raise DataError(folder, 'one mask for several images', "the images' own folders in it")
     return [str(f) for f in files]

@@ -271,7 +271,7 @@ def write_split(
 # %% ../../nbs/01_data/01_table.ipynb #6287c823
 def _read_split(path):
     "Split by image path of a list"
-    try: lines = [l.split('\t') for l in Path(path).read_text(encoding='utf-8').splitlines() if l and l[0] != '#']
+    try: lines = [l.split('\t') for l in Path(path).read_text(encoding='utf-8-sig').splitlines() if l and l[0] != '#']
     except (OSError, UnicodeDecodeError):
         raise DataError(path, 'no such file', 'lines such as `train<tab>owl/1.jpg`') from None
     bad = [l for l in lines if len(l) != 2 or l[0] not in SPLITS]

@@ -28,11 +28,11 @@ def read_list(
 )->pd.DataFrame:
     "The numbers of an annotation list by id, with the header's column names if there are any"
     try:
-        with open(path, encoding='utf-8') as f:
+        with open(path, encoding='utf-8-sig') as f:
             count = f.readline().split()
             cols = f.readline().split()
         header = len(count) == 1 and count[0].isdigit()
-        df = pd.read_csv(path, sep=r'\s+', header=None, index_col=0, skiprows=2*header, quoting=3)
+        df = pd.read_csv(path, sep=r'\s+', header=None, index_col=0, skiprows=2*header, quoting=3, encoding='utf-8-sig')
     except OSError: raise _absent(path) from None
     except ValueError as e:
         raise DataError(path, f'not a list ({e})', 'rows of the same length', 'restore the file') from None
@@ -60,7 +60,7 @@ def read_names(
     path, # File of rows `id name`; names may hold spaces
 )->dict:
     "Names by id, in the order of the file"
-    try: rows = [l.split(maxsplit=1) for l in Path(path).read_text(encoding='utf-8').splitlines() if l.strip()]
+    try: rows = [l.split(maxsplit=1) for l in Path(path).read_text(encoding='utf-8-sig').splitlines() if l.strip()]
     except OSError: raise _absent(path) from None
     except UnicodeDecodeError as e:
         raise DataError(path, f'not text ({e.reason})', 'a list', 'restore the file') from None
@@ -113,7 +113,7 @@ def lines(self:DataFolder,
 )->list:
     "Lines of a file, without empty ones"
     path = self/name
-    try: return [l.strip() for l in path.read_text(encoding='utf-8').splitlines() if l.strip()]
+    try: return [l.strip() for l in path.read_text(encoding='utf-8-sig').splitlines() if l.strip()]
     except OSError: raise DataError(path, 'no such file') from None
     except UnicodeDecodeError as e:
         raise DataError(path, f'not text ({e.reason})', 'a list', 'restore the file') from None
