@@ -6,11 +6,11 @@
 __all__ = []
 
 # %% ../../nbs/01_data/00_data.ipynb #4a4203dc
-from . import table, images, views, loaders, masks, download, rows
+from . import table, images, views, loaders, masks, transfer, archives, download, rows
 
 # %% ../../nbs/01_data/00_data.ipynb #fce97581
-__all__ = [*table.__all__, *images.__all__, *views.__all__, *loaders.__all__, *masks.__all__, *download.__all__,
-           *rows.__all__]
+__all__ = [*table.__all__, *images.__all__, *views.__all__, *loaders.__all__, *masks.__all__, *transfer.__all__,
+           *archives.__all__, *download.__all__, *rows.__all__]
 
 # %% ../../nbs/01_data/00_data.ipynb #9bbd1236
 from .table import *
@@ -18,5 +18,7 @@ from .images import *
 from .views import *
 from .loaders import *
 from .masks import *
+from .transfer import *
+from .archives import *
 from .download import *
 from .rows import *

@@ -13,9 +13,7 @@ from PIL import Image
 
 from ..core import pick
 
-# %% ../../nbs/01_data/03_views.ipynb #493179e2
-RESIZES = ('short', 'squash', 'pad')
-
+# %% ../../nbs/01_data/03_views.ipynb #f274dae8
 @dataclass
 class Placement:
     "Where a w x h image goes: scaled to `scaled`, moved by `offset`, on a `canvas`, perhaps mirrored"
@@ -37,6 +35,9 @@ class Placement:
         pts = np.asarray(pts, dtype=np.float32)*(np.array(self.scaled)/self.original) + self.offset
         if self.flip: pts[:,0] = self.canvas[0] - pts[:,0]
         return pts.astype(np.float32)
+
+# %% ../../nbs/01_data/03_views.ipynb #6c395a1c
+RESIZES = ('short', 'squash', 'pad')
 
 @dataclass(frozen=True)
 class View:

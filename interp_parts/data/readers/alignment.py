@@ -70,6 +70,7 @@ def align_table(
         face,_ = _align_face(load_image(df.image.iloc[i]), points[i][:,:2], size)
         save_png(f, np.asarray(face))
     folder = DataFolder(Path(df.image.iloc[0]).parents[1])
-    new = df.assign(image=folder.made(f'aligned-{size}', files, make, out, workers))
+    sources = [(Path(p), k[:,:2]) for p,k in zip(df.image, points)]
+    new = df.assign(image=folder.made(f'aligned-{size}', files, make, out, workers, sources))
     new['keypoints'] = [_moved(k, size) for k in points]
     return new.drop(columns=['box','mask'], errors='ignore')

@@ -59,10 +59,12 @@ def _trimap(path):
 
 def _pet_masks(root, names, border):
     "Mask files made from the trimaps"
+    trimaps = [root/'annotations'/'trimaps'/f'{n}.png' for n in names]
     def make(i, f):
-        tri = _trimap(root/'annotations'/'trimaps'/f'{names[i]}.png')
+        tri = _trimap(trimaps[i])
         save_png(f, ((tri == 1) | border & (tri == 3)).astype(np.uint8)*255)
-    return root.made(f"masks-{'border' if border else 'inner'}", [f'{n}.png' for n in names], make)
+    return root.made(f"masks-{'border' if border else 'inner'}", [f'{n}.png' for n in names], make,
+                     sources=[(t,) for t in trimaps])
 
 # %% ../../../nbs/01_data/readers/05b_animals.ipynb #6a740923
 def _pet_list(root, name):

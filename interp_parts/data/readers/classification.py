@@ -11,7 +11,7 @@ import numpy as np, pandas as pd
 from ...core import ConfigError, DataError, pick
 from .citations import ABOUT
 from .folders import random_split
-from ..table import check_table, part_table
+from ..table import check_table, content_groups, part_table
 
 # %% ../../../nbs/01_data/readers/05_classification.ipynb #d6e824f0
 def validation_split(
@@ -23,7 +23,7 @@ def validation_split(
     if (df.split == 'valid').any(): raise ConfigError('valid', part, 'a table without validation rows')
     train = df[df.split == 'train'].drop_duplicates('image')
     label = train.label.map(df.attrs['classes'].__getitem__) if 'label' in df else ['']*len(train)
-    chosen = set(train.image[random_split(label, part, seed) == 'test'])
+    chosen = set(train.image[random_split(label, part, seed, content_groups(train.image)) == 'test'])
     out = df.assign(split=df.split.mask((df.split == 'train') & df.image.isin(chosen), 'valid'))
     said = f"{df.attrs.get('protocol', '')}; {part:.0%} of each class's training images are validation, seed {seed}"
     out.attrs = {**df.attrs, 'protocol':said, 'drawn':True}

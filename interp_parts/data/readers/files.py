@@ -6,7 +6,7 @@
 __all__ = ['IMAGE_SUFFIXES', 'read_list', 'read_names', 'DataFolder', 'save_png']
 
 # %% ../../../nbs/01_data/readers/01_files.ipynb #92989f86
-import hashlib, os
+import hashlib, os, warnings
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -15,10 +15,10 @@ from fastcore.basics import patch
 from PIL import Image
 
 from ...core import CheckpointError, DataError
-from ..images import broken
+from ..images import FORMATS, broken
 from .matlab import read_mat
 from ..table import first_few
-from ...files import atomic_path, read_json
+from ...files import atomic_path, made, read_json, write_json
 
 # %% ../../../nbs/01_data/readers/01_files.ipynb #0cfc0a25
 def read_list(
@@ -28,11 +28,11 @@ def read_list(
 )->pd.DataFrame:
     "The numbers of an annotation list by id, with the header's column names if there are any"
     try:
-        with open(path, encoding='utf-8') as f:
+        with open(path, encoding='utf-8-sig') as f:
             count = f.readline().split()
             cols = f.readline().split()
         header = len(count) == 1 and count[0].isdigit()
-        df = pd.read_csv(path, sep=r'\s+', header=None, index_col=0, skiprows=2*header, quoting=3)
+        df = pd.read_csv(path, sep=r'\s+', header=None, index_col=0, skiprows=2*header, quoting=3, encoding='utf-8-sig')
     except OSError: raise _absent(path) from None
     except ValueError as e:
         raise DataError(path, f'not a list ({e})', 'rows of the same length', 'restore the file') from None
@@ -60,7 +60,7 @@ def read_names(
     path, # File of rows `id name`; names may hold spaces
 )->dict:
     "Names by id, in the order of the file"
-    try: rows = [l.split(maxsplit=1) for l in Path(path).read_text(encoding='utf-8').splitlines() if l.strip()]
+    try: rows = [l.split(maxsplit=1) for l in Path(path).read_text(encoding='utf-8-sig').splitlines() if l.strip()]
     except OSError: raise _absent(path) from None
     except UnicodeDecodeError as e:
         raise DataError(path, f'not text ({e.reason})', 'a list', 'restore the file') from None
@@ -113,7 +113,7 @@ def lines(self:DataFolder,
 )->list:
     "Lines of a file, without empty ones"
     path = self/name
-    try: return [l.strip() for l in path.read_text(encoding='utf-8').splitlines() if l.strip()]
+    try: return [l.strip() for l in path.read_text(encoding='utf-8-sig').splitlines() if l.strip()]
     except OSError: raise DataError(path, 'no such file') from None
     except UnicodeDecodeError as e:
         raise DataError(path, f'not text ({e.reason})', 'a list', 'restore the file') from None
@@ -158,25 +158,45 @@ def mat(self:DataFolder,
     return read_mat(self/name, *variables)
 
 # %% ../../../nbs/01_data/readers/01_files.ipynb #e98950ea
-IMAGE_SUFFIXES = ('.jpg', '.jpeg', '.png', '.bmp', '.gif', '.webp', '.tif', '.tiff', '.ppm', '.pgm')
+IMAGE_SUFFIXES = ('.jpg', '.jpeg', '.jpe', '.jfif', '.png', '.bmp', '.gif', '.webp', '.tif', '.tiff', '.ppm', '.pgm',
+                  *(['.avif'] if 'AVIF' in FORMATS else []))
+_unread_suffixes = {'.avif', '.heic', '.heif', '.jxl', '.jp2', '.j2k', '.tga', '.psd', '.svg', '.eps', '.dng', '.cr2',
+                    '.cr3', '.nef', '.arw', '.raf', '.orf', '.rw2'} - {*IMAGE_SUFFIXES}
 
-def _visible(paths, root):
-    "`paths` in order, without hidden files and folders of `root`"
-    return sorted(p for p in paths if not any(s.startswith(('.','__')) for s in p.relative_to(root).parts))
+# %% ../../../nbs/01_data/readers/01_files.ipynb #3339ead5
+def _is_yours(p):
+    "Is it neither hidden, nor of a system, nor made by this library?"
+    return not p.name.startswith(('.','__','@')) and (p.is_file() or made(p) is None)
 
+def _walk(folder, seen=()):
+    "Files below a folder, in order; through links, but into no folder within itself"
+    here = os.path.realpath(folder)
+    if here in seen: return
+    for p in sorted(Path(folder).iterdir()):
+        if not _is_yours(p): continue
+        if p.is_dir(): yield from _walk(p, {here, *seen})
+        elif p.is_file(): yield p
+
+# %% ../../../nbs/01_data/readers/01_files.ipynb #66b19f1a
 @patch
 def images(self:DataFolder,
     *within:str, # Sub-folder; default all of it
 )->list:
     "All images below a folder, in order"
-    root = self.path.joinpath(*within)
-    files = (p for p in root.rglob('*') if p.suffix.lower() in IMAGE_SUFFIXES and p.is_file())
-    return _visible(files, root)
+    return sorted(p for p in _walk(self.path.joinpath(*within)) if p.suffix.lower() in IMAGE_SUFFIXES)
 
 @patch
 def folders(self:DataFolder)->list:
     "Its visible sub-folders, in order"
-    return _visible((p for p in self.path.iterdir() if p.is_dir()), self.path)
+    return sorted(p for p in self.path.iterdir() if p.is_dir() and _is_yours(p))
+
+# %% ../../../nbs/01_data/readers/01_files.ipynb #6740662e
+@patch
+def warn_unread(self:DataFolder):
+    "Say which files below the folder are images that cannot be read"
+    left = [p.name for p in _walk(self.path) if p.suffix.lower() in _unread_suffixes]
+    if left: warnings.warn(f'{self.path}: {len(left)} images of formats that cannot be read are left out: '
+                           f'{first_few(left)}; convert them to JPEG or PNG')
 
 # %% ../../../nbs/01_data/readers/01_files.ipynb #70800150
 @patch
@@ -197,17 +217,43 @@ def save_png(
     "Write a PNG in one piece"
     with atomic_path(path) as tmp: Image.fromarray(pixels).save(tmp, format='PNG', compress_level=1)
 
-# %% ../../../nbs/01_data/readers/01_files.ipynb #9055e84e
+# %% ../../../nbs/01_data/readers/01_files.ipynb #071208cf
+def _origin(source):
+    "What something is made from, as text: sizes and times of files, and settings; None if a file is gone"
+    try: stats = [p.stat() for p in source if isinstance(p, Path)]
+    except OSError: return None
+    files = [(s.st_size, s.st_mtime_ns, s.st_ctime_ns) for s in stats]
+    settings = [np.asarray(o).tobytes() if isinstance(o, np.ndarray) else o for o in source if not isinstance(o, Path)]
+    return hashlib.sha256(repr((files, settings)).encode()).hexdigest()[:16]
+
+def _made_from(folder):
+    "What each file of a cache was made from, as it was noted then"
+    try: return read_json(folder/'made.json')
+    except CheckpointError: return {}
+
+# %% ../../../nbs/01_data/readers/01_files.ipynb #9b5b267e
 @patch
 def made(self:DataFolder,
     what:str, # Name of their cache
-    names, # Names of the images, from the cache
+    names, # Names of the images (N,), from the cache
     make, # Called as `make(i, file)` for each that is not complete, writes it
     out=None, # Folder to use instead of the cache
     workers:int=2, # Threads
+    sources=None, # (N,) what each is made from: a tuple of files (`Path`) and settings
 )->list:
-    "The images as str, those made that are not complete yet"
-    files = [Path(out or self.cache(what))/n for n in names]
-    todo = [(i,f) for i,f in enumerate(files) if broken(f)]
-    with ThreadPoolExecutor(max(1, workers)) as pool: list(pool.map(lambda t: make(*t), todo))
+    "The images as str, those made that are not complete or not up to date"
+    folder = Path(out or self.cache(what))
+    files,names = [folder/n for n in names],[str(n) for n in names]
+    now,then = {n:_origin(s) for n,s in zip(names, sources or [()]*len(names))},_made_from(folder)
+    current = lambda n: n in then if now[n] is None else then.get(n) == now[n] or out is not None and n not in then
+    todo = [(i,f) for i,(n,f) in enumerate(zip(names, files)) if broken(f) or not current(n)]
+    if not todo: return [str(f) for f in files]
+    done = {n:k for n,k in then.items() if n not in {names[i] for i,_ in todo}}
+    def one(t):
+        make(*t)
+        done[names[t[0]]] = now[names[t[0]]]
+    try:
+        with ThreadPoolExecutor(max(1, workers)) as pool: list(pool.map(one, todo))
+    finally:
+        if folder.is_dir(): write_json(folder/'made.json', done)
     return [str(f) for f in files]

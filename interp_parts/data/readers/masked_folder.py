@@ -14,14 +14,14 @@ import pandas as pd
 from ...core import DataError
 from ..masks import check_masks, label_files
 from .files import DataFolder, IMAGE_SUFFIXES
-from .folders import RANDOM_SPLIT, SPLIT_FOLDERS, random_split
+from .folders import folder_split, new_split
 from ..table import check_table, first_few, part_table
 
 # %% ../../../nbs/01_data/readers/06c_masked_folder.ipynb #75d0fb3b
 def _split_and_class(rel, given):
     "Split (or None) and class of an image from its folders"
     folders = list(rel.parts[:-1])
-    split = SPLIT_FOLDERS.get(folders.pop(0) if folders else '') if given else None
+    split = folder_split(folders.pop(0) if folders else '') if given else None
     return split,folders[0] if folders else 'object'
 
 def _image_names(root, masks):
@@ -33,12 +33,14 @@ def _image_names(root, masks):
 # %% ../../../nbs/01_data/readers/06c_masked_folder.ipynb #e56fe6aa
 def _split_columns(root, names, test, seed):
     "Split and class of each image, and what the split is"
-    given = any(len(r.parts) > 1 and r.parts[0] == 'train' for r in names)
+    given = any(len(r.parts) > 1 and folder_split(r.parts[0]) == 'train' for r in names)
     split,kind = zip(*(_split_and_class(r, given) for r in names))
-    if not given: return random_split(kind, test, seed),kind,RANDOM_SPLIT.format(test=test, seed=seed)
+    if not given:
+        split,said = new_split([root/r for r in names], kind, test, seed)
+        return split,kind,said
     odd = [str(r) for r,s in zip(names, split) if s is None]
     if odd:
-        raise DataError(root, f'{first_few(odd)} beside folder train', f"only {', '.join(SPLIT_FOLDERS)}",
+        raise DataError(root, f'{first_few(odd)} beside folder train', 'folders of train, valid and test images only',
                         'move it elsewhere')
     return split,kind,'split given by folders'
 
@@ -56,10 +58,12 @@ def read_masked_folder(
     if where and not where.is_dir():
         raise DataError(where, 'no such folder', 'a mask for each image', "pass masks='FOLDER', or masks=None for none")
     names = _image_names(root, where)
+    DataFolder(root).warn_unread()
     split,kind,said = _split_columns(root, names, test, seed)
     classes = sorted(set(kind))
     rows = dict(image=[str(root/r) for r in names], split=split, label=[classes.index(k) for k in kind])
     if where: rows['mask'] = label_files(rows['image'], where)
     df = check_table(part_table(rows, top.name, classes=classes, keypoints=[], pairs=[], licence='not stated',
-                                citation='', masks='your own' if where else 'none', protocol=said))
+                                citation='', masks='your own' if where else 'none', protocol=said,
+                                **(dict(drawn=True) if said.startswith('random') else {})))
     return check_masks(df) if where else df

@@ -122,7 +122,8 @@ def _casia_dump(dat, listing, mat, size, out):
     names,who = _casia_list(listing)
     raw = _RawFaces(dat, size, len(names))
     pngs = [f'{i//1000:04}/{i:07}.png' for i in range(len(raw))]
-    files = DataFolder(Path(dat).parent).made(Path(dat).stem, pngs, lambda i,f: save_png(f, np.asarray(raw[i])), out)
+    files = DataFolder(Path(dat).parent).made(Path(dat).stem, pngs, lambda i,f: save_png(f, np.asarray(raw[i])), out,
+                                          sources=[(Path(dat), size)]*len(raw))
     rows = dict(image=files, identity=who, file=names)
     if mat is None: return rows,[]
     p = _mat_landmarks(mat, len(names))[:,:68]
