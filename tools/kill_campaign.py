@@ -5,8 +5,8 @@ from functools import partial
 from pathlib import Path
 
 import torch
-
 from safetensors.torch import load_file
+
 from interp_parts.command.train import train_run
 from interp_parts.core import PartLearner, get_method, method_names
 from interp_parts.synthetic.birds import synthetic_birds

@@ -6,7 +6,7 @@
 __all__ = ['app', 'run_command', 'main']
 
 # %% ../../nbs/30_command/01_cli.ipynb #04f9d199
-import ast, contextlib, inspect, json, sys, warnings
+import ast, contextlib, inspect, json, os, signal, sys, threading, warnings
 
 import typer
 from fastcore.docments import docments
@@ -57,9 +57,18 @@ def _split_reader(options):
     return reader, {k:v for k,v in options.items() if not k.startswith('data.')}
 
 # %% ../../nbs/30_command/01_cli.ipynb #6ee81c14
+def _one_line(text): return ''.join(c if c.isprintable() else repr(c)[1:-1] for c in str(text))
+
 def _fail(text, code=2):
-    print(f'interp-parts: {text}', file=sys.stderr)
+    print(f'interp-parts: {_one_line(text)}', file=sys.stderr)
     return code
+
+# %% ../../nbs/30_command/01_cli.ipynb #9f8b1988
+def _goes_on(args):
+    "What to type after a command was stopped"
+    words = [str(a) for a in (sys.argv[1:] if args is None else args)]
+    if words[:1] == ['train']: return 'stopped; the same command with --resume continues'
+    return 'stopped; the same command ' + ('goes on' if words[:1] == ['demo'] or words[:2] == ['benchmark','table'] else 'starts again')
 
 def _run(args):
     try: code = app(args, standalone_mode=False) or 0
@@ -69,9 +78,23 @@ def _run(args):
         if any(c.__name__ == 'InterpPartsError' for c in type(e).__mro__): return _fail(e)
         if isinstance(e, OSError) and e.strerror: return _fail(f'{e.filename or "system"}: {e.strerror}')
         raise
-    return _fail('stopped; the same command with --resume continues', code) if code == 130 else code
+    return _fail(_goes_on(args), code) if code == 130 else code
 
-# %% ../../nbs/30_command/01_cli.ipynb #9f8b1988
+# %% ../../nbs/30_command/01_cli.ipynb #6b778497
+@contextlib.contextmanager
+def _term_as_interrupt():
+    "Let SIGTERM raise `KeyboardInterrupt` inside the block"
+    if threading.current_thread() is not threading.main_thread(): return (yield)
+    pid = os.getpid()
+    def stop(kind, frame):
+        signal.signal(kind, signal.SIG_IGN if os.getpid() == pid else signal.SIG_DFL)
+        if os.getpid() != pid: return os.kill(os.getpid(), kind) # a process that was forked from this one
+        raise KeyboardInterrupt
+    before = signal.signal(signal.SIGTERM, stop)
+    try: yield
+    finally: signal.signal(signal.SIGTERM, signal.SIG_DFL if before is None else before)
+
+# %% ../../nbs/30_command/01_cli.ipynb #bd5d981d
 def run_command(
     args:list=None, # Words of the command; default the shell's
 )->int:
@@ -80,7 +103,9 @@ def run_command(
         warnings.showwarning = lambda said, *a, **k: _fail(f'warning: {" ".join(str(said).split())}')
         if not sys.warnoptions: # of libraries, not for users
             for kind in (FutureWarning, DeprecationWarning): warnings.simplefilter('ignore', kind)
-        return _run(args)
+        for f in (sys.stdout, sys.stderr):
+            if hasattr(f, 'reconfigure'): f.reconfigure(errors='backslashreplace')
+        with _term_as_interrupt(): return _run(args)
 
 def main():
     "Entry point of the command `interp-parts`"
@@ -98,7 +123,7 @@ def _train(
     config:str=None, # JSON file with settings
     init:str=None, # RUN of a base model or trunk to start from, for methods that have one
     backbone:str=None, # timm's name; default: the method's own, such as resnet50
-    weights:str=None, # Backbone weights: a .safetensors file with timm's or torchvision's names
+    weights:str=None, # Backbone weights: a .safetensors file, or a plain state dict, with timm's or torchvision's names
     pretrained:bool=None, # Download timm's weights? Default: yes
     freeze_bn:bool=None, # Keep the backbone's batch norm statistics?
     n_parts:int=None, # Parts, the background included; default: the method's own
@@ -164,10 +189,11 @@ def _predict(
     out:str=None, # Folder for the pictures; default RUN/predictions
     device:str='auto', # auto, cpu, cuda or cuda:N
     masks:str=None, # Folder of foreground masks named as the images, for methods without a background
+    on_bad_image:str='error', # error, or skip: the line of that image says what is wrong
 ):
     "One line of JSON for each image, and a picture of its explanation"
     from interp_parts.command.predict import predict_run
-    for answer in predict_run(run, images, out, device, masks): print(json.dumps(answer), flush=True)
+    for answer in predict_run(run, images, out, device, masks, on_bad_image): print(json.dumps(answer), flush=True)
 
 # %% ../../nbs/30_command/01_cli.ipynb #10861bfc
 @_command()
@@ -190,7 +216,7 @@ def _foreground(
     out:str='masks', # Folder for a mask of each image
     protocol:str=None, # The data's own
     backbone:str='resnet34', # timm's name
-    weights:str=None, # Backbone weights: a .safetensors file with timm's or torchvision's names
+    weights:str=None, # Backbone weights: a .safetensors file, or a plain state dict, with timm's or torchvision's names
     pretrained:bool=True, # Download timm's weights?
     size:int=256, # Shorter side of the network input in pixels
     epochs:int=10, # Passes over the training images
@@ -306,7 +332,7 @@ def _table(
     methods:str='all', # Names, separated by commas
     seeds:int=3, # Trainings of each method
     backbone:str='resnet50', # timm's name
-    weights:str=None, # Backbone weights: a .safetensors file with timm's or torchvision's names
+    weights:str=None, # Backbone weights: a .safetensors file, or a plain state dict, with timm's or torchvision's names
     pretrained:bool=None, # Download timm's weights? Default: yes
     freeze_bn:bool=None, # Keep the backbone's batch norm statistics?
     epochs:int=None, # Passes over the training images

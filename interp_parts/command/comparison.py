@@ -258,7 +258,9 @@ def _table_text(table):
 # %% ../../nbs/30_command/05_comparison.ipynb #decb06ea
 def _side_by_side(out, methods, df, n=8):
     "The same test images explained by every method, one row a method; returns the picture"
-    rows = split_rows(df, ('test','eval')).sample(n, random_state=0)
+    rows = split_rows(df, ('test','eval'))
+    n = min(n, len(rows))
+    rows = rows.sample(n, random_state=0)
     fig = Picture(figsize=(1.3*n, 1.35*(len(methods)+1)))
     axs = fig.subplots(len(methods)+1, n, squeeze=False)
     for i,m in enumerate(methods):

@@ -6,7 +6,7 @@
 __all__ = ['visualize_run', 'predict_run']
 
 # %% ../../nbs/30_command/02d_predict.ipynb #0fcbb8db
-import warnings
+import os, re, warnings
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,10 +14,11 @@ import torch
 import torch.nn.functional as F
 
 from .settings import pick_device
-from ..core import ConfigError, DataError, Parts, get_method
+from ..core import ConfigError, DataError, Parts, get_method, pick
 from ..data.images import find_broken
+from ..data.readers.files import IMAGE_SUFFIXES, DataFolder
 from ..data.rows import run_rows
-from ..data.table import part_table
+from ..data.table import first_few, part_table
 from ..evaluation.scoring import split_rows
 from ..files import claim, claim_file, free_name, occupied
 from ..training.runs import load_run
@@ -26,6 +27,14 @@ from ..visualization.overlays import save_picture
 from ..visualization.report import write_report
 
 # %% ../../nbs/30_command/02d_predict.ipynb #699904bb
+def _remove_unfinished(folder):
+    "Remove the hidden files that a killed process was writing beside our pictures and tables"
+    for f in folder.rglob('.*-????????.*'):
+        name = re.fullmatch(r'\.(.+)-[a-z0-9_]{8}(\.(?:png|jpg|csv))', f.name)
+        finished = name and f.with_name(name[1] + name[2])
+        if finished and finished.exists() and not f.is_symlink(): f.unlink()
+
+# %% ../../nbs/30_command/02d_predict.ipynb #9ec9ae50
 def visualize_run(
     run, # Folder of a run
     n:int=25, # Images
@@ -40,24 +49,40 @@ def visualize_run(
     rows = split_rows(df, ('test','eval','valid','train'))
     rows = rows.sample(min(n, len(rows)), random_state=seed).sort_index()
     save_visualization(run, learn.items(rows), learn.dls.vocab, n, learn.dls.multi)
+    _remove_unfinished(Path(run)/'visualization')
     own = get_method(learn.config['method']).pictures
     if own: own(learn, df, rows, Path(run)/'visualization')
     return write_report(run)
 
 # %% ../../nbs/30_command/02d_predict.ipynb #6053f9b8
-_endings = {'.jpg','.jpeg','.png','.bmp','.gif','.webp','.tif','.tiff','.ppm','.pgm'}
-
-def _images_in(folder): return sorted(f for f in Path(folder).rglob('*') if f.suffix.lower() in _endings)
-
 def _image_files(paths):
     "All image files among `paths`, folders searched through"
     out = []
     for p in map(Path, paths):
         if not p.exists(): raise DataError(p, 'no such file or folder', 'an image or a folder of images')
-        out += _images_in(p) if p.is_dir() else [p]
+        out += [p.joinpath(f.relative_to(os.path.abspath(p))) for f in DataFolder(p).images()] if p.is_dir() else [p]
     if not out:
-        raise DataError(', '.join(map(str, paths)), 'no image in it', f"files ending in {' '.join(sorted(_endings))}")
+        raise DataError(', '.join(map(str, paths)), 'no image in it', f"files ending in {' '.join(IMAGE_SUFFIXES)}")
     return out
+
+# %% ../../nbs/30_command/02d_predict.ipynb #06835688
+def _file_word(text):
+    "A name that every file system takes, at most 150 bytes long"
+    text = re.sub(r'[\x00-\x1f\x7f/\\:]+', '_', text).lstrip('.') or 'image'
+    return text.encode('utf-8', 'surrogateescape')[:150].decode('utf-8', 'ignore')
+
+def _picture_names(files):
+    "A name for each file, none of them twice"
+    same = lambda name: _file_word(name).casefold()
+    stems = [same(f.stem) for f in files]
+    names,taken = [],set()
+    for f,stem in zip(files, stems):
+        name = _file_word(f.stem if stems.count(stem) == 1 else '_'.join([*f.parts[-3:-1], f.name]))
+        again = (f'{name}-{i}' for i in range(2, len(files)+2))
+        while name.casefold() in taken: name = next(again)
+        names.append(name)
+        taken.add(name.casefold())
+    return names
 
 # %% ../../nbs/30_command/02d_predict.ipynb #2f74406d
 def _said(learn, p):
@@ -87,7 +112,7 @@ def _on_foreground(p, mask):
 # %% ../../nbs/30_command/02d_predict.ipynb #bd9df8dc
 def _with_masks(files, folder):
     "A table of each file; with the mask of the same name, if the folder has one"
-    known = {f.stem:str(f) for f in _images_in(folder)} if folder else {}
+    known = {f.stem:str(f) for f in DataFolder(folder).images()} if folder else {}
     if folder and not known: raise DataError(folder, 'no mask in it', 'a folder of PNG files named as the images')
     lost = [f.name for f in files if folder and f.stem not in known]
     if lost: warnings.warn(f'{folder}: no mask for {len(lost)} of {len(files)} images ({lost[0]}): parts everywhere')
@@ -96,11 +121,29 @@ def _with_masks(files, folder):
         yield part_table([dict(image=str(f.resolve()), split='test', **mask)], 'images')
 
 # %% ../../nbs/30_command/02d_predict.ipynb #57e54415
+def _check_images(files, how):
+    "Broken files and why, if they may be skipped; else an error that names them"
+    bad = find_broken(files)
+    if not bad or pick(how, ('error','skip'), '--on-bad-image') == 'skip': return dict(bad)
+    said = first_few([f'{f} ({why})' for f,why in bad])
+    raise DataError(f"{len(bad)} of {len(files)} images", said, 'complete images',
+                    'restore them, or pass --on-bad-image skip')
+
 def _picture_files(files, out):
     "The file of each image's picture, none of which is there already and not ours"
     if not occupied(out): claim(out, 'pictures')
     do = f'pass a new folder, such as --out {free_name("pictures")}'
-    return [claim_file(out/f'{f.stem}.png', do=do) for f in files]
+    return [claim_file(out/f'{name}.png', do=do) for name in _picture_names(files)]
+
+# %% ../../nbs/30_command/02d_predict.ipynb #efc7f4a3
+def _predict_one(learn, df, file, picture):
+    "Answer for a table of one image, and draw its explanation"
+    (x,p,b), = learn.items(df, bs=1)
+    if b.mask is not None and p.background is not None:
+        raise ConfigError('--masks', f"{learn.config['method']} finds the background itself", 'no masks')
+    if b.mask is not None: p = _on_foreground(p, b.mask)
+    save_picture(explain(x, p, learn.dls.vocab, multi=learn.dls.multi), picture)
+    return dict(_answer(learn, p, file), picture=str(picture))
 
 def predict_run(
     run, # Folder of a run
@@ -108,15 +151,17 @@ def predict_run(
     out=None, # Folder for pictures; default RUN/predictions
     device:str='auto', # Where the model goes
     masks=None, # Folder with foreground masks named as the images, for methods without a background
+    on_bad_image:str='error', # 'error', or 'skip': answer with `skipped`, which says what is wrong
 ):
     "Yield an answer for each image, and draw its explanation"
+    pick(on_bad_image, ('error','skip'), '--on-bad-image')
     learn = load_run(run, pick_device(device))
     files,out = _image_files(images),Path(out or Path(run)/'predictions')
-    if bad := find_broken(files): raise DataError(bad[0][0], bad[0][1], 'a complete image', 'replace it or leave it out')
-    items = (i for df in _with_masks(files, masks) for i in learn.items(df, bs=1))
-    for f,picture,(x,p,b) in zip(files, _picture_files(files, out), items):
-        if b.mask is not None and p.background is not None:
-            raise ConfigError('--masks', f"{learn.config['method']} finds the background itself", 'no masks')
-        if b.mask is not None: p = _on_foreground(p, b.mask)
-        save_picture(explain(x, p, learn.dls.vocab, multi=learn.dls.multi), picture)
-        yield _answer(learn, p, f)
+    bad = _check_images(files, on_bad_image)
+    for f,picture,df in zip(files, _picture_files(files, out), _with_masks(files, masks)):
+        try:
+            if f in bad: raise DataError(f, bad[f])
+            yield _predict_one(learn, df, f, picture)
+        except DataError as e:
+            if on_bad_image == 'error': raise
+            yield dict(image=str(f), skipped=e.got)

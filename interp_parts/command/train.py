@@ -6,7 +6,7 @@
 __all__ = ['make_learner', 'train_run']
 
 # %% ../../nbs/30_command/02b_train.ipynb #79224c20
-import json, shutil, time
+import json, os, re, shutil, time, warnings
 from pathlib import Path
 
 import pandas as pd
@@ -20,11 +20,21 @@ from ..files import (check_claim, occupied, read_json, replaceable, save_tensors
 from ..models.backbones import backbone_stats, weights_about
 from ..training.fit import fit_run
 from ..training.optim import seed_everything
-from ..training.runs import run_config, save_run
+from ..training.runs import fingerprint, run_config, save_run
 from ..training.state import read_state
 from ..visualization.report import write_model_card
 
 # %% ../../nbs/30_command/02b_train.ipynb #176b978f
+def _workers(s, shm='/dev/shm'):
+    "Processes that decode images: none where their shared memory cannot hold the batches that wait"
+    if not s['workers'] or not Path(shm).is_dir(): return s['workers']
+    need = 4*3*s['bs']*s['size']**2*(2*s['workers']+1)
+    free = shutil.disk_usage(shm).free
+    if free >= need: return s['workers']
+    warnings.warn(f"{shm} has {free/2**20:.0f} MB free, {s['workers']} workers need {need/2**20:.0f} MB: "
+                  'images are read without them; give the container more, as --shm-size 1g')
+    return 0
+
 def make_learner(
     method:str, # Registered name
     s:dict, # From `make_settings`
@@ -33,7 +43,7 @@ def make_learner(
     "The learner that the settings describe, not trained yet"
     seed_everything(s['seed'], s['deterministic'])
     dls = part_dls(df, s['size'], s['resize'], s['bs'], flip=s['flip'], brightness=s['brightness'],
-                   stats=backbone_stats(s['backbone']), workers=s['workers'], seed=s['seed'],
+                   stats=backbone_stats(s['backbone']), workers=_workers(s), seed=s['seed'],
                    device=pick_device(s['device']), extra=get_method(method).extra)
     names = option_kinds(get_method(method).learner, get_method(method).model)
     if s['init'] and 'init' not in names:
@@ -47,16 +57,42 @@ def _identity(method, s):
     kept = {k:v for k,v in s.items() if k not in ('workers','device','save_every')}
     return json.loads(json.dumps(dict(method=method, **kept), default=str))
 
+_paths = 'path','init','weights','masks'
+
 def _inputs(s):
     "Files and folders that a training reads"
-    return [s[k] for k in ('path','init','weights','masks')]
+    return [s[k] for k in _paths]
 
 # %% ../../nbs/30_command/02b_train.ipynb #0068cbb2
 def _changed(run, method, s):
     "Names of the settings that differ from those of the run"
     old,new = read_json(run/'settings.json'),_identity(method, s)
     known = lambda d,k: d.get(k, settings_defaults.get(k)) # a run may be older than an option
-    return sorted(k for k in old.keys() | new.keys() if known(old, k) != known(new, k))
+    real = lambda k,v: os.path.realpath(v) if k in _paths and v else v
+    return sorted(k for k in old.keys() | new.keys() if real(k, known(old, k)) != real(k, known(new, k)))
+
+def _moved(run, method, s):
+    "Does the new path hold the data that the run was started with?"
+    config = run/'config.json'
+    if not config.exists(): return False
+    return fingerprint(read_rows(s, method, run)) == read_json(config)['data']['fingerprint']
+
+def _check_same(run, method, s, again):
+    "An error for settings other than those of the run"
+    diff = _changed(run, method, s)
+    if diff == ['path'] and _moved(run, method, s): return write_json(run/'settings.json', _identity(method, s))
+    if diff: raise ConfigError(run, f'was trained with another {", ".join(diff)}', 'the same settings',
+                               'use another --out' + again*('path' not in diff))
+
+# %% ../../nbs/30_command/02b_train.ipynb #2cc6b9c1
+_run_names = re.compile(r'\.interp_parts\.json|(config|settings|metrics|state|initial)\.json|README\.md|report\.html|'
+                        r'(model|initial|model-\d+)\.safetensors|loop-\d+\.pt|history\.csv|split\.txt|'
+                        r'[0-9a-f]{32}\.png')
+
+def _remove_unfinished(run):
+    for f in Path(run).rglob('.*-????????.*'):
+        name = re.fullmatch(r'\.(.+)-[a-z0-9_]{8}(\.\w+)', f.name)
+        if name and _run_names.fullmatch(name[1] + name[2]) and not f.is_symlink(): f.unlink()
 
 def _prepare(run, method, s, resume, overwrite):
     "True if the run is finished already; an error for a run that exists and is not meant"
@@ -64,10 +100,8 @@ def _prepare(run, method, s, resume, overwrite):
     again = '' if replaceable(run, 'run', _inputs(s)) else ' or --overwrite'
     if not resume: raise ConfigError(run, 'exists', 'a new folder', f'pass --resume{again}')
     if not (run/'settings.json').exists(): return False
-    if diff := _changed(run, method, s):
-        raise ConfigError(run, f'was trained with another {", ".join(diff)}', 'the same settings',
-                          f'use another --out{again}')
-    for f in run.rglob('.*-????????.*'): f.unlink() # what a killed process was writing
+    _check_same(run, method, s, again)
+    _remove_unfinished(run)
     return all((run/f).exists() for f in ('model.safetensors','README.md'))
 
 # %% ../../nbs/30_command/02b_train.ipynb #e691d367
