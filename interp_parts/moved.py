@@ -35,7 +35,7 @@ moved = dict(
     peaks='activation_diversity.peaks',
     perceptual='contrastive_reconstruction.frozen', promises='testing.steps',
     reconstruction_losses='contrastive_reconstruction.losses',
-    reconstruction_pictures='contrastive_reconstruction.pictures', reliability='testing.bad_inputs',
+    reconstruction_pictures='contrastive_reconstruction.pictures', reliability='testing.bad_inputs testing.bad_runs',
     report='visualization.report', runs='command.runs data.rows',
     saliency='classification_specific_parts.saliency_maps',
     selection_pictures='classification_specific_parts.pictures',

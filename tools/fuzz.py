@@ -1,27 +1,29 @@
 "Hand in mutated images, archives, tables, checkpoints, words: `python tools/fuzz.py [--examples 200] [--only images]`"
-import argparse, io, json, shutil, sys, tempfile, time
+import argparse, io, json, shutil, sys, tarfile, tempfile, time
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
 import numpy as np, pandas as pd, torch
 from hypothesis import HealthCheck, Phase, given, settings, strategies as st
 
-from interp_parts.annotations import read_mat
-from interp_parts.cli import run_command
-from interp_parts.contrastive_reconstruction import import_original
-from interp_parts.core import InterpPartsError, read_json
-from interp_parts.data import PartBatches, broken, image_size, load_image
-from interp_parts.download import extract
-from interp_parts.backbones import Backbone
-from interp_parts.base_model import read_attention
-from interp_parts.own_data import read_table
-from interp_parts.part_files import read_features, read_part_locs
-from interp_parts.readers import read_list, read_names
-from interp_parts.reliability import (_encoded, _settings, _tar, _zip, bad_archives, bad_arguments, bad_images,
-                                      bad_settings,
-                                      bad_tables, evil_files, small_run, survives)
-from interp_parts.runs import check_settings, make_settings, settings_defaults, train_run
-from interp_parts.training import load_run, load_tensors
+from interp_parts.classification_specific_parts.files import read_features
+from interp_parts.command.cli import run_command
+from interp_parts.command.settings import check_settings, make_settings, settings_defaults
+from interp_parts.command.train import train_run
+from interp_parts.contrastive_reconstruction.published import import_original
+from interp_parts.core import InterpPartsError
+from interp_parts.data.download import extract
+from interp_parts.data.images import broken, image_size, load_image
+from interp_parts.data.loaders import PartBatches
+from interp_parts.data.readers.file_lists import read_part_locs
+from interp_parts.data.readers.files import read_list, read_mat, read_names
+from interp_parts.data.readers.folders import read_table
+from interp_parts.files import load_tensors, read_json
+from interp_parts.models.backbones import Backbone
+from interp_parts.testing.bad_inputs import bad_files, encoded_image, survives, zip_bytes
+from interp_parts.testing.bad_runs import bad_words, evil_files, run_settings, small_run
+from interp_parts.training.runs import load_run
+from interp_parts.visual_words.base import read_attention
 
 @st.composite
 def mutated(draw, seeds):
@@ -60,7 +62,7 @@ def tables(draw):
     rows = [[cell(c, i) for c in ['image',*cols]] for i in range(draw(st.integers(0, 4)))]
     return pd.DataFrame(rows, columns=['image',*cols]).to_csv(index=False).encode('utf-8', 'replace')
 
-typed = [w for ws,_ in bad_arguments().values() for w in ws if w not in ('synthesize','.')]
+typed = [w for ws,_ in bad_words('argument').values() for w in ws if w not in ('synthesize','.')]
 words = st.one_of(st.sampled_from(typed + [
     '--help', '--set', '--set=a', 'lr=[1,', 'lr=nan', 'coeff=x', 'data.valid=2', '--config', '--size', '-1',
     '99999999999', '--init', '--weights',
@@ -77,6 +79,18 @@ values = st.one_of(st.none(), st.booleans(), st.integers(-2, 99), st.floats(), s
 keys = [*settings_defaults, *'lr schedule optimizer clip weight_decay momentum betas coeff pad'.split()]
 configs = st.dictionaries(st.sampled_from(keys), values, max_size=4).map(lambda c: json.dumps(c).encode())
 
+def tgz_bytes(
+    *members, # Pairs of a name and bytes
+)->bytes:
+    "A .tgz archive"
+    f = io.BytesIO()
+    with tarfile.open(fileobj=f, mode='w:gz') as t:
+        for name,data in members:
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            t.addfile(info, io.BytesIO(data))
+    return f.getvalue()
+
 def targets(
     run, # From `small_run`
     sandbox, # Folder for everything
@@ -84,7 +98,7 @@ def targets(
     "Strategy and function by name"
     d,out = Path(sandbox),io.StringIO
     for f in ('images','archives','tables','runs','files'): (d/f).mkdir(exist_ok=True)
-    for n,w in (('a.png',48),('b.png',50)): (d/'tables'/n).write_bytes(_encoded('PNG', (w,40)))
+    for n,w in (('a.png',48),('b.png',50)): (d/'tables'/n).write_bytes(encoded_image('PNG', (w,40)))
     names = ('bad.csv','x.png','run','a','f.npz','a.npy','x.mat','x.txt','x.pth','x.safetensors')
     def put(name, data): (d/name).parent.mkdir(exist_ok=True); (d/name).write_bytes(data); return d/name
     put('tables/bad.csv', b''); put('images/x.png', b'')
@@ -115,7 +129,7 @@ def targets(
         try:
             if not file.startswith('state'): return check_load(load_run(copied))
             (copied/'model.safetensors').unlink()
-            with redirect_stdout(out()): train_run('classifier', copied, _settings(copied), resume=True,
+            with redirect_stdout(out()): train_run('classifier', copied, run_settings(copied), resume=True,
                                                    say=lambda *a: None)
         finally: shutil.rmtree(copied, ignore_errors=True)
     def check_load(learn): assert all(v.shape == w.shape for v,w in zip(learn.model.state_dict().values(), weights()))
@@ -162,12 +176,12 @@ def targets(
              'x.txt':[b'1 5 6 1\n2 7 8 1\n', b'2\nA B\n1 5 6\n2 7 8\n', b'a 1 0 0 5 5\n'],
              'x.w':[state['model.safetensors']]}
     kinds = ('PNG','JPEG','GIF','BMP','WEBP','TIFF','PPM')
-    good = [_encoded(k) for k in kinds] + [_encoded('PNG', (1,1))]
+    good = [encoded_image(k) for k in kinds] + [encoded_image('PNG', (1,1))]
     return dict(
-        images=(mutated(good + pick(bad_images())), image),
-        archives=(mutated([_tar(('a/b', b'x'*99)), _zip(('a/b', b'x'*99)),
-                           *[b for b in pick(bad_archives()) if len(b) < 9999]]), archive),
-        tables=(st.one_of(tables(), mutated([t.encode() for t,_ in bad_tables().values() if isinstance(t, str)])),
+        images=(mutated(good + pick(bad_files('image'))), image),
+        archives=(mutated([tgz_bytes(('a/b', b'x'*99)), zip_bytes(('a/b', b'x'*99)),
+                           *[b for b in pick(bad_files('archive')) if len(b) < 9999]]), archive),
+        tables=(st.one_of(tables(), mutated([t.encode() for t,_ in bad_files('table').values() if isinstance(t, str)])),
                 table),
         checkpoints=(st.sampled_from(sorted(state)).flatmap(lambda f: st.tuples(st.just(f),
                                                                                 mutated([state[f], *evil.values()]))),
@@ -176,7 +190,7 @@ def targets(
         files=(st.sampled_from(sorted(readers)).flatmap(lambda f: st.tuples(st.just(f),
                                                                             mutated([*seeds[f], *evil.values()]))),
                lambda item: readers[item[0]](put(f'files/{item[0]}', item[1]))),
-        settings=(st.one_of(configs, mutated([t.encode() for t,_ in bad_settings().values()])), setting),
+        settings=(st.one_of(configs, mutated([t.encode() for t,_ in bad_words('setting').values()])), setting),
         arguments=(st.tuples(st.sampled_from(heads), st.lists(words, max_size=6)), command))
 
 def attack(

@@ -68,7 +68,7 @@ class Backbone(nn.Module):
         stride:int=16, # Pixels a map cell covers
         stage:str='stride', # Which map: 'stride', 'last' or 'final'
         pretrained:bool=False, # Download timm's weights?
-        weights:str|None=None, # Local safetensors file with timm's or torchvision's names
+        weights:str|None=None, # Local file, safetensors or a plain state dict, with timm's or torchvision's names
         freeze_bn:bool=False, # Keep batch norm statistics and parameters?
         freeze_early:bool=False, # Keep the stages up to stride 4?
     ):
@@ -140,14 +140,29 @@ def _early(self:Backbone):
     return [self.net.get_submodule(n) for n in names[:last+1]]
 
 # %% ../../nbs/03_models/01_backbones.ipynb #9e5aba34
+_convert = "safetensors.torch.save_file(model.state_dict(), 'weights.safetensors') makes one where the model is"
+
+def _read_saved(path):
+    "The tensors of a plain state dict that `torch.save` wrote"
+    expected = 'a .safetensors file, or a plain state dict that torch.save wrote'
+    try: sd = torch.load(path, map_location='cpu', weights_only=True)
+    except Exception as e:
+        why = ' '.join(str(e).split())[:80]
+        raise CheckpointError(path, f'not a safetensors file, and no plain weights ({why})', expected, _convert) from None
+    if isinstance(sd, dict) and sd and all(isinstance(v, torch.Tensor) for v in sd.values()): return dict(sd)
+    got = f"a dictionary of {', '.join(map(str, list(sd)[:3]))}" if isinstance(sd, dict) else type(sd).__name__
+    raise CheckpointError(path, got, expected, _convert)
+
 def read_weights(
-    path, # safetensors file
+    path, # safetensors file, or a state dict that `torch.save` wrote
 )->dict:
-    "The tensors of a safetensors file by name"
+    "The tensors of a file by name; nothing is unpickled"
     if not Path(path).is_file(): raise CheckpointError(path, 'no such file', 'a .safetensors file', 'check --weights')
     try: return load_file(path)
     except (SafetensorError, ValueError, OSError) as e:
-        raise CheckpointError(path, f'not a safetensors file ({e})') from None
+        with open(path, 'rb') as f: saved = f.read(2) in (b'PK', b'\x80\x02')
+        if saved: return _read_saved(path)
+        raise CheckpointError(path, f'not a safetensors file ({e})', 'a .safetensors file', _convert) from None
 
 # %% ../../nbs/03_models/01_backbones.ipynb #0ace4494
 def _torchvision_order(keys, name):
