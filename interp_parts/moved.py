@@ -25,7 +25,7 @@ moved = dict(
     foreground='models.foreground', instance_crops='contrastive_reconstruction.crops',
     landmarks='evaluation.landmarks evaluation.regression', masks='data.masks',
     occlusion='activation_diversity.occlusion',
-    overlays='visualization.overlays', own_data='data.readers.folders',
+    overlays='visualization.overlays', own_data='data.readers.folders data.readers.tables',
     part_boxes='classification_specific_parts.boxes',
     part_files='classification_specific_parts.files data.readers.file_lists',
     part_order='classification_specific_parts.order',

@@ -27,7 +27,8 @@ from ..data.download import extract
 from ..data.images import load_image
 from ..data.readers.file_lists import read_part_locs
 from ..data.readers.files import read_list, read_mat, read_names
-from ..data.readers.folders import read_folder, read_table
+from ..data.readers.folders import read_folder
+from ..data.readers.tables import read_table
 from ..files import read_json, write_json
 from ..models.backbones import Backbone
 from ..training.runs import load_run
