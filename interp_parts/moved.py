@@ -61,7 +61,8 @@ class _Alias:
         there = [importlib.import_module(o) for o in new]
         module.__all__ = [k for o in there for k in o.__all__]
         module.__dict__.update({k:getattr(o, k) for o in there for k in o.__all__})
-        for old,now in renamed.get(name.removeprefix('interp_parts.'), {}).items(): setattr(module, old, getattr(module, now))
+        old = renamed.get(name.removeprefix('interp_parts.'), {})
+        module.__dict__.update({k:getattr(module, now) for k,now in old.items()})
 
 def install():
     "Let Python find modules under their earlier names; importing `interp_parts` does this"

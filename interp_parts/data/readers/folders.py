@@ -95,7 +95,7 @@ def _split_layout(root):
 def _images_in(folder): return any(p.suffix.lower() in IMAGE_SUFFIXES for p in folder.iterdir())
 
 def _opened(root):
-    "The folder itself, or the first one below with several folders, if each on the way lies alone, as in unpacked archives"
+    "The folder, or the first one below it with several folders if each on the way lies alone, as in archives"
     folder = root
     while len(subs := DataFolder(folder).folders()) == 1 and not _images_in(folder): folder = subs[0]
     return folder if len(subs) > 1 and not _images_in(folder) else root

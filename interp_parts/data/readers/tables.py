@@ -19,11 +19,12 @@ from ..table import SPLITS, check_copies, check_table, first_few, part_table
 def _csv_text(path):
     "Text of a CSV file in UTF-8, or in the UTF-16 of spreadsheets"
     data = path.read_bytes()
-    if data[:4] == b'PK\x03\x04': raise DataError(path, 'unreadable (an Excel file)', 'a CSV or Parquet file', 'save it as CSV UTF-8')
+    if data[:4] == b'PK\x03\x04':
+        raise DataError(path, 'unreadable (an Excel file)', 'a CSV or Parquet file', 'save it as CSV UTF-8')
     try: return data.decode('utf-16' if data[:2] in (b'\xff\xfe', b'\xfe\xff') else 'utf-8-sig')
     except UnicodeDecodeError as e:
-        raise DataError(path, f'unreadable (not UTF-8: {data[e.start:e.start+1]!r} at byte {e.start})', 'a CSV file in UTF-8',
-                        'save it as CSV UTF-8') from None
+        raise DataError(path, f'unreadable (not UTF-8: {data[e.start:e.start+1]!r} at byte {e.start})',
+                        'a CSV file in UTF-8', 'save it as CSV UTF-8') from None
 
 def _separator(header):
     "The character that separates the names in a header line"
