@@ -26,7 +26,7 @@ moved = dict(
     foreground='models.foreground', instance_crops='contrastive_reconstruction.crops',
     landmarks='evaluation.landmarks evaluation.regression', masks='data.masks',
     occlusion='activation_diversity.occlusion activation_diversity.mesh',
-    overlays='visualization.overlays', own_data='data.readers.folders',
+    overlays='visualization.overlays', own_data='data.readers.folders data.readers.tables',
     part_boxes='classification_specific_parts.boxes classification_specific_parts.clusters',
     part_files='classification_specific_parts.files classification_specific_parts.baselines data.readers.file_lists',
     part_order='classification_specific_parts.order',

@@ -118,9 +118,11 @@ def _other_classes(df, new, vocab):
     name,known = df.attrs.get('name', 'table'),{_same_name(n) for n in df.attrs['classes']}
     unknown = [n for n,i in zip(df.attrs['classes'], new) if i is None]
     n = int(df.label.map(lambda l: new[l] is None).sum())
-    if n: warnings.warn(f'{name}: {n} images of classes that the model does not know are left out: {first_few(unknown)}')
+    if n:
+        warnings.warn(f'{name}: {n} images of classes that the model does not know are left out: {first_few(unknown)}')
     absent = [v for v in vocab if _same_name(v) not in known]
-    if absent: warnings.warn(f"{name}: no image of {len(absent)} of the model's {len(vocab)} classes: {first_few(absent)}")
+    if absent:
+        warnings.warn(f"{name}: no image of {len(absent)} of the model's {len(vocab)} classes: {first_few(absent)}")
 
 # %% ../../nbs/01_data/01_table.ipynb #2cb40b3d
 def _match_labels(df, new, vocab):
@@ -136,7 +138,7 @@ def _match_labels(df, new, vocab):
 def _match_attributes(df, at, vocab):
     "The table with attributes in the model's order"
     lost = [v for v in vocab if _same_name(v) not in at]
-    if lost: raise DataError(df.attrs.get('name', 'table'), f'no attribute {first_few(lost)}', "all attributes of the model")
+    if lost: raise DataError(df.attrs.get('name', 'table'), f'no attribute {first_few(lost)}', "the model's attributes")
     order = [at[_same_name(v)] for v in vocab]
     return df.assign(labels=[[v[i] for i in order] for v in df.labels])
 
@@ -311,7 +313,8 @@ def use_split(
     split = listed_splits(df, path)
     new = df.image[split.isna()].map(lambda p: '/'.join(Path(p).parts[-2:])).tolist()
     if new and not (later and split.notna().any()):
-        raise DataError(path, f'no line for {len(new)} of {len(df)} images: {first_few(new)}', 'the list of these images')
+        raise DataError(path, f'no line for {len(new)} of {len(df)} images: {first_few(new)}',
+                        'the list of these images')
     if new: warnings.warn(f'{path}: {len(new)} images that it does not name are left out: {first_few(new)}')
     out = df.assign(split=split)[split.notna()].reset_index(drop=True)
     out.attrs = {**{k:v for k,v in df.attrs.items() if k != 'drawn'}, 'protocol':f'split of the list {Path(path).name}'}

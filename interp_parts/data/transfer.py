@@ -39,8 +39,8 @@ def _request(url, part, checked):
 class _WebOnly(urllib.request.HTTPRedirectHandler):
     "Follows redirections to http and https only"
     def redirect_request(self, req, fp, code, msg, headers, newurl):
-        if urlsplit(newurl).scheme in ('http','https'): return super().redirect_request(req, fp, code, msg, headers, newurl)
-        raise _Refused(f'the host leads to {newurl}')
+        if urlsplit(newurl).scheme not in ('http','https'): raise _Refused(f'the host leads to {newurl}')
+        return super().redirect_request(req, fp, code, msg, headers, newurl)
 
 _open = urllib.request.build_opener(_WebOnly).open
 
@@ -61,8 +61,10 @@ def _check_answer(r, total, size, checked):
     "Refuse an answer that is not the file"
     if r.status not in (200,206): raise _Refused(f'the host answers {r.status} {r.reason}')
     if r.headers.get_content_type() == 'text/html': raise _Refused('the host answers with a web page')
-    if (packed := r.headers.get('Content-Encoding', 'identity')) != 'identity': raise _Refused(f'the host sends it as {packed}')
-    if size is not None and total not in (None, size): raise _Refused(f'the host has {total:,} bytes instead of {size:,}')
+    packed = r.headers.get('Content-Encoding', 'identity')
+    if packed != 'identity': raise _Refused(f'the host sends it as {packed}')
+    if size is not None and total not in (None, size):
+        raise _Refused(f'the host has {total:,} bytes instead of {size:,}')
     if total is None and size is None and not checked: raise _Refused('the host does not say how large the file is')
 
 def _write(r, f, at, most, report, total):

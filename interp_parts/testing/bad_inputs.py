@@ -19,7 +19,8 @@ from ..core import ConfigError, InterpPartsError, pick
 from ..data.download import extract
 from ..data.images import load_image
 from ..data.readers.files import read_list
-from ..data.readers.folders import read_folder, read_table
+from ..data.readers.folders import read_folder
+from ..data.readers.tables import read_table
 
 # %% ../../nbs/40_testing/04_bad_inputs.ipynb #d14d7ce5
 @dataclass

@@ -38,7 +38,8 @@ def _grey_maps(root, images):
     "Grey part masks made from the colour label maps beside the images"
     colour = [f.with_name(f'{f.stem}_segment.png') for f in images]
     names = [f.relative_to(root.path).with_suffix('.png') for f in images]
-    return root.made('part_masks', names, lambda i,f: save_png(f, load_part_mask(colour[i])), sources=[(c,) for c in colour])
+    return root.made('part_masks', names, lambda i,f: save_png(f, load_part_mask(colour[i])),
+                     sources=[(c,) for c in colour])
 
 def _fashion_rows(root):
     "Columns of the table, and names of the classes"

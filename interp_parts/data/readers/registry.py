@@ -20,10 +20,11 @@ from .deepfashion import read_deepfashion
 from .faces import read_celeba
 from .file_lists import read_file_list
 from .fine_grained import read_cars, read_dogs, read_flowers
-from .folders import read_folder, read_table
+from .folders import read_folder
 from .masked_folder import read_masked_folder
 from .objects import read_food101, read_stl10, read_train_test
 from .parts import read_pascal_part
+from .tables import read_table
 from ...files import reading
 
 # %% ../../../nbs/01_data/readers/08_registry.ipynb #04f5289a
