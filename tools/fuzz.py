@@ -17,7 +17,7 @@ from interp_parts.data.images import broken, image_size, load_image
 from interp_parts.data.loaders import PartBatches
 from interp_parts.data.readers.file_lists import read_part_locs
 from interp_parts.data.readers.files import read_list, read_mat, read_names
-from interp_parts.data.readers.folders import read_table
+from interp_parts.data.readers.tables import read_table
 from interp_parts.files import load_tensors, read_json
 from interp_parts.models.backbones import Backbone
 from interp_parts.testing.bad_inputs import bad_files, encoded_image, survives, zip_bytes

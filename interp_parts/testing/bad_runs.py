@@ -22,7 +22,7 @@ from ..data.download import extract
 from ..data.images import load_image
 from ..data.readers.file_lists import read_part_locs
 from ..data.readers.files import read_list, read_mat, read_names
-from ..data.readers.folders import read_table
+from ..data.readers.tables import read_table
 from ..files import read_json, write_json
 from ..models.backbones import Backbone
 from .bad_inputs import Case, by_command, encoded_image, hand_in_all, zip_bytes
