@@ -42,6 +42,7 @@ _by_keypoints = "boxes around keypoints: PartPipeline(net, df, PartSettings(part
 class ClassificationSpecificParts(Classifier):
     "A classifier that, after its six steps, answers by parts of the image (Korsch et al., GCPR 2019)"
     needs_grad = True
+    least_epochs = 0 # A given network needs no training
     def __init__(self,
         n_classes:int, # Number of classes C
         n_parts:int=4, # Number of parts K

@@ -121,7 +121,7 @@ def pick_device(
     except RuntimeError: raise ConfigError('--device', repr(name), known) from None
 
 _kinds = {**dict.fromkeys('data path protocol masks init backbone weights'.split(), ''), 'n_parts':1, 'save_every':1}
-_limits = dict(n_parts=(1,), epochs=(1,), bs=(1,), size=(1,8192), workers=(0,1024), save_every=(1,), seed=(0,2**63-1),
+_limits = dict(n_parts=(1,), epochs=(0,), bs=(1,), size=(1,8192), workers=(0,1024), save_every=(1,), seed=(0,2**63-1),
                flip=(0.,1.), brightness=(0.,1.))
 def _check_fit(lr=0., schedule='constant', optimizer='sgd', clip=None, options=None, **rest):
     "Complain about settings of the training that cannot be"
@@ -199,7 +199,8 @@ def train_run(
 )->Path:
     "Train a method and leave a complete run"
     run,s = Path(out),settings
-    get_method(method); check_settings(s)
+    check_settings(s)
+    _check_kind('--epochs', s['epochs'], 0, getattr(get_method(method).model, 'least_epochs', 1))
     if _prepare(run, method, s, resume, overwrite): say(f'{run}: finished already'); return run
     fresh,start = overwrite or not run.exists(),time.time()
     with start_folder(run, 'run', _inputs(s), overwrite): learn,config = _start(method, run, s, say)
