@@ -52,7 +52,7 @@ class _SixSteps(Callback):
         "With `--epochs 0` there was no training: the steps run on the network as it was given"
         if self.learn.model.ready: return
         self.check()
-        self.steps(getattr(self.learn, 'run', None))
+        self.steps(getattr(self.learn, 'run_dir', None))
 
 # %% ../../nbs/14_classification_specific_parts/08a_learner.ipynb #9aefbb5f
 published_settings = dict(mode='paper2019', crops='short', source='padded', solver='liblinear', align=False)

@@ -66,7 +66,7 @@ def part_scores(
     protocol:str='fixed', # One of `PROTOCOLS`
 )->dict:
     "The paper's table as `evaluate` adds it, and how many features a class selects"
-    model,run = learn.model,getattr(learn, 'run', None)
+    model,run = learn.model,getattr(learn, 'run_dir', None)
     if protocol == 'interpretability' or not model.ready: return {}
     n = model.select.selected.sum(1).double().mean().item()
     out = dict(selected_features=n, selected_share=n/model.select_coef.shape[1])

@@ -63,7 +63,7 @@ def fit_run(
 ):
     "Train a learner with PyTorch's optimiser and a schedule per step; returns the learner"
     keep_memory()
-    learn.run = run and Path(run)
+    learn.run_dir = run and Path(run)
     learn.opt_func,learn.wd_bn_bias,learn.train_bn = torch_opt(optimizer, **(options or {})),True,False
     lrs = list(lr)[-len(learn.splitter(learn.model)):]
     if run: claim(run, 'run')

@@ -101,5 +101,5 @@ def load_run(
         dls = blank_dls(config, device, bs, workers)
     load_tensors(run/'model.safetensors', model)
     learn = PartLearner(dls, model.to(device), loss_func=torch.nn.functional.cross_entropy)
-    learn.config,learn.run = config,run
+    learn.config,learn.run_dir = config,run
     return learn
