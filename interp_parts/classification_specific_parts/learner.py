@@ -54,7 +54,7 @@ class _SixSteps(Callback):
         self.check()
         self.steps(getattr(self.learn, 'run_dir', None))
 
-# %% ../../nbs/14_classification_specific_parts/08a_learner.ipynb #9aefbb5f
+# %% ../../nbs/14_classification_specific_parts/08a_learner.ipynb #77ea9602
 published_settings = dict(mode='paper2019', crops='short', source='padded', solver='liblinear', align=False)
 
 def _take_network(model, init, backbone, compat):
@@ -73,6 +73,7 @@ def _take_network(model, init, backbone, compat):
     except RuntimeError: raise CheckpointError(init, 'a network of other layers', 'that of the run') from None
     if run.model.head.weight.shape == model.head.weight.shape: model.head.load_state_dict(run.model.head.state_dict())
 
+# %% ../../nbs/14_classification_specific_parts/08a_learner.ipynb #9aefbb5f
 def classification_specific_parts_learner(
     dls, # From `part_dls`
     backbone:str='resnet50', # timm's name
