@@ -199,8 +199,9 @@ def train_run(
 )->Path:
     "Train a method and leave a complete run"
     run,s = Path(out),settings
+    m = get_method(method)
     check_settings(s)
-    _check_kind('--epochs', s['epochs'], 0, getattr(get_method(method).model, 'least_epochs', 1))
+    _check_kind('--epochs', s['epochs'], 0, getattr(m.model, 'least_epochs', 1))
     if _prepare(run, method, s, resume, overwrite): say(f'{run}: finished already'); return run
     fresh,start = overwrite or not run.exists(),time.time()
     with start_folder(run, 'run', _inputs(s), overwrite): learn,config = _start(method, run, s, say)
