@@ -6,7 +6,7 @@
 __all__ = ['ClassificationSpecificParts']
 
 # %% ../../nbs/14_classification_specific_parts/08_model.ipynb #0683b98c
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch, torch.nn.functional as F
 from fastcore.basics import patch
@@ -42,6 +42,7 @@ _by_keypoints = "boxes around keypoints: PartPipeline(net, df, PartSettings(part
 class ClassificationSpecificParts(Classifier):
     "A classifier that, after its six steps, answers by parts of the image (Korsch et al., GCPR 2019)"
     needs_grad = True
+    least_epochs = 0 # A given network needs no training
     def __init__(self,
         n_classes:int, # Number of classes C
         n_parts:int=4, # Number of parts K
@@ -51,6 +52,9 @@ class ClassificationSpecificParts(Classifier):
         parts:str='cs', # Where boxes come from: 'cs', or 'random', a baseline
         shuffle:bool=False, # Parts in random order in every image (a baseline)?
         crops:str='squash', # How a crop becomes square: 'squash', 'short' or 'pad'
+        threshold:str=None, # Which pixels take part, one of `THRESHOLDS`; None: as the mode says
+        composition=None, # What they are clustered by, of `FEATURES`; None: as the mode says
+        source:str='input', # Crops for a run's files and scores: from its 'input', the 'file', or the file 'padded'
         sigma:float=5., # Blur of the saliency, in pixels
         gamma:float=.7, # Power of the blurred saliency
         c_select:float=.1, # C of the L1-SVM
@@ -74,12 +78,13 @@ class ClassificationSpecificParts(Classifier):
         if parts == 'keypoints':
             raise ConfigError('parts', parts, 'cs or random: a model sees no keypoint', _by_keypoints)
         steps = dict(n_parts=n_parts, mode=mode, selection=selection, parts=parts, shuffle=shuffle, crops=crops,
-                     sigma=sigma, gamma=gamma, c_select=c_select, c_final=c_final, cross_fit=cross_fit,
+                     threshold=threshold, composition=composition, sigma=sigma, gamma=gamma, c_select=c_select, c_final=c_final, cross_fit=cross_fit,
                      normalize=normalize, gate=gate, whole=whole, align=align, solver=solver)
         settings = PartSettings(source='input', **steps)
         net = dict(stride=stride, freeze=freeze, freeze_bn=freeze_bn, freeze_early=freeze_early)
         super().__init__(n_classes, backbone, pretrained=pretrained, weights=weights, features=features, **net)
-        self.config = dict(n_classes=n_classes, backbone=backbone, **steps, small=small, compat=compat, **net)
+        self.source = replace(settings, source=source).source
+        self.config = dict(n_classes=n_classes, backbone=backbone, **steps, source=source, small=small, compat=compat, **net)
         self.settings = settings
         if compat and backbone.startswith('inception_v3') and features is None: published_inception(self.backbone.net)
         if small: self.backbone = _SmallView(self.backbone, small)

@@ -6,6 +6,8 @@
 __all__ = []
 
 # %% ../../nbs/14_classification_specific_parts/07b_new_images.ipynb #9e41fcc1
+from pathlib import Path
+
 import numpy as np, pandas as pd, torch
 from fastcore.basics import patch
 
@@ -56,8 +58,10 @@ def others(self:PartPipeline,
 @patch
 def write_splits(self:PartPipeline,
     table:pd.DataFrame, # The pipeline's rows, and others
+    out=None, # Folder of the files; None: where the steps are kept
 ):
     "features.npz and part_locs.txt of all splits of a table, parts in order"
+    folder = Path(out or self.store.dir)
     own,order = table.index.isin(self.df.index),self.order(self.part_features())
     if table.image[own].tolist() != self.df.image.tolist():
         raise DataError(table.attrs.get('name'), 'other rows than those of the steps', 'the table they come from')
@@ -65,8 +69,8 @@ def write_splits(self:PartPipeline,
     if not own.all(): got.append((~own, *map(self.others(table[~own]).get, ('boxes','f'))))
     boxes,f = (np.empty((len(table), *got[0][i].shape[1:])) for i in (1,2))
     for rows,b,v in got: boxes[rows],f[rows] = b,v
-    claim(self.store.dir, 'parts')
-    write_part_locs(self._parts_folder/'parts'/'part_locs.txt', table.get('id', table.index), boxes)
+    claim(folder, 'parts')
+    write_part_locs(folder/self.kind/'parts'/'part_locs.txt', table.get('id', table.index), boxes)
     on = {s:(table.split == s).to_numpy() for s in dict.fromkeys(table.split)}
-    for folder,v in ((self.store.dir/'global',f[:,-1:]), (self._parts_folder,f)):
-        write_features(folder/'features.npz', **{s:(v[r], table.label[r]) for s,r in on.items()})
+    for name,v in (('global',f[:,-1:]), (self.kind,f)):
+        write_features(folder/name/'features.npz', **{s:(v[r], table.label[r]) for s,r in on.items()})

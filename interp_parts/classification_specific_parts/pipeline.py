@@ -57,7 +57,7 @@ class PartPipeline:
         piece:int=64, # Images after which a long step is kept
     ):
         self.net,self.df,self.settings,self.store = net,df,settings or PartSettings(),Store(folder, say)
-        self.keep,self.piece = keep_saliency,piece
+        self.keep,self.piece,self.exports = keep_saliency,piece,True
         self.size,self.resize,self.stats,self.bs,self.device,self.workers = size,resize,stats,bs,device,workers
         self.check_labels(df[df.split == 'train'])
         self.labels = torch.tensor(df.label.to_numpy())
@@ -70,6 +70,13 @@ class PartPipeline:
         p = PartPipeline(self.net, self.df, replace(self.settings, **changes), folder, self.size, self.resize,
                          self.stats, self.bs, self.device, self.workers, self.keep, self.store.say, self.piece)
         p.store.memory = self.store.memory
+        return p
+
+    def beside(self, name, **changes):
+        "A `variant` that keeps its steps in the folder `name` beside those of this pipeline; itself without a change"
+        if replace(self.settings, **changes) == self.settings: return self
+        p = self.variant(self.store.dir and self.store.dir/name/'steps', **changes)
+        p.exports = False
         return p
 
     def batches(self, rows):
@@ -139,6 +146,7 @@ def features(self:PartPipeline):
 @patch
 def _export_features(self:PartPipeline, a):
     "features.npz of the original beside our own"
+    if not self.exports: return
     on = {s:(self.df.split == s).to_numpy() for s in dict.fromkeys(self.df.split)}
     splits = {s:(a['f'][rows, None], self.df.label[rows]) for s,rows in on.items()}
     write_features(self.store.dir/'global'/'features.npz', **splits)
@@ -153,7 +161,7 @@ def import_features(self:PartPipeline,
     d = features_of(self.net, x.to(self.device)).shape[1]
     got = read_features(path, d, dict(self.df.split.value_counts()))
     f = np.zeros((len(self.df), d), np.float32)
-    for s,(x,y) in got.items():
+    for s,(x,y) in ((s,v) for s,v in got.items() if (self.df.split == s).any()):
         rows = (self.df.split == s).to_numpy()
         if (y != self.df.label[rows]).any():
             raise DataError(f'{path}: {s}', 'other labels than the table', 'the same images in the same order',
@@ -271,12 +279,12 @@ def boxes(self:PartPipeline):
     return self.store.get('boxes', self.keys['boxes'], make, also=self._export_boxes)
 
 @patch(as_prop=True)
-def _parts_folder(self:PartPipeline):
+def kind(self:PartPipeline):
+    "The original's name of the boxes: CS_parts for selected features, noCS_parts for all; or of a baseline"
     o = self.settings
-    kind = o.parts if o.parts != 'cs' else 'noCS' if o.selection == 'all' else 'CS'
-    return self.store.dir/f'{kind}_parts'
+    return (o.parts if o.parts != 'cs' else 'noCS' if o.selection == 'all' else 'CS') + '_parts'
 
 @patch
 def _export_boxes(self:PartPipeline, a):
     "part_locs.txt of the original: CS_parts for selected features, noCS_parts for all"
-    write_part_locs(self._parts_folder/'parts'/'part_locs.txt', self.df.get('id', self.df.index), a['boxes'])
+    if self.exports: write_part_locs(self.store.dir/self.kind/'parts'/'part_locs.txt', self.df.get('id', self.df.index), a['boxes'])

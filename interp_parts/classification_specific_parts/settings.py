@@ -9,7 +9,7 @@ __all__ = ['box_parameters', 'PART_SOURCES', 'PartSettings']
 from dataclasses import dataclass
 
 from .clusters import FEATURES
-from .saliency_maps import SELECTIONS
+from .saliency_maps import SELECTIONS, THRESHOLDS
 from ..core import ConfigError, pick
 from ..data.views import RESIZES
 
@@ -24,6 +24,7 @@ box_parameters = dict(
 
 # %% ../../nbs/14_classification_specific_parts/05_settings.ipynb #67d64b56
 PART_SOURCES = ('cs', 'random', 'keypoints')
+_CROP_SOURCES = ('file', 'input', 'padded')
 
 @dataclass
 class PartSettings:
@@ -32,6 +33,8 @@ class PartSettings:
     mode:str='exact' # Parameters of the boxes: one of `box_parameters`
     selection:str='selected' # Which features: 'selected', 'weighted' (by the classifier's row) or 'all'
     parts:str='cs' # Where boxes come from: 'cs', or the baselines 'random' and 'keypoints'
+    threshold:str|None=None # Which pixels take part, one of `THRESHOLDS`; None: as the mode says
+    composition:list|str|None=None # What they are clustered by, of `FEATURES`; None: as the mode says
     sigma:float=5. # Blur of the saliency, in pixels
     gamma:float=.7 # Power of the blurred saliency
     whole:bool=False # One more part, for all salient pixels?
@@ -40,7 +43,7 @@ class PartSettings:
     solver:str='torch' # 'torch', or 'liblinear' as published
     cross_fit:int=0 # Folds for the predictions on training rows; 0: the classifier fitted on them, as published
     crops:str='squash' # How a crop becomes square: 'squash', 'short' (its middle, as published) or 'pad'
-    source:str='file' # Crops from the image 'file', or from the network 'input'
+    source:str='file' # Crops from the image 'file', the network 'input', or the file with 'padded' edges, as published
     normalize:bool=False # Each part's features to length 1?
     align:bool=True # Parts in the same order in every image, by their features?
     shuffle:bool=False # Parts in random order in every image (a baseline)?
@@ -49,9 +52,17 @@ class PartSettings:
 
     def __post_init__(self):
         known = dict(mode=box_parameters, selection=SELECTIONS, parts=PART_SOURCES, crops=RESIZES,
-                     solver=('torch','liblinear'), source=('file','input'))
+                     solver=('torch','liblinear'), source=_CROP_SOURCES)
         for name,options in known.items(): pick(getattr(self, name), options, name)
+        if self.threshold is not None: pick(self.threshold, THRESHOLDS, 'threshold')
+        for c in self._columns(): pick(c, FEATURES, 'composition')
         if self.n_parts < 1: raise ConfigError('--n-parts', self.n_parts, 'at least 1')
+
+    def _columns(self):
+        "Names in `composition`, which may be a word with commas"
+        c = self.composition
+        if c is not None and not c: raise ConfigError('composition', repr(c), f"one or more of {', '.join(FEATURES)}")
+        return c.split(',') if isinstance(c, str) else list(c or ())
 
     @property
     def slots(self):
@@ -61,7 +72,8 @@ class PartSettings:
     @property
     def boxes(self):
         "Parameters of `find_boxes`"
-        return box_parameters[self.mode]
+        own = dict(threshold=self.threshold, features=tuple(self._columns()))
+        return {**box_parameters[self.mode], **{k:v for k,v in own.items() if v}}
 
     def scaled(self, f):
         "Features (B,K+1,D) as the final classifier sees them: of length 1 with `normalize`"

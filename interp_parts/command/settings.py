@@ -131,7 +131,7 @@ def _check_fit(lr=0., schedule='constant', optimizer='sgd', clip=None, options=N
 
 # %% ../../nbs/30_command/02a_settings.ipynb #c8130f39
 _kinds = {**dict.fromkeys('data path protocol masks init backbone weights'.split(), ''), 'n_parts':1, 'save_every':1}
-_limits = dict(n_parts=(1,), epochs=(1,), bs=(1,), size=(1,8192), workers=(0,1024), save_every=(1,), seed=(0,2**63-1),
+_limits = dict(n_parts=(1,), epochs=(0,), bs=(1,), size=(1,8192), workers=(0,1024), save_every=(1,), seed=(0,2**63-1),
                flip=(0.,1.), brightness=(0.,1.))
 
 def check_settings(

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from .settings import check_settings, option_kinds, pick_device, settings_defaults
+from .settings import check_kind, check_settings, option_kinds, pick_device, settings_defaults
 from ..core import ConfigError, PartLearner, create_learner, get_method
 from ..data.loaders import late_bad_images, part_dls
 from ..data.rows import read_rows
@@ -139,8 +139,9 @@ def train_run(
 )->Path:
     "Train a method and leave a complete run"
     run,s = Path(out),settings
-    get_method(method)
+    model = get_method(method).model
     check_settings(s)
+    check_kind('--epochs', s['epochs'], 0, getattr(model, 'least_epochs', 1))
     if _prepare(run, method, s, resume, overwrite):
         say(f'{run}: finished already')
         return run

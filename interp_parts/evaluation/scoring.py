@@ -140,12 +140,21 @@ def _row(metrics, k):
     return f'{k:22}{value:>8}   {", ".join(f"{b} {v:.3f}" for b,v in base.items() if v is not None)}'.rstrip()
 
 # %% ../../nbs/20_evaluation/07_scoring.ipynb #d9084846
+def _own_table(rows):
+    "Lines of a table that a method adds: numbers by row and column"
+    cols = list(dict.fromkeys(c for r in rows.values() for c in r))
+    cell = lambda r,c: f'{r[c]:.3f}' if c in r else ''
+    lines = [[n.replace('_', ' '), *(cell(r, c) for c in cols)] for n,r in rows.items()]
+    texts = [['', *(c.replace('_', ' ') for c in cols)], *lines] if rows else []
+    return [f"{n:22}{''.join(f'{v:>14}' for v in vs)}".rstrip() for n,*vs in texts]
+
 def format_metrics(
-    metrics:dict, # From `evaluate` or metrics.json; scores of other models may be in it as dicts
+    metrics:dict, # From `evaluate` or metrics.json; other models' scores and a method's own `table` may be in it as dicts
 )->str:
     "A table for people: value, and beside it what its baselines get"
     known = [k for k in ('accuracy','mean_class_accuracy', *BASELINES) if k in metrics]
     ends = {f'{k}_{b}' for k in BASELINES for b in BASELINES[k]} | {'accuracy_majority','keypoint_norm'}
     rest = {k: v for k,v in metrics.items() if k not in {*ends, *known} and isinstance(v, (str,int))}
     settings = ', '.join(f"{k.replace('_', ' ')} {v}" for k,v in rest.items())
-    return '\n'.join([f"{'':22}{'value':>8}   baselines", *(_row(metrics, k) for k in known), settings])
+    head = [f"{'':22}{'value':>8}   baselines"] if known else []
+    return '\n'.join([*head, *(_row(metrics, k) for k in known), *_own_table(metrics.get('table') or {}), settings])

@@ -88,6 +88,7 @@ def fit_run(
 ):
     "Train a learner with PyTorch's optimiser and a schedule per step; returns the learner"
     keep_memory()
+    learn.run_dir = run and Path(run)
     _use_optimizer(learn, optimizer, options)
     lrs = _rates(lr, len(learn.splitter(learn.model)))
     cbs = [scheduled(schedule, lrs), StopNonFinite(), WatchParts(), *L(cbs), *([GradientClip(clip)] if clip else [])]

@@ -140,4 +140,6 @@ def load_run(
         model = _make_model(config, file)
         dls = blank_dls(config, device, bs, workers)
     load_tensors(file.with_name('model.safetensors'), model)
-    return LoadedLearner(dls, model.to(device).eval(), config)
+    learn = LoadedLearner(dls, model.to(device).eval(), config)
+    learn.run_dir = file.parent
+    return learn
