@@ -5,12 +5,13 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file
 
-from interp_parts.contract import small_settings
+from interp_parts.command.runs import train_run
 from interp_parts.core import PartLearner, get_method, method_names
-from interp_parts.runs import train_run
 from interp_parts.synthetic import synthetic_birds
-from interp_parts.training import SaveState, load_file, read_history, read_state
+from interp_parts.testing.contract import small_settings
+from interp_parts.training import SaveState, read_history, read_state
 
 KINDS = ('batch', 'time', 'valid', 'save') # How moments are chosen, in turn
 
