@@ -118,21 +118,21 @@ def say_unsaved(
     "Print one line about a file that could not be written"
     print(f'{path}: not saved ({e.strerror or e}); the training goes on, what was saved before is intact')
 
-# %% ../../nbs/04_training/04_state.ipynb #1c19a637
+# %% ../../nbs/04_training/04_state.ipynb #45047e94
 def _facts(learn):
     "What a training depends on outside of its state"
     table = vars(learn.dls).get('table')
     rows = [r for dl in learn.dls.loaders for r in getattr(dl.dataset, 'rows', ())]
     n = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
     return dict(data=fingerprint(table.loc[rows], contents=True) if table is not None else None,
-                versions=versions(), processes=n)
+                versions=versions(), processes=n, threads=torch.get_num_threads())
 
 def _compare(run, old, new):
-    "Raise an error for other data, print a line for other libraries or another number of processes"
+    "Raise an error for other data, print a line for other libraries or another number of processes or threads"
     if None not in (old.get('data'), new['data']) and old['data'] != new['data']:
         raise ConfigError(run, 'began with other images or labels', 'the data that it began with',
                           'pass --path to where they are now, or train into a new --out')
-    a,b = ({**o.get('versions', {}), 'processes':o.get('processes', 1)} for o in (old, new))
+    a,b = ({**o.get('versions', {}), **{k:o[k] for k in ('processes','threads') if k in o}} for o in (old, new))
     diff = [f'{k} {b[k]} (was {a[k]})' for k in b if a.get(k, b[k]) != b[k]]
     if diff: print(f"{run}: resumed with {', '.join(diff)}; the last digits may differ from those of one training")
 
