@@ -198,6 +198,7 @@ def free_name(
 )->Path:
     "A name like `path` that is free"
     p = Path(path)
+    if p.name in ('','..'): p = Path(Path(os.path.abspath(p)).name or 'new')
     names = (p.with_name(f'{p.stem}-{i}{p.suffix}') for i in range(2, 10**6))
     return next(f for f in names if not os.path.lexists(f))
 
