@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['KINDS', 'methods', 'method_names', 'Parts', 'check_parts', 'Batch', 'cat_batches', 'eval_mode', 'PartModel',
-           'store_config', 'load_original', 'PartLearner', 'register', 'get_method', 'create_learner']
+           'store_config', 'load_original', 'PartLearner', 'register', 'get_method', 'create_learner',
+           'CheckpointError', 'ConfigError', 'DataError', 'InterpPartsError', 'TrainingError', 'nearest', 'pick']
 
 # %% ../nbs/00_core.ipynb #2ed3fdd3
 import importlib, inspect, os, threading, warnings
@@ -21,6 +22,9 @@ from torch import nn
 
 from .errors import (CheckpointError, ConfigError, DataError, InterpPartsError, TrainingError,
                                  nearest, pick)
+
+# %% ../nbs/00_core.ipynb #2f0220ce
+_all_ = ['CheckpointError', 'ConfigError', 'DataError', 'InterpPartsError', 'TrainingError', 'nearest', 'pick']
 
 # %% ../nbs/00_core.ipynb #38d4e0c1
 class _Batched:
