@@ -19,11 +19,14 @@ class StackedLinear(nn.Module):
         cin:int, # Features in
         cout:int, # Features out
         bias:bool=True, # Add a bias?
+        conv:bool=False, # Start as the published 1x1 convolutions do? Default: as `nn.Linear` does
     ):
         super().__init__()
+        bound = 1/math.sqrt(cin)
         self.weight = nn.Parameter(torch.empty(heads, cin, cout)) # so both products of the backward pass are fast too
-        self.bias = nn.Parameter(torch.empty(heads, cout).uniform_(-1,1)/math.sqrt(cin)) if bias else None
-        nn.init.normal_(self.weight, std=math.sqrt(2/cout))
+        self.bias = nn.Parameter(torch.empty(heads, cout).uniform_(-bound, bound)) if bias else None
+        if conv: nn.init.normal_(self.weight, std=math.sqrt(2/cout))
+        else: nn.init.uniform_(self.weight, -bound, bound)
 
     def forward(self, x):
         x = x.expand(len(self.weight), *x.shape) if x.ndim == 2 else x.transpose(0,1)
@@ -45,9 +48,9 @@ class StackedBottleneck(nn.Module):
         mid:int, # Features inside
     ):
         super().__init__()
-        self.conv1,self.bn1 = StackedLinear(heads, channels, mid, bias=False),_StackedNorm(heads, mid)
-        self.conv2,self.bn2 = StackedLinear(heads, mid, mid, bias=False),_StackedNorm(heads, mid)
-        self.conv3,self.bn3 = StackedLinear(heads, mid, channels, bias=False),_StackedNorm(heads, channels)
+        self.conv1,self.bn1 = StackedLinear(heads, channels, mid, bias=False, conv=True),_StackedNorm(heads, mid)
+        self.conv2,self.bn2 = StackedLinear(heads, mid, mid, bias=False, conv=True),_StackedNorm(heads, mid)
+        self.conv3,self.bn3 = StackedLinear(heads, mid, channels, bias=False, conv=True),_StackedNorm(heads, channels)
         nn.init.zeros_(self.bn3.weight)
 
     def forward(self, x):
@@ -62,7 +65,7 @@ def stacked_attention(
 )->nn.Sequential:
     "Attention logits of a multi-label model: (N,C) to (N,A,1), non-negative"
     dims = [channels, *mids, 1]
-    layers = ((StackedLinear(heads, i, o), _StackedNorm(heads, o), nn.ReLU()) for i,o in zip(dims, dims[1:]))
+    layers = ((StackedLinear(heads, i, o, conv=True), _StackedNorm(heads, o), nn.ReLU()) for i,o in zip(dims, dims[1:]))
     return nn.Sequential(*(l for block in layers for l in block))
 
 # %% ../../nbs/10_region_grouping/03_stacked.ipynb #7bf2cd00
