@@ -122,7 +122,7 @@ def _make_model(config, file):
     "The model of a configuration; weights come from the run, never from elsewhere"
     try: make = get_method(config['method']).model
     except ConfigError as e: raise CheckpointError(f'{file}: method', e.got, 'a method of interp_parts', e.do) from None
-    return make(**{k:v for k,v in config['model'].items() if k not in make.start_only})
+    return make(**{k:v for k,v in config['model'].items() if k not in getattr(make, 'start_only', ())})
 
 # %% ../../nbs/04_training/06_runs.ipynb #df818a9f
 def load_run(
