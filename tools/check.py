@@ -39,6 +39,8 @@ def export():
         d = Path(d)
         for f in ('settings.ini', 'pyproject.toml'): shutil.copy(ROOT/f, d)
         shutil.copytree(ROOT/'nbs', d/'nbs', ignore=shutil.ignore_patterns('.*', '_*'))
+        (d/'interp_parts').mkdir()
+        shutil.copy(ROOT/'interp_parts'/'__init__.py', d/'interp_parts') # an export changes its version alone
         env = {k:v for k,v in os.environ.items() if k != 'IN_TEST'}
         code = 'from nbdev.doclinks import nbdev_export; nbdev_export.__wrapped__()'
         subprocess.run([sys.executable, '-c', code], cwd=d, env=env, check=True)
