@@ -16,7 +16,7 @@ from ..data.table import BAD_IMAGE
 from ..data.views import RESIZES
 from ..models.backbones import check_backbone
 from ..training.fit import fit_run
-from ..training.optim import schedules
+from ..training.optim import optimizers, schedules
 
 # %% ../../nbs/30_command/02a_settings.ipynb #0b57f0c8
 settings_defaults = dict(data=None, path=None, protocol=None, masks=None, init=None,
@@ -124,7 +124,7 @@ def pick_device(
 def _check_fit(lr=0., schedule='constant', optimizer='sgd', clip=None, options=None, **rest):
     "Raise for settings of the fit that cannot be"
     pick(schedule, schedules, 'schedule')
-    pick(optimizer, ('sgd','adam','adamw'), 'optimizer')
+    pick(optimizer, optimizers, 'optimizer')
     if clip is not None: check_kind('clip', clip, 0., 0.)
     for k,v in dict(lr=lr, **(options or {})).items():
         for x in v if isinstance(v, (list,tuple)) and (v or k != 'lr') else [v]: check_kind(k, x, 0., 0., 1e6)

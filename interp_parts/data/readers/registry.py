@@ -24,6 +24,7 @@ from .folders import read_folder
 from .masked_folder import read_masked_folder
 from .objects import read_food101, read_stl10, read_train_test
 from .parts import read_pascal_part
+from .people import read_casia, read_celeba_people, read_lfw, read_people
 from .tables import read_table
 from ...files import reading
 
@@ -33,7 +34,7 @@ readers = dict(
     dogs=read_dogs, awa2=read_awa2, flowers=read_flowers, stl10=read_stl10, pets=read_pets, food101=read_food101,
     nabirds=read_nabirds, cars=read_cars, train_test=read_train_test, cub_parts=read_cub_parts,
     deepfashion=read_deepfashion, pascal_part=read_pascal_part, masked_folder=read_masked_folder,
-    file_list=read_file_list)
+    file_list=read_file_list, casia=read_casia, people=read_people, lfw=read_lfw, celeba_people=read_celeba_people)
 
 def get_reader(
     name:str, # One of `readers`
