@@ -25,7 +25,7 @@ from ..evaluation.parts import evaluate_parts
 from ..evaluation.scoring import evaluate, split_rows
 from ..files import claim, read_json, write_json, write_text
 from ..training.runs import fingerprint, load_run
-from ..visualization.overlays import Picture, parts_overlay, save_picture
+from ..visualization.overlays import Picture, parts_overlay
 
 # %% ../../nbs/30_command/05_comparison.ipynb #84ab3c27
 class _SomeParts(PartModel):
@@ -270,7 +270,7 @@ def _side_by_side(out, methods, df, n=8):
         axs[i+1,0].set_title(m.replace('_', ' '), fontsize=8, loc='left')
     for a in axs.flat: a.axis('off')
     words = 'Parts side by side','One row a method, one column a test image.'
-    return save_picture(fig, Path(out)/'side_by_side.png', *words)
+    return fig.save(Path(out)/'side_by_side.png', *words)
 
 # %% ../../nbs/30_command/05_comparison.ipynb #25b434be
 def _table_page(table, picture, options):
