@@ -120,6 +120,26 @@ def load_tensors(
         raise CheckpointError(path, f'{len(wrong)} tensors do not fit ({some})', 'the weights of this model')
     model.load_state_dict(sd)
 
+# %% ../nbs/00a_files.ipynb #5eba7e06
+def _png_is_ours(path):
+    with Image.open(path) as im: said,mode = im.info,im.mode
+    return said.get('Software') == 'interp_parts' or mode == 'P' and {'Title','Description'} == set(said) - {'dpi'}
+
+def _npz_is_ours(path):
+    with zipfile.ZipFile(path) as z: return z.comment == b'interp_parts'
+
+def _text_is_ours(path):
+    with open(path, encoding='utf-8') as f: return bool(re.search('Made by interp_parts|"interp_parts"', f.read(2000)))
+
+_kinds = {'.png':_png_is_ours, '.npz':_npz_is_ours, '.md':_text_is_ours, '.html':_text_is_ours}
+
+def _is_our_file(p):
+    "Does the file say that the library wrote it?"
+    if p.is_symlink() or not p.is_file() or p.suffix not in _kinds: return False
+    try: return _kinds[p.suffix](p)
+    except Exception: return False # whatever it is, it is not ours
+
+
 # %% ../nbs/00a_files.ipynb #a5054ef6
 MARK = '.interp_parts.json' # File of a folder that the library fills
 _cut_mask = re.compile(r'[0-9a-f]{32}\.png')
@@ -292,25 +312,8 @@ def mark_npz(
     "Say in the comment of an archive that the library wrote it"
     with zipfile.ZipFile(path, 'a') as z: z.comment = b'interp_parts'
 
-def _png_is_ours(path):
-    with Image.open(path) as im: said,mode = im.info,im.mode
-    return said.get('Software') == 'interp_parts' or mode == 'P' and {'Title','Description'} == set(said) - {'dpi'}
-
-def _npz_is_ours(path):
-    with zipfile.ZipFile(path) as z: return z.comment == b'interp_parts'
-
-def _text_is_ours(path):
-    with open(path, encoding='utf-8') as f: return bool(re.search('Made by interp_parts|"interp_parts"', f.read(2000)))
-
-_kinds = {'.png':_png_is_ours, '.npz':_npz_is_ours, '.md':_text_is_ours, '.html':_text_is_ours}
 
 # %% ../nbs/00a_files.ipynb #7f47f241
-def _is_our_file(p):
-    "Does the file say that the library wrote it?"
-    if p.is_symlink() or not p.is_file() or p.suffix not in _kinds: return False
-    try: return _kinds[p.suffix](p)
-    except Exception: return False # whatever it is, it is not ours
-
 def claim_file(
     path, # File to be written
     kinds=(), # Kinds of folders of ours in which any file may be written over, such as 'run'

@@ -259,7 +259,7 @@ def verification(r, f, flags, k):
     r.exact(f'verify{k}_same', same)
     r.exact(f'verify{k}_acc', rules(d, same))
     pairs_of = [Verification(d[:,s], same, 'original') for s in range(3)]
-    curves = [np.stack([getattr(v, k) for v in pairs_of], 1) for k in ('tar','far')]
+    curves = [np.stack(c, 1) for c in zip(*[v.curve[:2] for v in pairs_of])]
     for name,c in zip((f'verify{k}_tar',f'verify{k}_far'), curves):
         if name in r: r.near(name, c, 1e-12)
     o = sets.occluded(flags).distances(f, pairs, compat=True)
@@ -307,7 +307,7 @@ def ijbc(r, f):
     r.exact('ijbc_same', same[ok])
     v = Verification(d, same, 'original')
     r.exact('ijbc_acc', np.array(v.tar_at_far()))
-    for name,c in dict(ijbc_tar=v.tar, ijbc_far=v.far).items(): r.near(name, c, 1e-12)
+    for name,c in zip(('ijbc_tar','ijbc_far'), v.curve): r.near(name, c, 1e-12)
     gallery = np.concatenate([t.subject for t in g])
     search = pooled_distances(p.pooled(f), other=np.concatenate([t.pooled(f) for t in g]))
     used = np.isin(p.subject, gallery) & ~np.isnan(search).all(1)

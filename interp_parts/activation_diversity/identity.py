@@ -14,7 +14,7 @@ from torch import nn
 
 from .network import at_least_float32
 from ..core import pick
-from ..evaluation.recognition import Verification, all_pairs
+from ..evaluation.recognition import Verification
 from ..training.distributed import mean_weight
 from ..training.losses import PredictionLoss
 from ..training.optim import optimizers
@@ -93,8 +93,8 @@ class VerificationError(Metric):
     def value(self):
         if not self.rows: return math.nan
         f,y = map(torch.cat, zip(*self.rows))
-        d,same = all_pairs(y.numpy(), f.numpy())
-        return Verification(d, same).eer() if 0 < same.sum() < len(same) else math.nan
+        pairs = Verification.all_pairs(y.numpy(), f.numpy())
+        return pairs.eer() if 0 < pairs.same.sum() < len(pairs.same) else math.nan
 
 # %% ../../nbs/13_activation_diversity/03_identity.ipynb #73caa4e9
 class AdamHat(torch.optim.Adam):

@@ -19,7 +19,7 @@ from .train import train_run
 from ..core import PartModel, Parts, eval_mode, get_method, method_names, pick
 from ..data.masks import add_grabcut_masks
 from ..data.rows import run_rows
-from ..evaluation.baselines import XYKMeans, constant_parts, strip_parts, xy_parts
+from ..evaluation.baselines import XYKMeans, constant_parts, strip_parts
 from ..evaluation.explanations import Consistency, evaluate_explanations
 from ..evaluation.parts import evaluate_parts
 from ..evaluation.scoring import evaluate, split_rows
@@ -158,9 +158,9 @@ def _baseline_rows(learner, df, k=_shared_parts, seed=0):
     sets,xy,out = [split_rows(df, names) for names in (('fit','train'), ('eval','test'))],XYKMeans(),[]
     fit,test = ([b for _,b in learner.batches(rows)] for rows in sets)
     for b in fit: xy.update(b)
-    centers = xy.centers(k, seed)
+    xy.fit(k, seed)
     kinds = dict(constant_parts=constant_parts, strips=lambda b: strip_parts(b, k),
-                 xy_kmeans=lambda b: xy_parts(b, centers))
+                 xy_kmeans=lambda b: xy.parts(b))
     for name,make in kinds.items():
         res = evaluate_parts(*([(make(b), b) for b in bs] for bs in (fit,test)), df.attrs, ridge=True)
         keeps = Consistency()

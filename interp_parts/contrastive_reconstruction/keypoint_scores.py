@@ -13,7 +13,7 @@ from .crops import instance_crop
 from .losses import upsample_logits
 from ..core import Batch, pick
 from ..data.images import imagenet_stats, load_image, normalize
-from ..evaluation.baselines import XYKMeans, strip_parts, xy_parts
+from ..evaluation.baselines import XYKMeans, strip_parts
 from ..evaluation.clustering import Contingency, ari, nmi
 from ..evaluation.landmarks import (KeypointRegression, keypoint_error, part_centers,
                                                to_frame, trim_to_stride)
@@ -115,8 +115,8 @@ def keypoint_suite(
     seed:int=0, # Of its k-means
 )->dict:
     "What is scored, by the ending of its names: the parts, and two baselines that know the box"
-    centers = xy.centers(k, seed)
-    return {'':lambda p,b: p, '_strips':lambda p,b: strip_parts(b, k), '_xy_kmeans':lambda p,b: xy_parts(b, centers)}
+    xy.fit(k, seed)
+    return {'':lambda p,b: p, '_strips':lambda p,b: strip_parts(b, k), '_xy_kmeans':lambda p,b: xy.parts(b)}
 
 # %% ../../nbs/11_contrastive_reconstruction/08a_keypoint_scores.ipynb #93b3bb01
 def _score_streams(fit, crops, whole, compat=False):

@@ -12,7 +12,7 @@ import numpy as np, torch
 from safetensors.torch import save_file
 
 from ..core import ConfigError, DataError, eval_mode
-from .recognition import Verification, all_pairs
+from .recognition import Verification
 from ..files import atomic_path
 
 # %% ../../nbs/20_evaluation/06_faces.ipynb #5c73d721
@@ -48,13 +48,12 @@ def occlusion_scores(
     "EER and TAR over all pairs, clean and with one image of each pair covered; what is lost, absolute and relative"
     out = {}
     for name,b in (('',clean), ('_occluded',covered)):
-        d,same = all_pairs(subjects, clean, b)
-        pairs = Verification(d, same)
+        pairs = Verification.all_pairs(subjects, clean, b)
         out[f'eer{name}'] = pairs.eer()
         out[f'tar{name}'] = pairs.tar_at_far((far,))[0]
     lost = out['tar']-out['tar_occluded']
     relative = lost/out['tar'] if out['tar'] else float('nan')
-    return dict(out, tar_lost=lost, tar_lost_relative=relative, far=far, pairs=len(d))
+    return dict(out, tar_lost=lost, tar_lost_relative=relative, far=far, pairs=len(pairs.dist))
 
 # %% ../../nbs/20_evaluation/06_faces.ipynb #e085f091
 def _write(path, arrays, text):

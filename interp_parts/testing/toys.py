@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['BIRD', 'disc_image', 'disc_table', 'toy_bird', 'ToyNet', 'Halves', 'ColourMaps', 'quiet', 'max_difference',
-           'median_seconds', 'picture_sheet', 'damaged', 'without', 'cut']
+           'median_seconds', 'picture_sheet', 'damaged']
 
 # %% ../../nbs/40_testing/01_toys.ipynb #bce61aee
 import shutil, tempfile, time
@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np, torch, torch.nn.functional as F
+from fastcore.foundation import L
 from PIL import Image
 from torch import nn
 
@@ -179,23 +180,16 @@ def picture_sheet(
 # %% ../../nbs/40_testing/01_toys.ipynb #15f8d766
 def damaged(
     folder, # A good folder
-    f, # Function of the copy's path
+    f=None, # Function of the copy's path, called last
+    without=(), # Files or folders to remove, from the data's root; a name or several
+    cut=(), # Files that lose their end; a name or several
+    n:int=9, # Bytes to cut off
 )->Path:
-    "A copy of `folder`, in a place of its own, after `f(copy)`"
+    "A copy of `folder`, in a place of its own, with some damage"
     root = Path(tempfile.mkdtemp())/Path(folder).name
     shutil.copytree(folder, root)
-    f(root)
+    for o in (root/o for o in L(without)): o.unlink() if o.is_file() else shutil.rmtree(o)
+    for o in (root/o for o in L(cut)): o.write_bytes(o.read_bytes()[:-n])
+    if f: f(root)
     return root
 
-def without(
-    *names:str, # Files or folders, from the data's root
-):
-    "For `damaged`: remove them"
-    return lambda r: [(r/n).unlink() if (r/n).is_file() else shutil.rmtree(r/n) for n in names]
-
-def cut(
-    name:str, # File, from the data's root
-    n:int=9, # Bytes
-):
-    "For `damaged`: cut bytes off its end"
-    return lambda r: (r/name).write_bytes((r/name).read_bytes()[:-n])
