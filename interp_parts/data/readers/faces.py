@@ -109,7 +109,7 @@ def _without_mafl(folder):
 
 def _in_the_wild(folder):
     "Columns of the interpretability protocol"
-    unpack = "unpack img_celeba.7z.001 ... .014: download.unpack_7z('img_celeba.7z.001', '.')"
+    unpack = "unpack img_celeba.7z.001 ... .014: extract('img_celeba.7z.001', '.') of interp_parts.data.archives"
     images = folder.need('img_celeba', 'unaligned', do=unpack)
     marks = folder.need('list_landmarks_celeba.txt', 'list_landmarks_unalign_celeba.txt', do=_celeba_page)
     boxes = folder.need('list_bbox_celeba.txt', do=_celeba_page)
