@@ -11,7 +11,7 @@ import numpy as np, pandas as pd
 from ...core import DataError, pick
 from ..images import image_size
 from .citations import ABOUT
-from .files import DataFolder, read_list
+from .files import DataFolder, read_list, readers
 from .folders import left_right_pairs
 from ..table import check_table, part_table
 
@@ -134,3 +134,5 @@ def read_celeba(
     points = celeba_keypoints if 'keypoints' in rows else []
     return check_table(part_table(rows | targets, **attrs, keypoints=points, pairs=left_right_pairs(points),
                                   protocol=protocol, **ABOUT['celeba']))
+
+readers['celeba'] = read_celeba

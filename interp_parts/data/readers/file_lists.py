@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np, pandas as pd, yaml
 
 from ...core import ConfigError, DataError, pick
+from .files import readers
 from .folders import left_right_pairs
 from ..table import check_table, part_table
 from ...files import claim, claim_file, reading, write_text
@@ -148,6 +149,8 @@ def read_file_list(
                     pairs=left_right_pairs(points), protocol='split of tr_ID.txt', licence='not stated', citation='',
                     **(dict(hierarchy=tree) if tree else {}))
     return check_table(df)
+
+readers['file_list'] = read_file_list
 
 # %% ../../../nbs/01_data/readers/07_file_lists.ipynb #5a179e66
 def _write_parts(df, folder, ids):
