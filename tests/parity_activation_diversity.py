@@ -13,6 +13,7 @@ from interp_parts.evaluation.face_templates import pooled_distances, set_distanc
 from interp_parts.activation_diversity.peaks import Peaks, average_locations
 from interp_parts.activation_diversity.identity import IdentityLoss
 from interp_parts.activation_diversity.mesh import FaceMesh
+from interp_parts.training.optim import optimizers
 from interp_parts.activation_diversity.occlusion import _fill_polygons, _warp_windows
 
 KEPT = 260 # channels that the original's FAD keeps, whatever the width

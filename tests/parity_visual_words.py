@@ -20,8 +20,7 @@ from interp_parts.visual_words.fidelity import AttentionFidelity
 from interp_parts.visual_words.fields import ReceptiveField, activation_boxes
 from interp_parts.visual_words.files import OriginalFiles
 from interp_parts.visual_words.images import heat
-from interp_parts.visual_words.layer import (attention_loss, cluster_loss, log_similarity, nearest_maps, nearest_words,
-                                             weight_norm)
+from interp_parts.visual_words.layer import (attention_loss, log_similarity, nearest_words, weight_norm)
 from interp_parts.visual_words.losses import WordLoss
 from interp_parts.visual_words.maps import resize_maps, to_unit
 from interp_parts.visual_words.network import VisualWords

@@ -14,7 +14,7 @@ from fastcore.basics import patch
 
 from .baselines import baseline_boxes
 from .boxes import Found
-from .files import Store, read_features, to_image, write_features
+from .files import Store, read_features, write_features
 from .l2_svm import cross_fit, cross_validate
 from .saliency_maps import features_of
 from .settings import PartSettings
@@ -274,7 +274,7 @@ def boxes(self:PartPipeline):
     def make():
         a = self._cs_boxes() if self.settings.parts == 'cs' else self._other_boxes()
         places = [View(self.size, self.resize).place(*image_size(p)) for p in self.df.image]
-        image_boxes = np.stack([to_image(b, p) for b,p in zip(a['boxes'], places)])
+        image_boxes = np.stack([p.boxes_in_file(b) for b,p in zip(a['boxes'], places)])
         return dict(a, image_boxes=image_boxes, rows=self.df.index.to_numpy())
     return self.store.get('boxes', self.keys['boxes'], make, also=self._export_boxes)
 
