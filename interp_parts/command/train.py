@@ -13,7 +13,7 @@ import pandas as pd, timm
 
 from .settings import check_kind, check_settings, option_kinds, pick_device, settings_defaults
 from ..core import ConfigError, PartLearner, create_learner, get_method
-from ..data.loaders import late_bad_images, part_dls
+from ..data.loaders import part_dls
 from ..data.rows import read_rows
 from ..data.table import bad_image_line
 from ..files import (claim, occupied, read_json, replaceable, save_tensors, start_folder, write_json)
@@ -159,5 +159,5 @@ def train_run(
         if fresh and read_state(run) is None: shutil.rmtree(run, ignore_errors=True)
         raise
     write_model_card(run)
-    if line := bad_image_line(learn.dls.table, late_bad_images(learn.dls)): say(line)
+    if line := bad_image_line(learn.dls.table, learn.dls): say(line)
     return run
