@@ -209,6 +209,17 @@ def _features(
     from interp_parts.command.features import features_run
     print(f"{out}: {', '.join(f'{k} {v.shape}' for k,v in features_run(run, out, path, split, device).items())}")
 
+# %% ../../nbs/30_command/01_cli.ipynb #0bd19bc6
+@_command()
+def _export(
+    run:str, # Folder of a finished training
+    file:str, # model.onnx or model.pt2
+):
+    "Write the model of a run for other programs"
+    from interp_parts.serving.exporting import export_run
+    about = export_run(run, file)
+    print(f"{file}: from {about['input']['size']} px images to {', '.join(about['outputs'])}; batch {about['batch']}")
+
 # %% ../../nbs/30_command/01_cli.ipynb #23e51dc1
 @_command()
 def _foreground(
