@@ -129,6 +129,7 @@ def _train(
     freeze_bn:bool=None, # Keep the backbone's batch norm statistics?
     n_parts:int=None, # Parts, the background included; default: the method's own
     epochs:int=None, # Passes over the training images
+    steps:int=None, # Steps of the training, instead of --epochs
     bs:int=None, # Images in a batch
     size:int=None, # Side, or shorter side, of the network input in pixels
     resize:str=None, # short, squash or pad
@@ -162,7 +163,7 @@ def _evaluate(
     baselines:bool=True, # Also the untrained model and Lab-colour clusters?
     device:str='auto', # auto, cpu, cuda or cuda:N
     workers:int=2, # Processes that decode images
-    set_:list[str]=[], # data.key=value: of the reader, as data.masks=DIR; key=value: ridge, flip, use_mask, seed, fit
+    set_:list[str]=[], # data.key=value: of the reader, as data.masks=DIR; key=value: ridge, flip, use_mask, seed, fit, or of the method's scores
 ):
     "Score a run and its baselines; writes RUN/metrics.json"
     from interp_parts.command.evaluate import evaluate_run
@@ -244,7 +245,7 @@ def _import(
     data:str='cub_parts', # Data it was trained on: a reader's name, such as deepfashion or pascal_part
     path:str='.', # Folder of the data
     protocol:str=None, # The data's own; default paper, for CUB and DeepFashion; for pascal_part the class
-    size:int=256, # Shorter side of the network input in pixels
+    size:int=None, # Shorter side of the network input in pixels; default: that of the original
 ):
     "Make a run of a checkpoint of a method's authors; nothing is unpickled"
     from interp_parts.command.features import import_run
@@ -266,7 +267,8 @@ def _recipes(
 
 def _recipe_line(name, method, model, fit, bs, data='any data', size='any', **rest):
     net,k = model.get('backbone', 'any backbone'),model.get('n_parts', 'default')
-    return f'{name:22} {method:30} {net}, {k} parts, {data} at {size} px, {fit["epochs"]} epochs of {bs}'
+    long = f'{fit["epochs"]} epochs' if 'epochs' in fit else f'{fit["steps"]:,} steps'
+    return f'{name:22} {method:30} {net}, {k} parts, {data} at {size} px, {long} of {bs}'
 
 # %% ../../nbs/30_command/01_cli.ipynb #c009874d
 @_command()

@@ -6,7 +6,9 @@
 __all__ = ['BGR_MEAN', 'ContrastiveReconstruction', 'contrastive_reconstruction_learner', 'WithForeground']
 
 # %% ../../nbs/11_contrastive_reconstruction/07_model.ipynb #467e724f
+import json
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from fastai.callback.core import Callback
@@ -19,7 +21,8 @@ from .frozen import perceptual
 from .networks import DilatedSum, NETS, published_net
 from .step import Reconstruction
 from .warps import ColorJitter, RandomWarp
-from ..core import ConfigError, PartLearner, PartModel, Parts, pick
+from ..core import CheckpointError, ConfigError, PartLearner, PartModel, Parts, pick
+from ..files import load_tensors, read_json
 from ..models.backbones import Backbone, backbone_stats
 
 # %% ../../nbs/11_contrastive_reconstruction/07_model.ipynb #e4154c6c
@@ -100,6 +103,36 @@ def _no_prediction(pred, *targets):
 # %% ../../nbs/11_contrastive_reconstruction/07_model.ipynb #afe76ea2
 def _groups(model): return model.groups()
 
+# %% ../../nbs/11_contrastive_reconstruction/07_model.ipynb #6615c7c2
+_published_names = dict(lambda_eqv=('equivariance',1.), lambda_sc=('semantic',6.), lambda_rgb=('visual',1.),
+                        lambda_contrastive=('contrast',1.), temperature=('tau',1.))
+
+def _named_weights(**given):
+    "Options of `Reconstruction` for weights under their published names; None is not given"
+    given = {k:v for k,v in given.items() if v is not None}
+    for k,v in given.items():
+        if not v >= 0 or k == 'temperature' and v == 0: raise ConfigError(f'--set {k}', v, 'a number above 0')
+    return {name:by*given[k] for k,(name,by) in _published_names.items() if k in given}
+
+# %% ../../nbs/11_contrastive_reconstruction/07_model.ipynb #ad414092
+_built = ('n_parts','net','backbone','stride','stage','dilations')
+
+def _model_of_run(run, asked):
+    "The model of a run with its weights; options that ask for another network are refused"
+    c = read_json(Path(run)/'config.json')
+    if (got := c.get('method')) != 'contrastive_reconstruction':
+        raise CheckpointError(run, f'a run of {got}', 'one of contrastive_reconstruction', 'pass another --init')
+    own = c['model']
+    fixed = _built if own['net'] == 'timm' else ('n_parts','net')
+    for k in fixed:
+        if k in asked and json.dumps(asked[k]) != json.dumps(own[k]):
+            how = f"--{k.replace('_','-')} {own[k]}" if k in ('n_parts','backbone') else f'--set {k}={own[k]}'
+            raise ConfigError('--init', f'{run} has {k} {own[k]}', f'{asked[k]}, as set', f'pass {how}')
+    free = {k:v for k,v in asked.items() if k in ('freeze_bn','freeze_early')}
+    model = ContrastiveReconstruction(**{**own, **free})
+    load_tensors(Path(run)/'model.safetensors', model)
+    return model
+
 # %% ../../nbs/11_contrastive_reconstruction/07_model.ipynb #07489f8a
 def contrastive_reconstruction_learner(
     dls, # From `part_dls`, of a table with masks
@@ -124,16 +157,25 @@ def contrastive_reconstruction_learner(
     weights:str=None, # Backbone weights in a local file
     compat:bool=False, # The published quirks too?
     cbs=None, # Further callbacks
+    init:str=None, # Folder of a run whose weights the training starts from, such as an imported one
+    lambda_eqv:float=None, # Weight of the equivariance loss, by its published name; 5700 there
+    lambda_sc:float=None, # Weight of the semantic loss, a sum over a batch of six images; 5 there
+    lambda_rgb:float=None, # Weight of the visual loss; 30 there
+    lambda_contrastive:float=None, # Weight of the contrastive loss; 2300 there
+    temperature:float=None, # Of the contrast; .19 there
     **options # Of `ContrastiveReconstruction`
 )->PartLearner:
     "A learner for contrastive reconstruction (Choudhury et al., NeurIPS 2021)"
+    losses = dict(losses or {}, **_named_weights(lambda_eqv=lambda_eqv, lambda_sc=lambda_sc, lambda_rgb=lambda_rgb,
+                                                 lambda_contrastive=lambda_contrastive, temperature=temperature))
     dls = focus(dls, crop)
-    model = ContrastiveReconstruction(n_parts, backbone,
-                                      compat=compat, pretrained=pretrained, weights=weights, **options)
+    if init: model = _model_of_run(init, dict(options, n_parts=n_parts, backbone=backbone))
+    else: model = ContrastiveReconstruction(n_parts, backbone,
+                                            compat=compat, pretrained=pretrained, weights=weights, **options)
     net = perceptual(phi, phi_taps, phi_gains, phi_norm, pretrained, phi_weights, phi_size, phi_mirror)
     quirks = dict(skip_first=True, batch_sum=True) if compat else {}
     rec = Reconstruction(net, warp=RandomWarp(**(warp or {})), jitter=ColorJitter(**(jitter or {})),
-                         **{**quirks, **(losses or {})})
+                         **{**quirks, **losses})
     cbs = [rec, *([_PolyDecay()] if compat else []), *(cbs or [])]
     learn = PartLearner(dls, model.to(dls.device), loss_func=_no_prediction, splitter=_groups, cbs=cbs)
     if kmeans:

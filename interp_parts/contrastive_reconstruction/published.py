@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from .model import ContrastiveReconstruction
-from .scores import PUBLISHED
+from .scores import PUBLISHED, paper_reading
 from ..core import CheckpointError, ConfigError, get_method, load_original
 from ..files import SCHEMA, reading, save_tensors, write_json
 from ..models.backbones import backbone_stats
@@ -57,8 +57,6 @@ def _original_state(path):
     return state
 
 # %% ../../nbs/11_contrastive_reconstruction/10_published.ipynb #37101c88
-_readers_protocol = dict(cub_parts='paper', deepfashion='paper')
-
 def import_original(
     path, # A checkpoint of the authors, such as model_60000.pth
     out, # Folder of the run that is made
@@ -73,8 +71,8 @@ def import_original(
     with reading(path, 'tensors by name', error=CheckpointError):
         state = _original_state(path)
         model = load_original(ContrastiveReconstruction(**original_net(state, path), compat=True), state, path)
-    training = dict(data=data, path=str(Path(data_path).resolve()), protocol=protocol or _readers_protocol.get(data),
-                    imported=Path(path).name)
+    protocol = protocol or paper_reading(dict(training=dict(data=data)), 'paper').get('protocol')
+    training = dict(data=data, path=str(Path(data_path).resolve()), protocol=protocol, imported=Path(path).name)
     config = dict(schema=SCHEMA, method='contrastive_reconstruction', model=model.config, vocab=[], multi=False,
                   view=dict(size=size, resize='short'), stats=backbone_stats(model.config['backbone']),
                   data=dict(name=data, fingerprint=''), citation='', n_train=0, valid_is_train=False,

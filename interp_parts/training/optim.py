@@ -28,10 +28,11 @@ schedules = dict(
 def scheduled(
     name:str, # One of `schedules`
     lrs, # Base learning rate of each parameter group
+    stretch:float=1., # Steps of the whole epochs over those that are planned; above 1 where the last epoch is cut
 )->ParamScheduler:
     "Callback that sets each group's learning rate to its base rate times the schedule"
     f = pick(name, schedules, 'schedule')
-    return ParamScheduler({'lr': lambda p: [lr*f(p) for lr in lrs]})
+    return ParamScheduler({'lr': lambda p: [lr*f(min(p*stretch, 1.)) for lr in lrs]})
 
 # %% ../../nbs/04_training/03_optim.ipynb #0d5c0532
 optimizers = dict(sgd=torch.optim.SGD, adam=torch.optim.Adam, adamw=torch.optim.AdamW)

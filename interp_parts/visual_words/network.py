@@ -175,7 +175,7 @@ def original_views(self:VisualWords,
     out = {}
     for k,v in (self.state_dict() if tensors is None else tensors).items():
         top,*rest = k.split('.')
-        if top not in _theirs: continue
+        if top not in _theirs or 'pre_logits' in rest: continue # layers of timm's VGG that no map goes through
         if top == 'backbone' and rest[0] == 'net': rest = rest[1:]
         out['.'.join([_theirs[top], *rest])] = v[...,None,None] if top == 'words' else v
     return out
