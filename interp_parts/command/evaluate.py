@@ -84,6 +84,8 @@ def evaluate_run(
     mine = own(learn, df, protocol, **more) if own else {}
     res = {**score(), **mine}
     if baselines: res |= _baselines(learn, df, run, res, score, protocol, mine)
+    marks = learn.config.get('published', {}) if protocol == 'paper' else {}
+    if marks: res['published'] = {k:v for k,v in marks.items() if k in res}
     if reader: res['reader'] = ', '.join(f'{k}={v}' for k,v in reader.items())
     res |= dict(seed=learn.config['training'].get('seed'),
                 same_data=fingerprint(df) == learn.config['data']['fingerprint'])

@@ -44,11 +44,14 @@ def published_scores(
     return {k:round(v/100, 4) for k,v in marks.items()}
 
 # %% ../../nbs/11_contrastive_reconstruction/10_published.ipynb #e180afdc
+_files = 'https://www.robots.ox.ac.uk/~vgg/research/unsup-parts/files/checkpoints'
+_checkpoints = f'{_files}/CUB/model_60000.pth or {_files}/DeepFashion/model_100000.pth (181 MB each)'
+
 def _original_state(path):
     "Tensors by name of a checkpoint; nothing is unpickled"
     try:
         with warnings.catch_warnings(action='ignore'): ckpt = torch.load(path, map_location='cpu', weights_only=True)
-    except FileNotFoundError: raise CheckpointError(path, 'no such file') from None
+    except FileNotFoundError: raise CheckpointError(path, 'no such file', 'a checkpoint', f'get one from {_checkpoints}') from None
     except Exception as e:
         got = f'cannot be read without unpickling ({type(e).__name__})'
         raise CheckpointError(path, got, 'a file of tensors') from None
