@@ -38,9 +38,9 @@ def original_words(
     if words is None or last is None or words.ndim != 4:
         do = 'save model.state_dict() of the original model'
         raise CheckpointError(name, 'no prototype_vectors and last_layer.weight', 'a state dict of LVW or ProtoPNet', do)
-    if words.shape[2:] != (1,1): raise CheckpointError(name, f'words of {tuple(words.shape[2:])} cells', 'words of a cell')
+    if words.shape[2] != words.shape[3]: raise CheckpointError(name, f'words of {tuple(words.shape[2:])} cells', 'square words')
     add_on = 'bottleneck' if 'add_on_layers.4.weight' in state else 'regular'
-    sizes = dict(n_classes=len(last), n_parts=len(words), depth=words.shape[1], add_on=add_on)
+    sizes = dict(n_classes=len(last), n_parts=len(words), depth=words.shape[1], add_on=add_on, kernel=words.shape[2])
     found = next((c for c in (dict(sizes, backbone=b) for b in _networks) if _fits(state, c)), None)
     if found is None: raise CheckpointError(name, 'tensors of another network', f"one of {', '.join(_networks)}")
     return found
