@@ -284,9 +284,10 @@ class _Method:
     base:str|None
     pictures:object
     importer:object
-    reading:object=None
-    features:object=None
     renamed_recipes:dict=field(default_factory=dict) # Names of recipes now, by their earlier names
+    reading:object=None # `(config, protocol) -> dict`: options of the reader that an evaluation asks for
+    features:object=None # `learner -> f(images, Parts, Batch) -> dict`: arrays that `features` adds, images first
+    answer:object=None # `learner -> f(file, Parts) -> (dict, picture)`: what `predict` adds for an image
 
     def recipe_name(self, name):
         "The name of a recipe now; an earlier name gives a warning"
@@ -310,13 +311,10 @@ def register(
     base:str=None, # Method whose finished run it needs (`--init`)
     pictures=None, # `(learner, table, rows shown, folder) -> files`: its own pictures, which `visualize` adds
     importer=None, # `(file, out, **options) -> run`: makes a run of a checkpoint of its authors
-    reading=None, # `(config, protocol) -> dict`: options of the reader that an evaluation under `protocol` asks for
-    features=None, # `learner -> f(images, Parts, Batch) -> dict`: arrays that `features` adds, images first
 )->_Method:
     "Add a method to the registry under the name of its learner factory"
     name = learner.__name__.removesuffix('_learner')
-    methods[name] = _Method(name, model, learner, recipes or {}, summary, tuple(extra), scores, base, pictures, importer,
-                            reading, features)
+    methods[name] = _Method(name, model, learner, recipes or {}, summary, tuple(extra), scores, base, pictures, importer)
     return methods[name]
 
 # %% ../nbs/00_core.ipynb #373c4dab

@@ -46,7 +46,8 @@ contrastive_reconstruction_recipes = dict(
                     note='ours, for real birds on a CPU, masks made from boxes; nothing published'))
 
 # %% ../../nbs/11_contrastive_reconstruction/07a_recipes.ipynb #f41082f9
-register(contrastive_reconstruction_learner, ContrastiveReconstruction, contrastive_reconstruction_recipes,
-         'parts reconstruct features and colours, without labels (Choudhury et al., NeurIPS 2021)',
-         extra=('mask',), scores=reconstruction_scores, pictures=reconstruction_pictures,
-         reading=paper_reading, features=descriptor_features).renamed_recipes = dict(drawn_birds='synthetic_birds')
+_method = register(contrastive_reconstruction_learner, ContrastiveReconstruction, contrastive_reconstruction_recipes,
+                   'parts reconstruct features and colours, without labels (Choudhury et al., NeurIPS 2021)',
+                   extra=('mask',), scores=reconstruction_scores, pictures=reconstruction_pictures)
+_method.renamed_recipes = dict(drawn_birds='synthetic_birds')
+_method.reading,_method.features = paper_reading,descriptor_features
