@@ -127,10 +127,16 @@ def images(self:WordPhases):
     return self.learn.batches(d.table.loc[d.train.dataset.rows], whole=False)
 
 @patch
+def push_images(self:WordPhases):
+    "The images whose patches words become: those of the split `push`, if there are any, or the training images"
+    t = self.dls.table
+    return self.learn.batches(t[t.split == 'push'], whole=False) if (t.split == 'push').any() else self.images()
+
+@patch
 def project(self:WordPhases):
     "Replace words by patches"
     m = self.learn.model
-    project_words(m, self.images(), self.distinct, self.learn.word_loss.class_specific)
+    project_words(m, self.push_images(), self.distinct, self.learn.word_loss.class_specific)
     n = m.n_patches
     if n >= .9*len(m.words): return
     warnings.warn(f'{len(m.words)} words are {n} different patches; fewer words (--n-parts {n}) would say the same')
