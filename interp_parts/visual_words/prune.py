@@ -16,7 +16,7 @@ import interp_parts.visual_words.pruning # gives `VisualWords` its methods for f
 from ..core import ConfigError, DataError, pick
 from ..data.rows import run_rows
 from ..evaluation.scoring import accuracy
-from ..files import read_json, save_tensors, start_folder, write_json
+from ..files import check_claim, read_json, save_tensors, start_folder, write_json
 from ..training.runs import load_run
 from .last_layer import fit_last
 from .network import VisualWords
@@ -87,6 +87,8 @@ def prune_run(
     learn = load_run(run, device, workers=workers)
     if (name := learn.config['method']) != 'visual_words':
         raise ConfigError('prune', f'{run} is a run of {name}', 'a run of visual_words')
+    reads = [run, path or learn.config['training']['path']]
+    check_claim(out, 'run', reads, new=True)
     own = _class_specific(learn.config)
     rule = rule or ('protopnet' if own else 'shared')
     df = run_rows(learn.config, path, run)
@@ -94,7 +96,7 @@ def prune_run(
     gone,said = _goners(learn, batches, rule, k, least)
     n,before = len(learn.model.words),_test_accuracy(learn, df)
     if len(gone) == n: raise DataError(run, f'all {n} words go: {said}', 'a word that stays', 'pass another --rule or --least')
-    with start_folder(out, 'run', [run, path or learn.config['training']['path']]) as folder:
+    with start_folder(out, 'run', reads) as folder:
         if gone:
             learn.model.drop_words(gone)
             _refit(learn, batches, epochs, lr, own or rule == 'protopnet')
