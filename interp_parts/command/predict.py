@@ -23,7 +23,6 @@ from ..evaluation.scoring import split_rows
 from ..files import claim, claim_file, free_name, occupied
 from ..training.runs import load_run
 from ..visualization.figures import explain, save_visualization
-from ..visualization.overlays import save_picture
 from ..visualization.report import write_report
 
 # %% ../../nbs/30_command/02d_predict.ipynb #699904bb
@@ -143,7 +142,7 @@ def _predict_one(learn, df, file, picture, more=None):
         raise ConfigError('--masks', f"{learn.config['method']} finds the background itself", 'no masks')
     own,fig = more(file, p) if more and b.mask is None else ({},None)
     if b.mask is not None: p = _on_foreground(p, b.mask)
-    save_picture(fig or explain(x, p, learn.dls.vocab, multi=learn.dls.multi), picture)
+    (fig or explain(x, p, learn.dls.vocab, multi=learn.dls.multi)).save(picture)
     return dict(_answer(learn, p, file), **own, picture=str(picture))
 
 def predict_run(

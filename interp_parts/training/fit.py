@@ -11,14 +11,15 @@ from pathlib import Path
 
 import pandas as pd
 from fastai.callback.core import Callback, CancelTrainException
+from fastai.callback.schedule import ParamScheduler
 from fastai.callback.training import GradientClip
 from fastcore.foundation import L
 
-from ..core import CheckpointError, ConfigError
+from ..core import CheckpointError, ConfigError, pick
 from ..files import claim, load_tensors, reading, write_text
 from ..lock import locked
 from .guards import StopNonFinite, WatchParts
-from .optim import keep_memory, scheduled, torch_opt
+from .optim import keep_memory, schedules, torch_opt
 from .state import SaveState, say_unsaved
 
 # %% ../../nbs/04_training/05_fit.ipynb #fdfa89bc
@@ -77,6 +78,11 @@ def _rates(lr, n):
                           'pass lr=1e-3 or lr=(2e-4,2e-3); --set lr=0.001 or --set lr=[0.0002,0.002]')
     return rates[-n:]
 
+def _scheduled(name, lrs, stretch=1.):
+    "Callback that sets each group's learning rate to its base rate times the schedule, which ends `stretch` times earlier"
+    f = pick(name, schedules, 'schedule')
+    return ParamScheduler({'lr': lambda p: [lr*f(min(p*stretch, 1.)) for lr in lrs]})
+
 def _use_optimizer(learn, optimizer, options):
     "Let the learner use PyTorch's optimiser"
     learn.opt_func = torch_opt(optimizer, **(options or {}))
@@ -109,7 +115,7 @@ def fit_run(
     lrs = _rates(lr, len(learn.splitter(learn.model)))
     epochs,stretch = _as_epochs(learn, steps) if steps else (epochs,1.)
     more = [GradientClip(clip)]*bool(clip) + [_LastStep(steps)]*bool(steps)
-    cbs = [scheduled(schedule, lrs, stretch), StopNonFinite(), WatchParts(), *L(cbs), *more]
+    cbs = [_scheduled(schedule, lrs, stretch), StopNonFinite(), WatchParts(), *L(cbs), *more]
     if run is None: learn.fit(epochs, lrs, cbs=cbs)
     else:
         with locked(claim(run, 'run')): _fit_into(learn, epochs, lrs, cbs, run, save_every, resume)

@@ -26,7 +26,7 @@ from .layer import MOST_SIMILAR
 from .maps import resize_maps
 from .pictures import word_gallery
 from .projection import nearest_patches
-from ..visualization.overlays import Picture, clip_lines, save_picture
+from ..visualization.overlays import Picture, clip_lines
 
 # %% ../../nbs/12_visual_words/18_explanations.ipynb #4629b966
 def _word_table(model, parts, classes, n=8):
@@ -91,10 +91,7 @@ def explain_words(self:PartLearner,
 def _in_file(box, place):
     "x, y, w, h in pixels of the file, of a box (top, bottom, left, right) in the network's input"
     t,b,l,r = (float(v) for v in box)
-    (ox,oy),(w,h) = place.offset,place.original
-    fx,fy = w/place.scaled[0],h/place.scaled[1]
-    ends = (l-ox)*fx,(t-oy)*fy,(r-ox)*fx,(b-oy)*fy
-    x0,y0,x1,y1 = (min(max(v, 0.), m) for v,m in zip(ends, (w,h,w,h)))
+    (x0,y0),(x1,y1) = place.back([(l,t), (r,b)]).clip(0, place.original).tolist()
     return [round(v, 1) for v in (x0, y0, x1-x0, y1-y0)]
 
 def _training_table(learn):
@@ -198,7 +195,7 @@ def _explanations(learn, rows, images, out, n=10):
             name,answer = Path(b.path[i]).name,vocab[p.target[i]]
             file = out/f'explanation_{len(files):03}_words.png'
             title = f'{name}: {answer} because of these words'
-            files.append(save_picture(_explain(learn, row, p[i], images), file, title, said))
+            files.append(_explain(learn, row, p[i], images).save(file, title, said))
             true = vocab[b.label[i]] if b.label is not None and b.label.ndim == 1 else ''
             t = _word_table(learn.model, p[i], vocab, n).round(3)
             tables.append(t.assign(image=name, true_class=true, answer=answer))
@@ -239,7 +236,7 @@ def word_pictures(
     near = {s:nearest_patches(m, learn.batches(d, whole=False), k) for s,d in kinds.items() if len(d)}
     said = 'The patch that each word is, and the images nearest to it; all words are in words/ and words.csv.'
     fig = word_gallery(learn, near, images=images)
-    files = [save_picture(fig, out/'word_gallery.png', 'The words with the largest weights', said)]
+    files = [fig.save(out/'word_gallery.png', 'The words with the largest weights', said)]
     write_text(out/'words.csv', _word_list(m, table, vocab).to_csv(index=False))
     files += _save_words(m, near, images, out/'words', vocab)
     _write_original(learn, near, images, out)

@@ -16,7 +16,7 @@ import interp_parts.visual_words.pruning # gives `VisualWords` its methods for f
 from ..core import ConfigError, DataError, pick
 from ..data.rows import run_rows
 from ..evaluation.scoring import accuracy
-from ..files import check_claim, read_json, save_tensors, start_folder, write_json
+from ..files import claim, read_json, save_tensors, start_folder, write_json
 from ..training.runs import load_run
 from .last_layer import fit_last
 from .network import VisualWords
@@ -88,7 +88,7 @@ def prune_run(
     if (name := learn.config['method']) != 'visual_words':
         raise ConfigError('prune', f'{run} is a run of {name}', 'a run of visual_words')
     reads = [run, path or learn.config['training']['path']]
-    check_claim(out, 'run', reads, new=True)
+    claim(out, 'run', reads, new=True, mark=False)
     own = _class_specific(learn.config)
     rule = rule or ('protopnet' if own else 'shared')
     df = run_rows(learn.config, path, run)

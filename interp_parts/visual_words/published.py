@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from ..core import CheckpointError, DataError, get_method, load_original
+from ..core import CheckpointError, DataError, get_method
 from ..data.rows import read_rows
 from ..files import SCHEMA, reading, save_tensors, write_json
 from ..models.backbones import backbone_stats, read_weights
@@ -65,7 +65,7 @@ def import_words(
     "Make a run of a state dict of the original; nothing is unpickled"
     with reading(path, 'tensors by name', error=CheckpointError):
         state = {k.removeprefix('module.'):v for k,v in read_weights(path).items()}
-        model = load_original(VisualWords(**original_words(state, path)), state, path)
+        model = VisualWords(**original_words(state, path)).load_original(state, path)
     c = model.config
     training = dict(data=data, path=str(Path(data_path).resolve()), protocol=protocol, imported=Path(path).name)
     df,vocab = _classes(training, c['n_classes'])
