@@ -12,7 +12,7 @@ from interp_parts.nonparametric_prototypes.foreground import batch_foreground
 from interp_parts.nonparametric_prototypes.losses import contributions, patch_contrast
 from interp_parts.nonparametric_prototypes.model import NonparametricPrototypes
 from interp_parts.nonparametric_prototypes.scores import ClassPartScores, pool_maps, published_mask
-from interp_parts.nonparametric_prototypes.sinkhorn import assign_patches, sinkhorn
+from interp_parts.nonparametric_prototypes.assignment import assign_patches, sinkhorn
 from interp_parts.nonparametric_prototypes.tokens import expansion_plan
 
 def recorded(r, prefix):

@@ -108,6 +108,11 @@ def _clusters(self:NonparametricPrototypes, o, target):
     return (s/.1).softmax(2).transpose(1,2).unflatten(2, o.grid)
 
 @patch
+def _size(self:NonparametricPrototypes, x, grid):
+    "Height and width of the images in pixels"
+    return x.shape[2:] if x.ndim == 4 else [s*self.backbone.stride for s in grid]
+
+@patch
 def _parts(self:NonparametricPrototypes, x, target):
     o = self(x)
     target = o.logits.argmax(1) if target is None else target
@@ -117,6 +122,6 @@ def _parts(self:NonparametricPrototypes, x, target):
         return Parts(maps, maps.amax((2,3)), background=maps.shape[1]-1, logits=o.logits, target=target)
     maps = ((o.similarity[i,:,target] + 1)/2).clamp(0,1).transpose(1,2).unflatten(2, o.grid)
     given = contributions(o.scores[:,:-1], self.omega, self.temperature)[i,target]
-    return Parts(maps, ((o.scores[i,target]+1)/2).clamp(0,1), boxes=_boxes(maps, x.shape[2:]),
+    return Parts(maps, ((o.scores[i,target]+1)/2).clamp(0,1), boxes=_boxes(maps, self._size(x, o.grid)),
                  logits=o.logits, embedding=o.scores[:,:-1].flatten(1), target=target, contribution=given,
                  contribution_kind='logit', constant=torch.zeros(len(target), device=target.device))

@@ -13,7 +13,7 @@ from fastcore.basics import patch
 from ..core import ConfigError, eval_mode
 from .foreground import fit_foreground
 from .losses import patch_contrast
-from .sinkhorn import assign_patches
+from .assignment import assign_patches
 from ..training.distributed import gather_rows, mean_weight, n_processes
 from ..training.losses import LossTerms, few_rows
 
