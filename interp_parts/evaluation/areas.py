@@ -52,6 +52,13 @@ class Distinctiveness:
         self.n += len(maps)
         return self
 
+    def merge(self,
+        other, # Another `Distinctiveness`, of other images
+    ):
+        "Add what another one has seen"
+        self.total,self.n = self.total+other.total,self.n+other.n
+        return self
+
     def result(self)->dict:
         "distinctiveness, where there are two parts or more"
         return dict(distinctiveness=1 - self.total/self.n) if self.n else {}
@@ -82,6 +89,13 @@ class Comprehensiveness:
         both,either = (on & batch.mask).sum((1,2)),(on | batch.mask).sum((1,2))
         self.total += (both.double()/either.clamp_min(1)).sum().item()
         self.n += len(on)
+        return self
+
+    def merge(self,
+        other, # Another `Comprehensiveness`, of other images
+    ):
+        "Add what another one has seen"
+        self.total,self.n = self.total+other.total,self.n+other.n
         return self
 
     def result(self)->dict:
