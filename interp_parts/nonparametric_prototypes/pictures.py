@@ -14,7 +14,7 @@ from fastcore.basics import patch
 from ..core import PartLearner, eval_mode
 from ..data.images import load_image
 from ..files import write_text
-from ..visualization.overlays import Picture, save_picture
+from ..visualization.overlays import Picture
 
 # %% ../../nbs/16_nonparametric_prototypes/11_pictures.ipynb #18a4e0e6
 def nearest_tokens(
@@ -101,5 +101,5 @@ def prototype_pictures(
     for i,row in enumerate(rows.index):
         title = f'{Path(table.image[row]).name}: which training patches its patches look like'
         said = 'Top: the patch of each prototype and what it adds to the logit; below: the training patches nearest to the prototype, for display only.'
-        files.append(save_picture(learn.explain_prototypes(row, near), out/f'explanation_{i:03}_prototypes.png', title, said))
+        files.append(learn.explain_prototypes(row, near).save(out/f'explanation_{i:03}_prototypes.png', title, said))
     return files
