@@ -20,7 +20,7 @@ def pool_maps(
     maps:torch.Tensor, # (B,K,h,w) similarities of patches
 )->torch.Tensor:
     "Maps of half the side (B,K,h/2,w/2), as the published evaluation sees them"
-    return F.avg_pool2d(maps, 2) if min(maps.shape[2:]) > 1 else maps
+    return F.avg_pool2d(maps, 2)
 
 def _seen_points(keypoints, boxes, size):
     "Keypoints (n,P,2) in a crop of `size` pixels; whole numbers at each step, as published"
@@ -106,10 +106,11 @@ def _class_scores(learner, rows):
     for x,b in learner.batches(rows):
         x,y = x.to(learner.dls.device),b.label.to(learner.dls.device)
         p = m.parts(x, y).cpu()
-        p.maps = pool_maps(p.maps)
+        coarse = pool_maps if min(p.maps.shape[2:]) >= 12 else lambda v: v
+        p.maps = coarse(p.maps)
         for a in areas: a.update(p, b)
         if b.keypoints is None: continue
-        noisy = pool_maps(m.parts(_noise(x, b.index), y).cpu().maps)
+        noisy = coarse(m.parts(_noise(x, b.index), y).cpu().maps)
         points = torch.cat([b.keypoints, b.visible[...,None].to(b.keypoints)], 2)
         frame = torch.tensor([0, 0, *b.size[0].flip(0).tolist()]).expand(len(b), 4)
         scores.update(b.label, p.maps, noisy, points, frame)
