@@ -35,10 +35,10 @@ def can_cache(
 
 # %% ../../nbs/16_nonparametric_prototypes/08_cache.ipynb #0b84462c
 def _name(backbone, dls, rows, flips, half):
-    "Fingerprint of weights, view and images"
-    h = hashlib.sha256()
+    "Fingerprint of network, weights, view and images; strides and dilations are in no weight, but in its text"
+    h = hashlib.sha256(repr(backbone.features).encode())
     for k,v in backbone.features.state_dict().items(): h.update(k.encode() + v.detach().cpu().contiguous().numpy().tobytes())
-    h.update(f'{backbone.frozen} {dls.view} {dls.stats} {flips} {half} {fingerprint(rows)} {rows.image.tolist()}'.encode())
+    h.update(f'{backbone.frozen} {getattr(backbone.features, "stage", None)} {dls.view} {dls.stats} {flips} {half} {fingerprint(rows)} {rows.image.tolist()}'.encode())
     return h.hexdigest()[:16]
 
 @torch.no_grad()
