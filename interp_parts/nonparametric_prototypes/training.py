@@ -99,10 +99,12 @@ def terms(self:PrototypeStages):
 # %% ../../nbs/16_nonparametric_prototypes/07_training.ipynb #ef2bc2bf
 @patch
 def before_backward(self:PrototypeStages):
+    "No gradient while prototypes move"
     if self.clustering: raise CancelBackwardException
 
 @patch
 def before_step(self:PrototypeStages):
+    "No step while prototypes move"
     if self.clustering: raise CancelStepException
 
 @patch
