@@ -163,5 +163,4 @@ class HalveRates(Callback):
         return .5**(epoch//self.every)
 
     def before_batch(self):
-        for h in self.opt.hypers: h['lr'] *= self.factor(self.epoch)
-        self.opt.set_hypers(lr=[h['lr'] for h in self.opt.hypers])
+        self.opt.set_hypers(lr=[h['lr']*self.factor(self.epoch) for h in self.opt.hypers])
