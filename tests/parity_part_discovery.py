@@ -3,14 +3,14 @@ import numpy as np, torch, torch.nn.functional as F
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
-from interp_parts.core import Batch, Parts, load_original
+from interp_parts.core import Batch, Parts
 from interp_parts.evaluation.active_parts import ActiveRegression, ForegroundIoU, active_parts, map_centroids
 from interp_parts.evaluation.clustering import Contingency, ari, nmi
 from interp_parts.evaluation.landmarks import eye_frame, to_frame
 from interp_parts.evaluation.pixels import parts_at, upsample
-from interp_parts.evaluation.regression import keypoint_errors, mean_error
+from interp_parts.evaluation.regression import keypoint_error
 from interp_parts.part_discovery.assignment import part_distances
-from interp_parts.part_discovery.equivariance import equivariance_loss, moved, published_back
+from interp_parts.part_discovery.equivariance import Move, published_back, second_look_loss
 from interp_parts.part_discovery.losses import _border, total_variation
 from interp_parts.part_discovery.model import PartDiscovery
 from interp_parts.part_discovery.step import HalveRates, map_terms
@@ -51,7 +51,7 @@ def network(r, state):
     net,vit = 'conv1.weight' in state and state['conv1.weight'].shape[2] == 5,'pos_embed' in state
     features = Transformer(*r['cfg_height_width_patch_dim_depth_heads_registers'].tolist()) if vit else ConvNet(state, net)
     model = PartDiscovery(c, k, design='paper', modulation='layer_norm' if vit else 'weights', dropout=p, features=features)
-    return load_original(model, state).double().eval(),net,vit
+    return model.load_original(state).double().eval(),net,vit
 
 def images(r, name):
     "Recorded images, float64"
@@ -176,11 +176,10 @@ def equivariance(r):
         angle,scale = float(r[f'{c}_angle']),float(r[f'{c}_scale'])
         shift = r.tensor(f'{c}_translate').float()
         x = images(r, f'{c}_x')
-        move = torch.tensor([angle]),torch.tensor([scale]),shift[None]
-        r.near(f'{c}_warped', moved(x, *move), 1e-5)
+        r.near(f'{c}_warped', Move(torch.tensor([angle]), torch.tensor([scale]), shift[None])(x), 1e-5)
         maps,other = (r.tensor(f'{c}_{k}').double().requires_grad_() for k in ('maps','maps_warped'))
         back = published_back(other, angle, scale, shift.tolist(), x.shape[3])
-        loss = equivariance_loss(maps, back)
+        loss = second_look_loss(maps, back)
         r.near(f'{c}_undone', back, 1e-9)
         r.near(f'{c}_loss', loss.detach(), 1e-9)
         for k,g in zip(('maps','maps_warped'), torch.autograd.grad(loss, (maps,other))):
@@ -234,11 +233,11 @@ def recorded_step(r, m, e, net, vit):
     f = m.features(x)
     keep = r.tensor(f's{e}_keep').double()[:,None]/(1-m.dropout)
     out = m.vote(f, m.assign(f, noise('noise')), keep[...,:m.n_parts])
-    again = moved(x, torch.tensor([angle]), torch.tensor([scale]), shift[None])
+    again = Move(torch.tensor([angle]), torch.tensor([scale]), shift[None])(x)
     other = m.assign(m.features(again), noise('noise_warped'))
     fs = map_terms(out, 'concentration' if net else 'tv', compat=True)
     value = {k:fs[named[k]]() for k in r.arrays['loss_names'].tolist() if k in named}
-    value['equiv'] = value['equivariance'] = equivariance_loss(out.maps, published_back(other, angle, scale, shift.tolist(), x.shape[3]))
+    value['equiv'] = value['equivariance'] = second_look_loss(out.maps, published_back(other, angle, scale, shift.tolist(), x.shape[3]))
     value['classification'] = F.cross_entropy(out.logits, y)
     weights = dict(classification=2., concentration=1000., presence=1., orthogonality=1., equivariance=1.) if net else \
         dict(classification=1., conc=0., presence=1., orth=1., equiv=1., tv=1., enforced_presence=2., pixel_wise_entropy=1.)
@@ -270,7 +269,7 @@ def eval_cub(r):
 def regression(r, fit, test):
     (c0,p0,v0,a0),(c,p,v,a) = fit,test
     pred = ActiveRegression().fit(c0, p0, v0, a0).predict(c, a)
-    r.near('regression_error', 100*mean_error(keypoint_errors(pred, p, v)), 1e-3)
+    r.near('regression_error', 100*keypoint_error(pred, p, v), 1e-3)
 
 def cub_split(r, s, k):
     "Centres, keypoints, visibility and activity of a split, compared; and which parts its keypoints fall into"

@@ -10,9 +10,8 @@ import numpy as np, torch, torch.nn.functional as F
 from fastcore.basics import patch
 
 from ..core import DataError
-from .baselines import image_box
 from .landmarks import eye_frame, to_frame
-from .regression import keypoint_errors, mean_error
+from .regression import keypoint_error
 
 # %% ../../nbs/20_evaluation/02b_active_parts.ipynb #e9e03235
 def map_centroids(
@@ -51,9 +50,9 @@ class ActiveRegression:
         active, # (N,K) is the part there?
     ):
         "Fit every keypoint on the images in which it is visible"
+        if not len(centers): raise DataError('keypoint regression', 'no image', 'at least 1')
         x,on = _columns(centers, active)
         y,seen = np.asarray(points, np.float64),np.asarray(visible, bool)
-        if not len(x): raise DataError('keypoint regression', 'no image', 'at least 1')
         self.fits = [self._one(x[s], on[s], y[s,j]) if s.any() else None for j,s in enumerate(seen.T)]
         return self
 
@@ -89,7 +88,7 @@ class ActiveKeypointError:
     ):
         "Remember centres, activity and keypoints of a batch"
         if batch.keypoints is None: return self
-        frame = eye_frame(batch.keypoints, self.eyes) if self.norm == 'eyes' else image_box(batch)
+        frame = eye_frame(batch.keypoints, self.eyes) if self.norm == 'eyes' else batch.box_or_image
         maps = parts.maps[:,[k for k in range(parts.n_parts) if k != parts.background]]
         data = (to_frame(map_centroids(maps, batch.size), frame), to_frame(batch.keypoints, frame),
                 batch.visible.bool() & (frame[:,2:] > 0).all(1)[:,None], active_parts(maps))
@@ -104,7 +103,7 @@ def result(self:ActiveKeypointError):
     (x0,y0,v0,a0),(x,y,v,a) = ([torch.stack(c).numpy() for c in zip(*[rows[i] for i in sorted(rows)])]
                                for rows in (self.rows[True],self.rows[False]))
     pred = ActiveRegression().fit(x0, y0, v0, a0).predict(x, a)
-    error = mean_error(keypoint_errors(pred, y, v))
+    error = keypoint_error(pred, y, v)
     return dict(active_keypoint_error=error, parts_active=float(a.sum(1).mean())) if error == error else {}
 
 # %% ../../nbs/20_evaluation/02b_active_parts.ipynb #3ae22e79

@@ -13,8 +13,7 @@ from fastai.callback.core import Callback
 from torch import nn
 
 from ..core import ConfigError, pick
-from .equivariance import (RandomMove, Recolour, equivariance_loss, moved, moved_back,
-                                                      published_back, visible_cells)
+from .equivariance import RandomMove, Recolour, published_back, second_look_loss
 from .losses import (background_loss, concentration_loss, entropy_loss, orthogonality_loss,
                                                 presence_loss, strongest, total_variation)
 from ..training.distributed import gather_rows
@@ -84,14 +83,13 @@ class SecondLook:
     )->torch.Tensor:
         "The equivariance loss of a batch"
         move,size = self.move(x),x.shape[2:]
-        again = moved(x, *move)
+        again = move(x)
         if self.recolour: again = self.recolour(again)
         with _still(model, self.still): other = model.assign(model.features(again))
         if self.published:
-            angle,scale,shift = (v[0] for v in move)
-            return equivariance_loss(maps, published_back(other, angle, scale, shift, size[1]))
-        back = moved_back(other, *move, size)
-        return equivariance_loss(maps, back, visible_cells(other, move, size))
+            one = move.angle[0],move.scale[0],move.shift[0]
+            return second_look_loss(maps, published_back(other, *one, size[1]))
+        return second_look_loss(maps, move.back(other, size), move.visible(other, size))
 
 # %% ../../nbs/15_part_discovery/06_step.ipynb #bfd41e28
 _late = 'total_variation','entropy','equivariance'
@@ -144,7 +142,7 @@ class MoveImages(Callback):
     def before_batch(self):
         x,model = self.xb[0],self.learn.model
         black = -model.mean/model.std
-        self.learn.xb = (moved(x-black, *self.move(x)) + black,)
+        self.learn.xb = (self.move(x)(x-black) + black,)
 
 class HalveRates(Callback):
     "Halve the learning rates after every so many epochs, whatever the schedule says"
