@@ -45,7 +45,7 @@ part_discovery_recipes = {
        for k in (4,8,16)},
     **{f'nabirds_pdiscoformer_vitb_p{k}':_pdiscoformer('nabirds', k, 518, 32) for k in (4,8,11)},
     **{f'flowers_pdiscoformer_vitb_p{k}':_pdiscoformer('flowers', k, 224, 128) for k in (2,4,8)},
-    'synthetic_birds':dict(data='cub', size=64, resize='squash', bs=48, brightness=0., pretrained=False,
+    'synthetic_birds_p8':dict(data='cub', size=64, resize='squash', bs=48, brightness=0., pretrained=False,
                            model=_synthetic, fit=dict(lr=(6e-3,6e-3), epochs=12, clip=5.),
                            note='ours, for synthetic birds on a CPU; nothing published')}
 
