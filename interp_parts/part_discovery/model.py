@@ -15,7 +15,7 @@ from torch import nn
 from ..core import ConfigError, PartModel, Parts, pick
 from ..models.backbones import backbone_stats
 from .assignment import assign_cells, gumbel_like, part_distances, part_vectors
-from .features import part_features
+from .features import ColourNet, GreyLook, part_features
 
 # %% ../../nbs/15_part_discovery/05_model.ipynb #369795d9
 class _Weights(nn.Module):
@@ -69,6 +69,7 @@ class PartDiscovery(PartModel):
         width:int=0, # Channels of a 1x1 convolution of each stage; 0: channels are joined, as published
         align_corners:bool=False, # See `JoinedStages`
         trained:str='all', # See `part_features`
+        grey_maps:bool=False, # Maps from grey images, votes from a `ColourNet` on the true ones?
         raw:bool=False, # Does the network take images in 0..1, without mean and deviation (PDiscoNet)?
         raw_parts:bool=False, # Are its maps, not its logits, made from such images (a quirk of PDiscoFormer)?
         freeze_bn:bool=False, # Keep the backbone's batch norm statistics?
@@ -83,7 +84,7 @@ class PartDiscovery(PartModel):
         floor = (0. if paper else .02) if floor is None else floor
         super().__init__(n_classes=n_classes, n_parts=n_parts, backbone=backbone, multi=multi, design=design, compat=compat,
                          modulation=modulation, floor=floor, noise=noise, dropout=dropout, stride=stride, joined=joined, width=width,
-                         align_corners=align_corners, trained=trained, raw=raw, raw_parts=raw_parts,
+                         align_corners=align_corners, trained=trained, grey_maps=grey_maps, raw=raw, raw_parts=raw_parts,
                          freeze_bn=freeze_bn, freeze_early=freeze_early)
         if n_parts < 1: raise ConfigError('--n-parts', n_parts, 'at least 1')
         if not 0 <= dropout < 1: raise ConfigError('dropout', dropout, 'a probability below 1')
@@ -93,6 +94,7 @@ class PartDiscovery(PartModel):
         self.backbone = features or part_features(
             backbone, stride, joined, trained, width=width, align_corners=align_corners, pretrained=pretrained,
             weights=weights, freeze_bn=freeze_bn, freeze_early=freeze_early)
+        self.grey_maps = grey_maps
         self._heads(n_classes, design, modulation)
         for k,v in zip(('mean','std'), backbone_stats(backbone)):
             self.register_buffer(k, torch.tensor(v)[:,None,None], persistent=False)
@@ -103,17 +105,27 @@ class PartDiscovery(PartModel):
         self.scale = 1. if design == 'paper' else d/8
         self.scaler = nn.Identity() if design == 'paper' else nn.BatchNorm2d(d, affine=False)
         self.prototypes = nn.Parameter(torch.empty(p, d, 1, 1).uniform_(-d**-.5, d**-.5))
-        self.modulation = MODULATIONS[modulation](d, p)
-        self.head = nn.Linear(d, n, bias=False)
+        if self.grey_maps: self.grey,self.colours = GreyLook(),ColourNet(stride=self.backbone.stride)
+        v = self.colours.channels if self.grey_maps else d
+        self.modulation = MODULATIONS[modulation](v, p)
+        self.head = nn.Linear(v, n, bias=False)
         if modulation == 'layer_norm': nn.init.trunc_normal_(self.head.weight, std=.02)
 
 # %% ../../nbs/15_part_discovery/05_model.ipynb #c63d59b9
 @patch
+def unscaled(self:PartDiscovery,
+    x:torch.Tensor, # (B,3,H,W) normalised images
+)->torch.Tensor:
+    "The backbone's map (B,D,h,w) of images that part maps are made from"
+    if self.raw: x = x*self.std + self.mean
+    return self.backbone(self.grey(x) if self.grey_maps else x)
+
+@patch
 def features(self:PartDiscovery,
     x:torch.Tensor, # (B,3,H,W) normalised images
 )->torch.Tensor:
-    "The feature map (B,D,h,w) of images"
-    return self.scaler(self.backbone(x*self.std + self.mean if self.raw else x))
+    "The same map, scaled as the design says"
+    return self.scaler(self.unscaled(x))
 
 @patch
 def assign(self:PartDiscovery,
@@ -155,7 +167,14 @@ def forward(self:PartDiscovery,
 )->_Discovered:
     "Logits, maps, votes and vectors of a batch"
     f = self.features(x)
-    return self.vote(f, self.assign(f))
+    maps = self.assign(f)
+    return self.vote(self._seen(x, maps) if self.grey_maps else f, maps)
+
+@patch
+def _seen(self:PartDiscovery, x, maps):
+    "What the parts look like (B,C,h,w)"
+    f = self.colours(x)
+    return f if f.shape[2:] == maps.shape[2:] else F.interpolate(f, maps.shape[2:], mode='bilinear', align_corners=False)
 
 # %% ../../nbs/15_part_discovery/05_model.ipynb #67b7b03b
 @patch

@@ -35,7 +35,11 @@ def _pdiscoformer(data, k, size, bs, **more):
                 fit=dict(_former_fit(bs), epochs=28), **{**dict(note=_note), **more})
 
 # %% ../../nbs/15_part_discovery/09_recipes.ipynb #cc9bc220
-_synthetic = dict(n_parts=8, backbone='test_resnet', stride=4, joined=3, width=64)
+_synthetic = dict(
+    n_parts=8, backbone='test_resnet', stride=4, joined=3, width=64, grey_maps=True, recolour=False, ramp=.3,
+    move=dict(degrees=45.),
+    losses=dict(prediction=2., presence=1., background=1., concentration=50., total_variation=.2, entropy=.2,
+                orthogonality=.3, equivariance=2.))
 part_discovery_recipes = {
     **{f'cub_pdisconet_res101_p{k}':_pdisconet('cub', k, 448, 16, 28, 5) for k in (4,8,16)},
     **{f'cub_pdiscoformer_vitb_p{k}':_pdiscoformer('cub', k, 518, 32) for k in (4,8,16)},
@@ -46,7 +50,7 @@ part_discovery_recipes = {
     **{f'nabirds_pdiscoformer_vitb_p{k}':_pdiscoformer('nabirds', k, 518, 32) for k in (4,8,11)},
     **{f'flowers_pdiscoformer_vitb_p{k}':_pdiscoformer('flowers', k, 224, 128) for k in (2,4,8)},
     'synthetic_birds_p8':dict(data='cub', size=64, resize='squash', bs=48, brightness=0., pretrained=False,
-                           model=_synthetic, fit=dict(lr=(6e-3,6e-3), epochs=12, clip=5.),
+                           model=_synthetic, fit=dict(lr=(6e-3,6e-3), epochs=10, clip=5.),
                            note='ours, for synthetic birds on a CPU; nothing published')}
 
 # %% ../../nbs/15_part_discovery/09_recipes.ipynb #9d0ae20e

@@ -46,8 +46,7 @@ def cluster_prototypes(
 ):
     "Set the prototypes to k-means centres of the model's features, the background's last"
     device,k = model.prototypes.device,len(model.prototypes)
-    raw = lambda x: x*model.std + model.mean if model.raw else x
-    with eval_mode(model): maps = torch.cat([model.backbone(raw(b[0].to(device))).float().cpu() for b in batches])
+    with eval_mode(model): maps = torch.cat([model.unscaled(b[0].to(device)).float().cpu() for b in batches])
     x = _scale_to(model.scaler, maps.flatten(2).transpose(1, 2))
     at = torch.randperm(x.shape[1], generator=torch.Generator().manual_seed(seed))[:per_image]
     some = x[:,at].flatten(0, 1).numpy()
