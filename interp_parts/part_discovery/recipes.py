@@ -56,13 +56,13 @@ part_discovery_recipes = {
 # %% ../../nbs/15_part_discovery/09_recipes.ipynb #9d0ae20e
 def _discovery_scores(learner, df, protocol='fixed'):
     "The published measures that are no general ones"
-    if protocol != 'paper': return {}
     points,found = ActiveKeypointError(),ForegroundIoU()
-    if 'keypoints' in df:
+    regress = protocol == 'paper' and 'keypoints' in df
+    if protocol == 'accuracy' or not (regress or 'mask' in df): return {}
+    if regress:
         for p,b in learner.parts(split_rows(df, ('fit','train'))): points.update(p, b, fit=True)
-    if not {'keypoints','mask'} & set(df): return {}
     for p,b in learner.parts(split_rows(df, ('eval','test'))):
-        points.update(p, b)
+        if regress: points.update(p, b)
         found.update(p, b)
     return {**points.result(), **found.result()}
 
