@@ -92,7 +92,7 @@ class SecondLook:
         return second_look_loss(maps, move.back(other, size), move.visible(other, size))
 
 # %% ../../nbs/15_part_discovery/06_step.ipynb #bfd41e28
-_late = 'total_variation','entropy','equivariance'
+_late = 'concentration','total_variation','entropy','equivariance'
 
 class DiscoveryTerms(LossTerms):
     "Adds the weighted losses of part discovery, each with a column of its own"
@@ -101,7 +101,7 @@ class DiscoveryTerms(LossTerms):
         prior:str='own', # One of `PRIORS`
         look:SecondLook=None, # How the second look is taken
         every:int=1, # Steps between second looks
-        ramp:float=0., # Share of the training in which total variation, entropy and equivariance grow to their weights
+        ramp:float=0., # Share of the training in which the losses of shape and equivariance grow to their weights
         compat:bool=False, # The published quirks?
     ):
         if every < 1: raise ConfigError('equiv_every', every, 'at least 1')
