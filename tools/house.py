@@ -7,7 +7,7 @@ from pathlib import Path
 from notebooks import ROOT
 
 METHODS = ('region_grouping', 'contrastive_reconstruction', 'visual_words', 'activation_diversity',
-           'classification_specific_parts', 'nonparametric_prototypes')
+           'classification_specific_parts', 'part_discovery', 'nonparametric_prototypes')
 TOP = ('command', 'testing') # import anything; no layer and no method imports them
 FACES = ('data', 'data.readers', 'synthetic', 'models', 'training', 'evaluation', 'visualization', *METHODS)
 COMMON = ('PartLearner', 'create_learner', 'part_table', 'check_table', 'part_dls', 'load_image', 'fit_run', 'load_run')
