@@ -25,6 +25,7 @@ from .masked_folder import read_masked_folder
 from .objects import read_food101, read_stl10, read_train_test
 from .parts import read_pascal_part
 from .people import read_casia, read_celeba_people, read_lfw, read_people
+from .protocols import read_ar_faces, read_ijba_faces, read_ijbc_faces
 from .tables import read_table
 from ...files import reading
 
@@ -34,7 +35,8 @@ readers = dict(
     dogs=read_dogs, awa2=read_awa2, flowers=read_flowers, stl10=read_stl10, pets=read_pets, food101=read_food101,
     nabirds=read_nabirds, cars=read_cars, train_test=read_train_test, cub_parts=read_cub_parts,
     deepfashion=read_deepfashion, pascal_part=read_pascal_part, masked_folder=read_masked_folder,
-    file_list=read_file_list, casia=read_casia, people=read_people, lfw=read_lfw, celeba_people=read_celeba_people)
+    file_list=read_file_list, casia=read_casia, people=read_people, lfw=read_lfw, celeba_people=read_celeba_people,
+    ar=read_ar_faces, ijba=read_ijba_faces, ijbc=read_ijbc_faces)
 
 def get_reader(
     name:str, # One of `readers`
