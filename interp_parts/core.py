@@ -285,6 +285,8 @@ class _Method:
     pictures:object
     importer:object
     renamed_recipes:dict=field(default_factory=dict) # Names of recipes now, by their earlier names
+    convert:object=None # `config -> config`: our settings for those of a JSON file of its authors
+    protocols:dict=field(default_factory=dict) # `(learner, path, **options) -> dict` by name: benchmarks of its own
 
     def recipe_name(self, name):
         "The name of a recipe now; an earlier name gives a warning"

@@ -41,14 +41,18 @@ def visualize_run(
     path=None, # Another folder of the same data
     seed:int=0, # Of the choice of images
     device:str='auto', # Where the model goes
+    target:str=None, # Class or attribute to explain, by name; default: the predicted one
+    beside=(), # Folders of runs to show beside this one, for methods whose pictures compare models
 )->Path:
     "Write RUN/visualization and RUN/report.html; returns the page"
     if n < 1: raise ConfigError('--n', n, 'at least 1')
     learn = load_run(run, pick_device(device))
+    if target is not None: target = learn.dls.vocab.index(pick(target, learn.dls.vocab, '--target'))
+    learn.beside = [load_run(b, pick_device(device)) for b in beside]
     df = run_rows(learn.config, path, run)
     rows = split_rows(df, ('test','eval','valid','train'))
     rows = rows.sample(min(n, len(rows)), random_state=seed).sort_index()
-    save_visualization(run, learn.items(rows), learn.dls.vocab, n, learn.dls.multi)
+    save_visualization(run, learn.items(rows, target), learn.dls.vocab, n, learn.dls.multi)
     _remove_unfinished(Path(run)/'visualization')
     own = get_method(learn.config['method']).pictures
     if own: own(learn, df, rows, Path(run)/'visualization')
