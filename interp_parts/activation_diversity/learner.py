@@ -85,6 +85,13 @@ class _GroupFilters(Callback):
     order = 70
     def after_epoch(self):
         if hasattr(self.learn, 'lr_finder') or self.epoch < self.n_epoch-1 or not hasattr(self.dls, 'table'): return
+        self.group()
+
+    def finish(self):
+        "Group them again if the weights are those of an earlier epoch"
+        if hasattr(self.learn, 'best_epoch'): self.group()
+
+    def group(self):
         model = getattr(self.learn.model, 'module', self.learn.model)
         group_filters(model, list(self.learn.batches(few_rows(self.dls), whole=False)))
 
