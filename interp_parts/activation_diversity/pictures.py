@@ -151,10 +151,10 @@ def pair_figure(
 # %% ../../nbs/13_activation_diversity/11_pictures.ipynb #ac436713
 def _save(fig, folder, name, title): return save_picture(fig, claim_file(Path(folder)/name), title, title)
 
-def _pictures(learn, df, rows, folder):
+def _pictures(learn, df, rows, folder, beside=None):
     "Locations of the filters, of runs beside this one too; responses of some filters; a pair of faces"
     at = lambda l: find_peaks(l.model, l.batches(rows))
-    found = {l.model.mode if i else 'this run':at(l) for i,l in enumerate([learn, *getattr(learn, 'beside', ())])}
+    found = {name:at(l) for name,l in {'this run':learn, **(beside or {})}.items()}
     locs = {name:average_locations(p, p.size) for name,p in found.items()}
     x = torch.cat([b[0] for b in learn.batches(rows[:4])])
     x,ims = x.to(learn.dls.device),denormalize(x, learn.dls.stats)
