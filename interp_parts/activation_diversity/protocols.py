@@ -16,7 +16,7 @@ from ..data.readers.protocols import read_ar, read_ijba, read_ijba_faces, read_i
 from ..data.table import check_table, first_few, part_table
 from ..evaluation.face_templates import pooled_distances, templates
 from ..evaluation.faces import embeddings
-from ..evaluation.recognition import all_pairs, eer, rank_rates, repeated_eer, tar_at_far, unit_rows
+from ..evaluation.recognition import pair_rates, rank_rates, repeated_eer, unit_rows
 from ..files import reading
 from .learner import activation_diversity_learner
 from ..training.runs import load_run
@@ -48,12 +48,6 @@ def _mean_std(folds):
     vals = {k:[f[k] for f in folds if k in f] for k in sorted(names)}
     return {k:[float(np.mean(v)), float(np.std(v, ddof=1)) if len(v) > 1 else 0.] for k,v in vals.items()}
 
-def _pair_rates(dist, same):
-    "EER, and TAR at two false accept rates by the standard and the original's rule, of pairs"
-    out = dict(eer=eer(dist, same))
-    for rule,end in (('standard',''), ('original','_original_rule')):
-        for far,t in zip((.01,.001), tar_at_far(dist, same, (.01,.001), rule)): out[f'tar@far={far}{end}'] = t
-    return out
 
 # %% ../../nbs/13_activation_diversity/13_protocols.ipynb #454e9414
 def _one(path, *patterns):
@@ -72,7 +66,7 @@ def _score_lfw(
     pairs = read_pairs(_one(path, 'pairs.txt'), df)
     f = unit_rows(_described(learn, df, features))
     d = 1-(f[pairs['first']]*f[pairs['second']]).sum(1)
-    folds = [_pair_rates(d[k], pairs.same.to_numpy()[k]) for k in pairs.groupby('fold').indices.values()]
+    folds = [pair_rates(d[k], pairs.same.to_numpy()[k]) for k in pairs.groupby('fold').indices.values()]
     return dict(recognition=_mean_std(folds), folds=len(folds), n_images=len(df))
 
 # %% ../../nbs/13_activation_diversity/13_protocols.ipynb #900d7b2e
@@ -150,7 +144,7 @@ def _score_ijbc(
     gallery,probe,both = (_ijbc_templates(path, names, at) for names in (known, strangers, known+strangers))
     pairs = read_ijbc(_one(path, 'ijbc_11_G1_G2_matches.csv'), 'matches')
     a,b = (both.find(p) for p in pairs[np.isin(pairs, both.ids).all(1)].T)
-    out = _pair_rates(pooled_distances(both.pooled(f), a, b), both.subject[a] == both.subject[b])
+    out = pair_rates(pooled_distances(both.pooled(f), a, b), both.subject[a] == both.subject[b])
     ranks = rank_rates(pooled_distances(probe.pooled(f), other=gallery.pooled(f)), probe.subject, gallery.subject)
     out |= {f'rank_{k}':r for k,r in zip((1,5,10), ranks)}
     return dict(recognition=_mean_std([out]), folds=1, n_images=len(f))
@@ -199,12 +193,3 @@ def _score(name):
     return run
 
 methods['activation_diversity'].protocols = {n:_score(n) for n in _SCORES}
-
-# %% ../../nbs/13_activation_diversity/13_protocols.ipynb #97b61cb9
-def _scores(learn, df, protocol, most=3000):
-    "EER and TAR of all pairs of test images, the first 3,000, of a run that was trained on people"
-    rows = df[df.split == 'test'][:most] if 'identity' in df and not learn.dls.multi else df[:0]
-    same = rows.identity.duplicated().any() and rows.identity.nunique() > 1 if len(rows) else False
-    return _pair_rates(*all_pairs(rows.identity.to_numpy(), embeddings(learn, rows))) if same else {}
-
-methods['activation_diversity'].scores = _scores

@@ -172,7 +172,7 @@ def format_metrics(
     "A table for people: value, and beside it what its baselines get"
     if 'recognition' in metrics: return _recognition(metrics)
     known = [k for k in ('accuracy','mean_class_accuracy', *BASELINES) if k in metrics]
-    known += [k for k in metrics if _plain(k) != k or k.startswith(('eer','tar@far'))]
+    known += [k for k in metrics if _plain(k) != k or k.startswith(('eer','tar@far','tar_lost','spreadness'))]
     ends = {f'{k}_{b}' for k in BASELINES for b in BASELINES[k]} | {'accuracy_majority','keypoint_norm'}
     rest = {k: v for k,v in metrics.items() if k not in {*ends, *known} and isinstance(v, (str,int))}
     settings = ', '.join(f"{k.replace('_', ' ')} {v}" for k,v in rest.items())
