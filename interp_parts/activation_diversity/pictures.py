@@ -19,7 +19,7 @@ from ..core import ConfigError, DataError, PartModel, eval_mode, methods
 from ..files import claim_file
 from ..data.images import denormalize, imagenet_stats
 from ..evaluation.pixels import upsample
-from ..visualization.overlays import Picture, save_picture, to_rgb
+from ..visualization.overlays import Picture, to_rgb
 
 # %% ../../nbs/13_activation_diversity/11_pictures.ipynb #98e6dd6e
 def mean_face(
@@ -149,7 +149,7 @@ def pair_figure(
     return fig
 
 # %% ../../nbs/13_activation_diversity/11_pictures.ipynb #ac436713
-def _save(fig, folder, name, title): return save_picture(fig, claim_file(Path(folder)/name), title, title)
+def _save(fig, folder, name, title): return fig.save(claim_file(Path(folder)/name), title, title)
 
 def _pictures(learn, df, rows, folder, beside=None):
     "Locations of the filters, of runs beside this one too; responses of some filters; a pair of faces"

@@ -11,12 +11,12 @@ from pathlib import Path
 import numpy as np, pandas as pd
 
 from ..core import ConfigError, DataError, methods
-from ..data.readers.people import read_lfw
-from ..data.readers.protocols import read_ar, read_ijba, read_ijba_faces, read_ijbc, read_ijbc_faces, read_pairs
+from ..data.readers.protocols import read_ar, read_ijba, read_ijbc, read_pairs
+from ..data.readers.registry import read_data
 from ..data.table import check_table, first_few, part_table
-from ..evaluation.face_templates import pooled_distances, templates
+from ..evaluation.face_templates import Templates, pooled_distances
 from ..evaluation.faces import embeddings
-from ..evaluation.recognition import pair_rates, rank_rates, repeated_eer, unit_rows
+from ..evaluation.recognition import Identification, Verification, repeated_eer, unit_rows
 from ..files import reading
 from .learner import activation_diversity_learner
 from ..training.runs import load_run
@@ -62,11 +62,11 @@ def _score_lfw(
     features=None, # File of stored features, in the order of the sorted image files
 )->dict:
     "Verification on the folds of LFW"
-    df = read_lfw(path)
+    df = read_data('lfw', path)
     pairs = read_pairs(_one(path, 'pairs.txt'), df)
     f = unit_rows(_described(learn, df, features))
     d = 1-(f[pairs['first']]*f[pairs['second']]).sum(1)
-    folds = [pair_rates(d[k], pairs.same.to_numpy()[k]) for k in pairs.groupby('fold').indices.values()]
+    folds = [Verification(d[k], pairs.same.to_numpy()[k]).rates() for k in pairs.groupby('fold').indices.values()]
     return dict(recognition=_mean_std(folds), folds=len(folds), n_images=len(df))
 
 # %% ../../nbs/13_activation_diversity/13_protocols.ipynb #900d7b2e
@@ -81,7 +81,7 @@ def _ijba_features(learn, path, splits, features, index):
         most = int(rows.dump.max())+1
         if most > len(f): raise DataError(features, f'{len(f)} rows', f'at least {most}', 'check index')
         return f,splits
-    df = read_ijba_faces(path)
+    df = read_data('ijba', path)
     at = dict(zip(df.sighting, range(len(df))))
     return embeddings(learn, df),[{**s, **{k:s[k].assign(dump=s[k].sighting.map(at)) for k in kinds}} for s in splits]
 
@@ -89,7 +89,7 @@ def _ijba_features(learn, path, splits, features, index):
 def _set(rows, occluded, hidden):
     "Templates of protocol rows, with the images that have features; `hidden`: rows of features that are fully visible"
     rows = rows[rows.dump >= 0]
-    t = templates(rows.template, rows.subject, rows.dump)
+    t = Templates.group(rows.template, rows.subject, rows.dump)
     return t.keep(~hidden) if occluded else t
 
 def _ijba_fold(f, s, occluded):
@@ -126,7 +126,7 @@ def _ijbc_templates(path, names, at):
     "Templates of CSV files, with the feature rows of their images; images without features are left out"
     t = pd.concat([read_ijbc(_one(path, n)) for n in names])
     t = t.assign(image=[at.get(k, -1) for k in zip(t.subject, t.file)])
-    return templates(t.template[t.image >= 0], t.subject[t.image >= 0], t.image[t.image >= 0])
+    return Templates.group(t.template[t.image >= 0], t.subject[t.image >= 0], t.image[t.image >= 0])
 
 def _score_ijbc(
     learn, # A `PartLearner` of this method
@@ -135,7 +135,7 @@ def _score_ijbc(
 )->dict:
     "Verification and closed-set search of pooled templates on IJB-C"
     m = read_ijbc(_one(path, 'ijbc_metadata.csv'), 'metadata')
-    f = embeddings(learn, read_ijbc_faces(path)) if features is None else _stored(features)
+    f = embeddings(learn, read_data('ijbc', path)) if features is None else _stored(features)
     m = m if len(m) == len(f) else m[m.covered]
     _rows_of(f, len(m), features)
     at = {}
@@ -144,9 +144,9 @@ def _score_ijbc(
     gallery,probe,both = (_ijbc_templates(path, names, at) for names in (known, strangers, known+strangers))
     pairs = read_ijbc(_one(path, 'ijbc_11_G1_G2_matches.csv'), 'matches')
     a,b = (both.find(p) for p in pairs[np.isin(pairs, both.ids).all(1)].T)
-    out = pair_rates(pooled_distances(both.pooled(f), a, b), both.subject[a] == both.subject[b])
-    ranks = rank_rates(pooled_distances(probe.pooled(f), other=gallery.pooled(f)), probe.subject, gallery.subject)
-    out |= {f'rank_{k}':r for k,r in zip((1,5,10), ranks)}
+    out = Verification(pooled_distances(both.pooled(f), a, b), both.subject[a] == both.subject[b]).rates()
+    found = Identification(pooled_distances(probe.pooled(f), other=gallery.pooled(f)), probe.subject, gallery.subject)
+    out |= {f'rank_{k}':r for k,r in zip((1,5,10), found.rank_rates())}
     return dict(recognition=_mean_std([out]), folds=1, n_images=len(f))
 
 # %% ../../nbs/13_activation_diversity/13_protocols.ipynb #f3a906fe

@@ -12,14 +12,14 @@ import numpy as np
 
 from .groups import find_peaks
 from .learner import activation_diversity_learner
-from .mesh import face_mesh
+from .mesh import FaceMesh
 from .occlusion import WINDOW, OccludedBatches
 from .peaks import average_locations, spreadness
 from ..core import methods
 from ..data.images import denormalize
 from ..data.readers.files import save_png
 from ..evaluation.faces import embeddings, occlusion_scores
-from ..evaluation.recognition import all_pairs, pair_rates
+from ..evaluation.recognition import Verification
 from ..files import claim, claim_file, occupied
 
 # %% ../../nbs/13_activation_diversity/14_scores.ipynb #f93cfc5e
@@ -36,7 +36,7 @@ def _mesh(learn, rows):
     if 'keypoints' not in rows or not all((np.asarray(k)[:,2] > 0).all() for k in rows.keypoints): return None
     batches = [(x.shape[2:], b.keypoints) for x,b in learn.batches(rows, whole=False)]
     points = np.concatenate([p.numpy() for _,p in batches])
-    return face_mesh(points.mean(0), batches[0][0]) if points.shape[1] > 2 else None
+    return FaceMesh.over(points.mean(0), batches[0][0]) if points.shape[1] > 2 else None
 
 def _covered(learn, rows, window):
     "Batches of the rows with a window covered in each image"
@@ -62,6 +62,6 @@ def _scores(learn, df, protocol, most:int=3000, window:list=WINDOW, covered:str=
     lost = occlusion_scores(who, clean, embeddings(learn, batches))['tar_lost']
     peaks = find_peaks(learn.model, learn.batches(rows, whole=False))
     far = spreadness(average_locations(peaks, peaks.size).center)
-    return dict(pair_rates(*all_pairs(who, clean)), tar_lost_occluded=lost, spreadness=far)
+    return dict(Verification.all_pairs(who, clean).rates(), tar_lost_occluded=lost, spreadness=far)
 
 methods['activation_diversity'].scores = _scores

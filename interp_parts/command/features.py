@@ -17,7 +17,7 @@ from ..data.readers.registry import readers
 from ..data.rows import run_rows
 from ..evaluation.landmarks import part_centers
 from ..evaluation.scoring import split_rows
-from ..files import atomic_path, check_claim, claim, claim_file, mark_npz, read_json
+from ..files import atomic_path, claim, claim_file, mark_npz, read_json
 from ..training.runs import load_run
 from ..visualization.report import write_model_card
 
@@ -93,7 +93,7 @@ def import_run(
     make = _importer(method)
     if data is not None: options['data'] = pick(data, list(readers), '--data')
     _check_path(make, options.get('data_path'))
-    check_claim(out, 'run', [file, options.get('data_path')], new=True)
+    claim(out, 'run', [file, options.get('data_path')], new=True, mark=False)
     options = {k:v for k,v in options.items() if v is not None}
     run = claim(make(file, out, **options), 'run')
     write_model_card(run)

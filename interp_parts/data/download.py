@@ -10,7 +10,7 @@ import os, time, warnings
 from pathlib import Path
 
 from ..core import DataError, pick
-from .archives import extract, unpack_7z
+from .archives import extract
 from .transfer import download_file, wrong_content
 from ..files import free_name
 
@@ -99,7 +99,7 @@ def _say(name):
 # %% ../../nbs/01_data/08_download.ipynb #05e3d2e9
 def _unpack(archive, dest, fetched):
     "Unpack; a damaged archive that was just fetched is moved aside, so that the next attempt fetches it again"
-    try: (unpack_7z if '.7z' in archive.name else extract)(archive, dest)
+    try: extract(archive, dest)
     except DataError as e:
         if not fetched: raise
         aside = free_name(archive.with_name(f'{archive.name}.damaged'))

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np, torch
 
-from ..core import CheckpointError, ConfigError, PartLearner, eval_mode, load_original, methods, pick
+from ..core import CheckpointError, ConfigError, PartLearner, eval_mode, methods, pick
 from ..data.images import denormalize
 from ..data.readers.registry import read_data
 from ..files import SCHEMA, claim_file, reading, save_tensors, write_json
@@ -19,7 +19,7 @@ from ..models.backbones import backbone_stats
 from .learner import region_grouping_recipes
 from .model import RegionGrouping
 from ..training.runs import fingerprint, versions
-from ..visualization.overlays import Picture, attention_map, attention_overlay, save_picture
+from ..visualization.overlays import Picture, attention_map, attention_overlay
 
 # %% ../../nbs/10_region_grouping/08_original.ipynb #985f1fda
 _data = dict(celeba='celeba', cub200='cub')
@@ -101,7 +101,7 @@ def _import_checkpoint(
     with reading(path, 'tensors by name', error=CheckpointError):
         state = _checkpoint(path)
         options = _model_options(state, path)
-        model = load_original(RegionGrouping(**options), state, path)
+        model = RegionGrouping(**options).load_original(state, path)
     multi = options['multi']
     data = data or ('celeba' if multi else 'cub')
     protocol = protocol or ('interpretability' if data == 'celeba' else None)
@@ -148,6 +148,6 @@ def _pictures(learn, df, rows, folder, n=3):
     files = [claim_file(Path(folder)/f'attributes_{i:03}.png') for i in range(min(n, len(rows)))]
     xs = (x[i:i+1] for x,_ in learn.batches(rows[:n]) for i in range(len(x)))
     title = 'Attention of each attribute, each map divided by its largest value'
-    return [save_picture(attribute_figure(learn, x), f, title, title) for f,x in zip(files, xs)]
+    return [attribute_figure(learn, x).save(f, title, title) for f,x in zip(files, xs)]
 
 methods['region_grouping'].pictures = _pictures
