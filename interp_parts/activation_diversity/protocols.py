@@ -13,6 +13,7 @@ import numpy as np, pandas as pd
 from ..core import ConfigError, DataError, methods
 from ..data.readers.protocols import read_ar, read_ijba, read_ijbc, read_pairs
 from ..data.readers.registry import read_data
+from ..data.rows import run_rows
 from ..data.table import check_table, first_few, part_table
 from ..evaluation.face_templates import Templates, pooled_distances
 from ..evaluation.faces import embeddings
@@ -37,9 +38,14 @@ def _rows_of(f, n, path):
     if len(f) != n: raise DataError(path, f'{len(f)} rows', f'{n}, one an image', 'check the features and their order')
     return f
 
-def _described(learn, df, features):
-    "Features of a table's images, stored or of the run"
-    return embeddings(learn, df) if features is None else _rows_of(_stored(features), len(df), features)
+def _described(learn, df, features, used=None):
+    "Features of a table's images, stored or of the run; of the run, those at the positions `used` alone, others are 0"
+    if features is not None: return _rows_of(_stored(features), len(df), features)
+    if used is None: return embeddings(learn, df)
+    some = embeddings(learn, df.iloc[used])
+    out = np.zeros((len(df), some.shape[1]))
+    out[used] = some
+    return out
 
 # %% ../../nbs/13_activation_diversity/13_protocols.ipynb #350971c8
 def _mean_std(folds):
@@ -56,6 +62,15 @@ def _one(path, *patterns):
         if found := sorted(Path(path).rglob(p)): return found[0]
     raise DataError(path, f'no {patterns[0]}', 'the files of the benchmark', 'check --path')
 
+def _score_list(learn, df, pairs, features):
+    "Rates of each fold of pairs of a table's images"
+    used = np.unique(pairs[['first','second']])
+    f = unit_rows(_described(learn, df, features, used))
+    d = 1-(f[pairs['first']]*f[pairs['second']]).sum(1)
+    folds = [Verification(d[k], pairs.same.to_numpy()[k]).rates() for k in pairs.groupby('fold').indices.values()]
+    return dict(recognition=_mean_std(folds), folds=len(folds), n_images=len(used))
+
+# %% ../../nbs/13_activation_diversity/13_protocols.ipynb #f2cd7e44
 def _score_lfw(
     learn, # A `PartLearner` of this method
     path, # Folder of person folders and pairs.txt
@@ -63,11 +78,16 @@ def _score_lfw(
 )->dict:
     "Verification on the folds of LFW"
     df = read_data('lfw', path)
-    pairs = read_pairs(_one(path, 'pairs.txt'), df)
-    f = unit_rows(_described(learn, df, features))
-    d = 1-(f[pairs['first']]*f[pairs['second']]).sum(1)
-    folds = [Verification(d[k], pairs.same.to_numpy()[k]).rates() for k in pairs.groupby('fold').indices.values()]
-    return dict(recognition=_mean_std(folds), folds=len(folds), n_images=len(df))
+    return _score_list(learn, df, read_pairs(_one(path, 'pairs.txt'), df), features)
+
+def _score_pairs(
+    learn, # A `PartLearner` of this method
+    path, # pairs.txt, or a folder with it
+    features=None, # File of stored features, one row for each image of the run's data
+)->dict:
+    "Verification on a list of pairs of images of the run's own data"
+    df = run_rows(learn.config)
+    return _score_list(learn, df, read_pairs(path if Path(path).is_file() else _one(path, 'pairs.txt'), df), features)
 
 # %% ../../nbs/13_activation_diversity/13_protocols.ipynb #900d7b2e
 def _ijba_features(learn, path, splits, features, index):
@@ -176,7 +196,7 @@ def _score_ar(
     return dict(recognition=out, folds=10, n_images=len(rows))
 
 # %% ../../nbs/13_activation_diversity/13_protocols.ipynb #f3925cdc
-_SCORES = {'lfw':_score_lfw, 'ijba':_score_ijba, 'ijbc':_score_ijbc, 'ar':_score_ar,
+_SCORES = {'lfw':_score_lfw, 'pairs':_score_pairs, 'ijba':_score_ijba, 'ijbc':_score_ijbc, 'ar':_score_ar,
            'ijba-occluded':lambda *args, **options: _score_ijba(*args, **options, occluded=True)}
 
 def _score(name):

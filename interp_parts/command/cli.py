@@ -159,7 +159,7 @@ def _evaluate(
     run:str, # Folder of a run
     path:str=None, # Another folder of the same data
     split:str=None, # Split to score; default test, or what the protocol says
-    protocol:str='fixed', # paper, fixed, accuracy or interpretability; faces: lfw, ijba, ijba-occluded, ijbc or ar
+    protocol:str='fixed', # paper, fixed, accuracy or interpretability; faces: lfw, pairs, ijba, ijba-occluded, ijbc or ar
     baselines:bool=True, # Also the untrained model and Lab-colour clusters?
     device:str='auto', # auto, cpu, cuda or cuda:N
     workers:int=2, # Processes that decode images
@@ -260,27 +260,8 @@ def _recipes(
     json_:bool=False, # As JSON?
 ):
     "List the published settings"
-    from interp_parts.core import get_method, method_names, pick
-    all_ = {k:dict(method=m, **r) for m in method_names for k,r in get_method(m).recipes.items()}
-    for m in method_names: name = get_method(m).recipe_name(name)
-    shown = {name:pick(name, all_, 'recipe')} if name else all_
-    if json_: return print(json.dumps(shown, indent=1))
-    print('\n'.join(_recipe_line(k, **r) for k,r in shown.items()))
-    if name: print('\n'.join(_recipe_page(**shown[name])))
-
-def _recipe_line(name, method, model, fit, bs, data='any data', size='any', **rest):
-    net,k = model.get('backbone', 'any backbone'),model.get('n_parts', 'default')
-    return f'{name:22} {method:30} {net}, {k} parts, {data} at {size} px, {fit["epochs"]} epochs of {bs}'
-
-
-# %% ../../nbs/30_command/01_cli.ipynb #435e62d3
-def _recipe_page(method, note='', **settings):
-    "Lines with everything that a recipe sets, and with what is known about it"
-    flat = {k:v for k,v in settings.items() if not isinstance(v, dict)}
-    groups = {'settings':flat, **{k:v for k,v in settings.items() if isinstance(v, dict)}}
-    for title,group in groups.items():
-        yield f'{title:10} ' + ' '.join(f'{k}={v}'.replace(' ', '') for k,v in group.items())
-    for i,said in enumerate(note.split('; ') if note else ()): yield f'{"" if i else "note":10} {said}'
+    from interp_parts.command.settings import all_recipes, recipe_lines
+    print(json.dumps(all_recipes(name), indent=1) if json_ else '\n'.join(recipe_lines(name)))
 
 # %% ../../nbs/30_command/01_cli.ipynb #c009874d
 @_command()

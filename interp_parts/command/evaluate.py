@@ -50,7 +50,8 @@ def _baselines(learn, df, run, res, score, protocol, mine):
 def _benchmark(run, protocol):
     "The method's own benchmark of that name; None if it has none"
     if protocol in PROTOCOLS or not (Path(run)/'config.json').exists(): return None
-    return get_method(read_json(Path(run)/'config.json').get('method')).protocols.get(protocol)
+    own = get_method(read_json(Path(run)/'config.json').get('method')).protocols
+    return own[pick(protocol, [*PROTOCOLS, *own], '--protocol')]
 
 def _score_benchmark(run, path, benchmark, device, workers, options):
     "Score a run on a benchmark with data of its own; kept in RUN/metrics.json under its name"
