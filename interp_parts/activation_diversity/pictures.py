@@ -15,7 +15,7 @@ from matplotlib import colormaps
 from .peaks import Locations, average_locations, spreadness
 from .groups import find_peaks
 from .learner import activation_diversity_learner
-from ..core import ConfigError, DataError, PartModel, eval_mode, methods
+from ..core import ConfigError, DataError, PartModel, eval_mode, get_method
 from ..files import claim_file
 from ..data.images import denormalize, imagenet_stats
 from ..evaluation.pixels import upsample
@@ -167,4 +167,4 @@ def _pictures(learn, df, rows, folder, beside=None):
     pair = pair_figure(ims[:2], explain_pair(learn.model, x[:2]))
     return [*files, _save(pair, folder, 'pair.png', 'Which filters agree on two faces')]
 
-methods['activation_diversity'].pictures = _pictures
+get_method('activation_diversity').pictures = _pictures

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np, pandas as pd
 
-from ..core import ConfigError, DataError, methods
+from ..core import ConfigError, DataError, get_method
 from ..data.readers.protocols import read_ar, read_ijba, read_ijbc, read_pairs
 from ..data.readers.registry import read_data
 from ..data.rows import run_rows
@@ -212,4 +212,4 @@ def _score(name):
         return dict(out, protocol=name)
     return run
 
-methods['activation_diversity'].protocols = {n:_score(n) for n in _SCORES}
+get_method('activation_diversity').protocols = {n:_score(n) for n in _SCORES}

@@ -15,7 +15,7 @@ from .learner import activation_diversity_learner
 from .mesh import FaceMesh
 from .occlusion import WINDOW, OccludedBatches
 from .peaks import average_locations, spreadness
-from ..core import methods
+from ..core import get_method
 from ..data.images import denormalize
 from ..data.readers.files import save_png
 from ..evaluation.faces import embeddings, occlusion_scores
@@ -64,4 +64,4 @@ def _scores(learn, df, protocol, most:int=3000, window:list=WINDOW, covered:str=
     far = spreadness(average_locations(peaks, peaks.size).center)
     return dict(Verification.all_pairs(who, clean).rates(), tar_lost_occluded=lost, spreadness=far)
 
-methods['activation_diversity'].scores = _scores
+get_method('activation_diversity').scores = _scores

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np, torch
 
-from ..core import CheckpointError, ConfigError, PartLearner, eval_mode, methods, pick
+from ..core import CheckpointError, ConfigError, PartLearner, eval_mode, get_method, pick
 from ..data.images import denormalize
 from ..data.readers.registry import read_data
 from ..files import SCHEMA, claim_file, reading, save_tensors, write_json
@@ -56,7 +56,7 @@ def _original_settings(
                 seed=max(0, config.get('seed', 1)), model=model, fit=fit, **split,
                 path=str(Path(config.get('root') or '.')/'data'/config['data']))
 
-methods['region_grouping'].convert = _original_settings
+get_method('region_grouping').convert = _original_settings
 
 # %% ../../nbs/10_region_grouping/08_original.ipynb #13fb1026
 def _checkpoint(path):
@@ -121,7 +121,7 @@ def _import_checkpoint(
     write_json(Path(out)/'config.json', config)
     return Path(out)
 
-methods['region_grouping'].importer = _import_checkpoint
+get_method('region_grouping').importer = _import_checkpoint
 
 # %% ../../nbs/10_region_grouping/08_original.ipynb #6323f889
 def attribute_figure(
@@ -150,4 +150,4 @@ def _pictures(learn, df, rows, folder, n=3):
     title = 'Attention of each attribute, each map divided by its largest value'
     return [attribute_figure(learn, x).save(f, title, title) for f,x in zip(files, xs)]
 
-methods['region_grouping'].pictures = _pictures
+get_method('region_grouping').pictures = _pictures
