@@ -146,10 +146,11 @@ def _train(
 ):
     "Train a method; writes the folder --out"
     options = _given(locals(), 'method', 'out', 'recipe', 'config', 'resume', 'overwrite', 'set_')
-    from interp_parts.command.settings import make_settings
+    from interp_parts.command.settings import make_settings, recipe_note
     from interp_parts.command.train import train_run
     from interp_parts.files import read_json
     settings = make_settings(method, recipe, read_json(config) if config else None, options, _parse_set(set_))
+    if recipe: print(recipe_note(method, recipe))
     run = train_run(method, out, settings, resume, overwrite)
     print(f'{run}: next, interp-parts evaluate {run}; interp-parts visualize {run}')
 
@@ -159,11 +160,11 @@ def _evaluate(
     run:str, # Folder of a run
     path:str=None, # Another folder of the same data
     split:str=None, # Split to score; default test, or what the protocol says
-    protocol:str='fixed', # paper, fixed, accuracy or interpretability
+    protocol:str='fixed', # paper, fixed, accuracy or interpretability; faces: lfw, pairs, ijba, ijba-occluded, ijbc or ar
     baselines:bool=True, # Also the untrained model and Lab-colour clusters?
     device:str='auto', # auto, cpu, cuda or cuda:N
     workers:int=2, # Processes that decode images
-    set_:list[str]=[], # data.key=value: of the reader, as data.masks=DIR; key=value: ridge, flip, use_mask, seed, fit, or of the method's scores
+    set_:list[str]=[], # data.key=value: of the reader, as data.masks=DIR; key=value: ridge, flip, use_mask, seed, fit, classes, or of the method's scores
 ):
     "Score a run and its baselines; writes RUN/metrics.json"
     from interp_parts.command.evaluate import evaluate_run
@@ -178,10 +179,12 @@ def _visualize(
     path:str=None, # Another folder of the same data
     seed:int=0, # Of the choice of images
     device:str='auto', # auto, cpu, cuda or cuda:N
+    target:str=None, # Class or attribute to explain, such as Smiling; default: the predicted one
+    beside:list[str]=[], # Another RUN, for methods whose pictures compare models; may be repeated
 ):
     "Draw test images with their parts; writes RUN/visualization and RUN/report.html"
     from interp_parts.command.predict import visualize_run
-    print(visualize_run(run, n, path, seed, device))
+    print(visualize_run(run, n, path, seed, device, target, beside))
 
 # %% ../../nbs/30_command/01_cli.ipynb #2dd52ee2
 @_command()
@@ -253,10 +256,10 @@ def _import(
     method:str, # Such as contrastive_reconstruction
     file:str, # Checkpoint of its authors, such as model_60000.pth
     out:str='run', # Folder of the run
-    data:str='cub_parts', # Data it was trained on: a reader's name, such as deepfashion or pascal_part
-    path:str='.', # Folder of the data
+    data:str=None, # Data it was trained on: a reader's name; default the method's own, such as cub_parts
+    path:str=None, # Folder of the data
     protocol:str=None, # The data's own; default paper, for CUB and DeepFashion; for pascal_part the class
-    size:int=None, # Shorter side of the network input in pixels; default: that of the original
+    size:int=None, # Shorter side of the network input in pixels; default the published one
 ):
     "Make a run of a checkpoint of a method's authors; nothing is unpickled"
     from interp_parts.command.features import import_run
@@ -298,21 +301,12 @@ def _combine(
 # %% ../../nbs/30_command/01_cli.ipynb #6dc7a2db
 @_command()
 def _recipes(
-    name:str=typer.Argument(None, help='Show this one only'), # Show this one only
+    name:str=typer.Argument(None, help='Show this one only, with all its settings'), # Show this one only
     json_:bool=False, # As JSON?
 ):
     "List the published settings"
-    from interp_parts.core import get_method, method_names, pick
-    all_ = {k:dict(method=m, **r) for m in method_names for k,r in get_method(m).recipes.items()}
-    for m in method_names: name = get_method(m).recipe_name(name)
-    shown = {name:pick(name, all_, 'recipe')} if name else all_
-    if json_: print(json.dumps(shown, indent=1))
-    else: print('\n'.join(_recipe_line(k, **r) for k,r in shown.items()))
-
-def _recipe_line(name, method, model, fit, bs, data='any data', size='any', **rest):
-    net,k = model.get('backbone', 'any backbone'),model.get('n_parts', 'default')
-    long = f'{fit["epochs"]} epochs' if 'epochs' in fit else f'{fit["steps"]:,} steps'
-    return f'{name:22} {method:30} {net}, {k} parts, {data} at {size} px, {long} of {bs}'
+    from interp_parts.command.settings import all_recipes, recipe_lines
+    print(json.dumps(all_recipes(name), indent=1) if json_ else '\n'.join(recipe_lines(name)))
 
 # %% ../../nbs/30_command/01_cli.ipynb #c009874d
 @_command()

@@ -12,13 +12,13 @@ from .settings import check_kind, option_kinds, pick_device
 from ..core import DataError, get_method, pick
 from ..data.rows import run_rows
 from ..evaluation.baselines import LabKMeans
-from ..evaluation.scoring import evaluate
+from ..evaluation.scoring import PROTOCOLS, evaluate
 from ..files import claim, load_tensors, read_json, write_json
 from ..training.runs import fingerprint, load_run
 from ..visualization.report import write_model_card, write_report
 
 # %% ../../nbs/30_command/02c_evaluate.ipynb #57244940
-_ours = {k:option_kinds(evaluate)[k] for k in ('fit','flip','use_mask','seed','ridge')}
+_ours = {k:option_kinds(evaluate)[k] for k in ('fit','flip','use_mask','seed','ridge','classes')}
 
 def _evaluation_options(options, scores=None):
     "Options of the reader, of `evaluate`, and of the method's `scores`"
@@ -64,6 +64,22 @@ def _baselines(learn, df, run, res, score, protocol, mine):
     if _untrained(learn, run): out['untrained'] = beside(score())
     return out
 
+# %% ../../nbs/30_command/02c_evaluate.ipynb #acecc16c
+def _benchmark(run, protocol):
+    "The method's own benchmark of that name; None if it has none"
+    if protocol in PROTOCOLS or not (Path(run)/'config.json').exists(): return None
+    own = get_method(read_json(Path(run)/'config.json').get('method')).protocols
+    return own[pick(protocol, [*PROTOCOLS, *own], '--protocol')]
+
+def _score_benchmark(run, path, benchmark, device, workers, options):
+    "Score a run on a benchmark with data of its own; kept in RUN/metrics.json under its name"
+    learn = load_run(run, pick_device(device), workers=workers)
+    claim(run, 'run')
+    res,f = benchmark(learn, path, **(options or {})),Path(run)/'metrics.json'
+    old = read_json(f) if f.exists() else {}
+    write_json(f, dict(old, benchmarks={**old.get('benchmarks', {}), res['protocol']:res}))
+    return res
+
 # %% ../../nbs/30_command/02c_evaluate.ipynb #ee783689
 def evaluate_run(
     run, # Folder of a run
@@ -76,6 +92,8 @@ def evaluate_run(
     options:dict=None, # Options of `evaluate`, and with `data.` before their names of the reader
 )->dict:
     "Score a run, write RUN/metrics.json and return it"
+    own = _benchmark(run, protocol)
+    if own: return _score_benchmark(run, path, own, device, workers, options)
     learn = load_run(run, pick_device(device), workers=workers)
     own = get_method(learn.config['method']).scores
     reader,opts,more = _evaluation_options(options, own)
@@ -93,10 +111,10 @@ def evaluate_run(
     return _write_metrics(run, res)
 
 def _write_metrics(run, res):
-    "Write the metrics into a run's files; those of a plain classifier beside it stay"
+    "Write the metrics into a run's files; those of a plain classifier and of benchmarks stay"
     f = Path(run)/'metrics.json'
     old = read_json(f) if f.exists() else {}
-    res |= {k:v for k,v in old.items() if k == 'plain_classifier'}
+    res |= {k:v for k,v in old.items() if k in ('plain_classifier','benchmarks')}
     write_json(f, res)
     write_model_card(run)
     if (Path(run)/'report.html').exists(): write_report(run)
