@@ -44,7 +44,7 @@ def features_run(
     "Write, and return, arrays of all images of a run's data: image, split, label, presence, centers, embedding, logits"
     claim_file(out)
     learn = load_run(run, pick_device(device), workers=workers)
-    df = run_rows(learn.config, path)
+    df = run_rows(learn.config, path, run)
     rows = split_rows(df, (split,)) if split else df
     got = {}
     for p,b in learn.parts(rows): got.update(zip(b.index.tolist(), _of_batch(p, b)))

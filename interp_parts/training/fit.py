@@ -18,6 +18,7 @@ from ..files import claim, load_tensors, reading, write_text
 from ..lock import locked
 from .guards import StopNonFinite, WatchParts
 from .optim import keep_memory, scheduled, torch_opt
+from .runs import keep_split
 from .state import SaveState, say_unsaved
 
 # %% ../../nbs/04_training/05_fit.ipynb #fdfa89bc
@@ -102,6 +103,8 @@ def _fit_into(learn, epochs, lrs, cbs, run, save_every, resume):
     "Fit with a history and a state in the run"
     save = SaveState(run, save_every, resume)
     state = save.state
+    try: keep_split(learn, run)
+    except OSError as e: say_unsaved(Path(run)/'split.txt', e)
     if state: print(f"resumed at epoch {save.start} step {state['step']}")
     if save.start < epochs:
         with save.stops_gently():
