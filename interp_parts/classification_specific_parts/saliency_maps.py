@@ -7,7 +7,7 @@ __all__ = ['SELECTIONS', 'THRESHOLDS', 'LayerMap', 'features_of', 'input_gradien
 
 # %% ../../nbs/14_classification_specific_parts/02_saliency_maps.ipynb #ec484ddb
 import operator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import lru_cache
 
 import cv2, torch
@@ -16,6 +16,7 @@ from torch import nn
 
 from .svm import LinearSVM
 from ..core import ConfigError, eval_mode, pick
+from ..models.backbones import forward_hooks
 
 # %% ../../nbs/14_classification_specific_parts/02_saliency_maps.ipynb #dcef96db
 class _Reached(Exception): "Raised by the hook: what comes after the layer is not needed"
@@ -37,10 +38,7 @@ class LayerMap(nn.Module):
         def keep(module, args, out):
             got.append(out)
             raise _Reached
-        hook = self.net.get_submodule(self.layer).register_forward_hook(keep)
-        try: self.net(x)
-        except _Reached: pass
-        finally: hook.remove()
+        with forward_hooks(keep, self.net.get_submodule(self.layer)), suppress(_Reached): self.net(x)
         if not got or got[0].ndim != 4:
             raise ConfigError('layer', self.layer, 'a layer that is used and gives a (B,D,h,w) map')
         return got[0]

@@ -21,18 +21,11 @@ from ..data.rows import run_rows
 from ..data.table import first_few, part_table
 from ..evaluation.scoring import split_rows
 from ..files import claim, claim_file, free_name, occupied
+from ..replace import remove_unfinished
 from ..training.runs import load_run
 from ..visualization.figures import explain, save_visualization
 from ..visualization.overlays import save_picture
 from ..visualization.report import write_report
-
-# %% ../../nbs/30_command/02d_predict.ipynb #699904bb
-def _remove_unfinished(folder):
-    "Remove the hidden files that a killed process was writing beside our pictures and tables"
-    for f in folder.rglob('.*-????????.*'):
-        name = re.fullmatch(r'\.(.+)-[a-z0-9_]{8}(\.(?:png|jpg|csv))', f.name)
-        finished = name and f.with_name(name[1] + name[2])
-        if finished and finished.exists() and not f.is_symlink(): f.unlink()
 
 # %% ../../nbs/30_command/02d_predict.ipynb #9ec9ae50
 def visualize_run(
@@ -49,7 +42,7 @@ def visualize_run(
     rows = split_rows(df, ('test','eval','valid','train'))
     rows = rows.sample(min(n, len(rows)), random_state=seed).sort_index()
     save_visualization(run, learn.items(rows), learn.dls.vocab, n, learn.dls.multi)
-    _remove_unfinished(Path(run)/'visualization')
+    remove_unfinished(Path(run)/'visualization')
     own = get_method(learn.config['method']).pictures
     if own: own(learn, df, rows, Path(run)/'visualization')
     return write_report(run)

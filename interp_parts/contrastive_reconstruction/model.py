@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from fastai.callback.core import Callback
 from fastcore.basics import patch
+from fastcore.foundation import L
 from torch import nn
 
 from .clusters import cluster_start
@@ -123,7 +124,7 @@ def contrastive_reconstruction_learner(
     pretrained:bool=True, # Download the weights of backbone and frozen network?
     weights:str=None, # Backbone weights in a local file
     compat:bool=False, # The published quirks too?
-    cbs=None, # Further callbacks
+    cbs=None, # Further callbacks, or one
     **options # Of `ContrastiveReconstruction`
 )->PartLearner:
     "A learner for contrastive reconstruction (Choudhury et al., NeurIPS 2021)"
@@ -134,7 +135,7 @@ def contrastive_reconstruction_learner(
     quirks = dict(skip_first=True, batch_sum=True) if compat else {}
     rec = Reconstruction(net, warp=RandomWarp(**(warp or {})), jitter=ColorJitter(**(jitter or {})),
                          **{**quirks, **(losses or {})})
-    cbs = [rec, *([_PolyDecay()] if compat else []), *(cbs or [])]
+    cbs = [rec, *([_PolyDecay()] if compat else []), *L(cbs)]
     learn = PartLearner(dls, model.to(dls.device), loss_func=_no_prediction, splitter=_groups, cbs=cbs)
     if kmeans:
         views = dict(warp=rec.warp, jitter=rec.jitter) if kmeans_warped else {}

@@ -4,9 +4,11 @@
 
 # %% auto #0
 __all__ = ['STAGES', 'check_backbone', 'create_timm', 'weights_about', 'Backbone', 'read_weights', 'load_weights',
-           'backbone_stats']
+           'forward_hooks', 'backbone_stats']
 
 # %% ../../nbs/03_models/01_backbones.ipynb #362be3f2
+import threading
+from contextlib import contextmanager
 from pathlib import Path
 
 import timm, torch, torchvision
@@ -209,6 +211,21 @@ def load_weights(
         raise _mismatch(path, {k:v for k,v in mine.items() if k in need or k in sd}, sd)
     net.load_state_dict({k:v.float() if v.is_floating_point() else v for k,v in sd.items()}, strict=False)
     return net
+
+# %% ../../nbs/03_models/01_backbones.ipynb #6fac7827
+@contextmanager
+def forward_hooks(
+    f, # Called with a module, its inputs and its output; the output becomes what it returns, if not None
+    *modules:nn.Module, # Where to look
+):
+    "Call `f` in the block whenever this thread runs one of the modules"
+    me = threading.get_ident()
+    mine = lambda *args: f(*args) if threading.get_ident() == me else None
+    handles = [m.register_forward_hook(mine) for m in modules]
+    try: yield
+    finally:
+        for h in handles: h.remove()
+
 
 # %% ../../nbs/03_models/01_backbones.ipynb #4ef2aace
 def backbone_stats(

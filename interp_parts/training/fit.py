@@ -14,7 +14,7 @@ from fastai.callback.training import GradientClip
 from fastcore.foundation import L
 
 from ..core import CheckpointError, ConfigError
-from ..files import claim, load_tensors, reading, write_text
+from ..files import claim, load_tensors, reading, write_csv
 from ..lock import locked
 from .guards import StopNonFinite, WatchParts
 from .optim import keep_memory, scheduled, torch_opt
@@ -35,7 +35,7 @@ class _History(Callback):
         if self.epoch < self.start: return # fastai passes through the epochs before
         names = list(self.learn.recorder.metric_names)
         self.rows.append(dict(zip(names, [self.epoch, *(float(v) for v in self.learn.recorder.values[-1])])))
-        try: write_text(self.path, pd.DataFrame(self.rows).to_csv(index=False))
+        try: write_csv(self.path, pd.DataFrame(self.rows))
         except OSError as e: say_unsaved(self.path, e)
 
 # %% ../../nbs/04_training/05_fit.ipynb #51b67cf3

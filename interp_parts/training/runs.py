@@ -19,7 +19,7 @@ from ..core import CheckpointError, ConfigError, DataError, PartLearner, get_met
 from ..data.images import NormalizeImages
 from ..data.loaders import PartDataset, PartDL
 from ..data.rows import run_rows
-from ..data.table import write_split
+from ..data.table import listed_splits, write_split
 from ..data.views import View
 from ..files import SCHEMA, claim, load_tensors, read_json, reading, save_tensors, write_json
 from .loaded import LoadedLearner
@@ -71,9 +71,10 @@ def keep_split(
     learn, # A `PartLearner`
     run, # Folder of the run
 ):
-    "Write RUN/split.txt, if the learner has a table and the run no list"
-    table = vars(learn.dls).get('table') # of a loaded run it is not read for this
-    if table is not None and not (Path(run)/'split.txt').exists(): write_split(table, Path(run)/'split.txt')
+    "Write RUN/split.txt, if the learner has a table and the run no list that agrees"
+    table,file = vars(learn.dls).get('table'),Path(run)/'split.txt' # of a loaded run it is not read for this
+    if table is None or file.exists() and (listed_splits(table, file) == table.split).all(): return
+    write_split(table, file)
 
 def save_run(
     learn, # A trained `PartLearner`
