@@ -9,6 +9,7 @@ __all__ = ['PROTOCOLS', 'accuracy', 'accuracy_per_attribute', 'split_rows', 'eva
 import numpy as np, torch
 
 from ..core import DataError, pick
+from ..data.table import match_classes
 from .baselines import LabKMeans
 from .parts import BASELINES, evaluate_parts
 

@@ -15,7 +15,8 @@ from PIL import Image
 from jinja2 import Environment, StrictUndefined
 from matplotlib.ticker import MaxNLocator
 
-from ..files import keep_theirs, write_text
+from ..core import CheckpointError
+from ..files import keep_theirs, reading, write_text
 from .model_card import write_model_card # so that you can import it from here, too
 from .overlays import Picture
 from .summary import RunSummary
@@ -29,7 +30,8 @@ def _finite(text):
 def _read_curves(path):
     "`{name: {'train'|'valid'|'': [value or None, ...]}}` in the file's order; empty without a file"
     if not Path(path).exists(): return {}
-    with open(path, newline='', encoding='utf-8') as f: rows = list(csv.DictReader(f))
+    with reading(path, 'a row for each epoch', 'delete it, or train again', CheckpointError), open(path, newline='', encoding='utf-8') as f:
+        rows = list(csv.DictReader(f))
     out = {}
     for col in (c for c in (rows[0] if rows else ()) if c and c not in ('epoch','time')):
         part = next((p for p in ('train','valid') if col.startswith(f'{p}_')), '')
