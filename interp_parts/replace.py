@@ -12,7 +12,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 
 from .core import ConfigError
-from .files import MARK, another_folder, claim, made, made_file, occupied, relation
+from .files import MARK, another_folder, claim, made, occupied, relation
 from .lock import LOCK, check_lock, locked, running
 
 # %% ../nbs/00f_replace.ipynb #c2ef5d35
@@ -35,7 +35,7 @@ def _of_run(run, f):
     name = f.relative_to(run).as_posix()
     if _unfinished(run, f) is not None or fnmatch(f.name, '.lock-*.json'): return True
     if name.startswith('masks/'): return bool(re.fullmatch(r'[0-9a-f]{32}\.png', f.name))
-    return _in_run(name) or made_file(f)
+    return _in_run(name) or made(f) == 'file'
 
 def _foreign(run):
     "Yield files and links in a run that the library did not write"

@@ -16,11 +16,11 @@ from interp_parts.data.download import extract
 from interp_parts.data.images import broken, image_size, load_image
 from interp_parts.data.loaders import PartBatches
 from interp_parts.data.readers.file_lists import read_part_locs
-from interp_parts.data.readers.files import read_list, read_mat, read_names
+from interp_parts.data.readers.files import DataFolder, read_list, read_mat
 from interp_parts.data.readers.tables import read_table
 from interp_parts.files import load_tensors, read_json
 from interp_parts.models.backbones import Backbone
-from interp_parts.testing.bad_inputs import bad_files, encoded_image, survives, zip_bytes
+from interp_parts.testing.bad_inputs import Case, bad_files, encoded_image, zip_bytes
 from interp_parts.testing.bad_runs import bad_words, evil_files, run_settings, small_run
 from interp_parts.training.runs import load_run
 from interp_parts.visual_words.base import read_attention
@@ -144,7 +144,7 @@ def targets(
     rows = pd.DataFrame(dict(image=['a','b']))
     readers = {'f.npz':read_features, 'a.npy':lambda f: read_attention(f, rows), 'x.mat':read_mat,
                'x.pth':lambda f: import_original(f, d/'made'),
-               'x.txt':lambda f: [tried(g, f) for g in (read_list, read_names, read_part_locs)],
+               'x.txt':lambda f: [tried(g, f) for g in (read_list, DataFolder('.').names, read_part_locs)],
                'x.w':lambda f: Backbone('test_resnet', weights=f)}
     def tried(g, f):
         try: g(f)
@@ -204,7 +204,7 @@ def attack(
     @settings(max_examples=examples, database=None, deadline=None, derandomize=True, print_blob=False,
               suppress_health_check=list(HealthCheck), phases=[Phase.generate, Phase.shrink])
     @given(strategy)
-    def test(item): said.append(survives(use, item, sandbox))
+    def test(item): said.append(Case('fuzz', 'any', lambda: use(item)).survives(sandbox))
     start,failure = time.time(),''
     try: test()
     except BaseException as e: failure = f'{type(e).__name__}: {e} {getattr(e, "__notes__", "")}'[:2000]

@@ -273,9 +273,11 @@ def _recipe_line(name, method, model, fit, bs, data='any data', size='any', **re
 def _data(
     name:str, # A reader's name, such as cub, celeba, pets or flowers
     dest:str, # Folder for the archives and the data
+    list_:bool=False, # Only list all files: size, checksum, address, and whether they are in the folder
 ):
     "Download a data set, check it, and print what it holds"
-    from interp_parts.data.download import get_data
+    from interp_parts.data.download import get_data, list_files
+    if list_: return print(f'into {dest}:', list_files(name, dest).to_string(index=False), sep='\n')
     from interp_parts.data.readers.registry import read_data
     folder = get_data(name, dest)
     df = read_data(name, folder)

@@ -10,14 +10,15 @@ from pathlib import Path
 
 import pandas as pd
 from fastai.callback.core import Callback
+from fastai.callback.schedule import ParamScheduler
 from fastai.callback.training import GradientClip
 from fastcore.foundation import L
 
-from ..core import CheckpointError, ConfigError
+from ..core import CheckpointError, ConfigError, pick
 from ..files import claim, load_tensors, reading, write_csv
 from ..lock import locked
 from .guards import StopNonFinite, WatchParts
-from .optim import keep_memory, scheduled, torch_opt
+from .optim import keep_memory, schedules, torch_opt
 from .runs import keep_split
 from .state import SaveState, say_unsaved
 
@@ -63,6 +64,11 @@ def _rates(lr, n):
                           'pass lr=1e-3 or lr=(2e-4,2e-3); --set lr=0.001 or --set lr=[0.0002,0.002]')
     return rates[-n:]
 
+def _scheduled(name, lrs):
+    "Callback that sets each group's learning rate to its base rate times the schedule"
+    f = pick(name, schedules, 'schedule')
+    return ParamScheduler({'lr': lambda p: [lr*f(p) for lr in lrs]})
+
 def _use_optimizer(learn, optimizer, options):
     "Let the learner use PyTorch's optimiser"
     learn.opt_func = torch_opt(optimizer, **(options or {}))
@@ -92,7 +98,7 @@ def fit_run(
     learn.run_dir = run and Path(run)
     _use_optimizer(learn, optimizer, options)
     lrs = _rates(lr, len(learn.splitter(learn.model)))
-    cbs = [scheduled(schedule, lrs), StopNonFinite(), WatchParts(), *L(cbs), *([GradientClip(clip)] if clip else [])]
+    cbs = [_scheduled(schedule, lrs), StopNonFinite(), WatchParts(), *L(cbs), *([GradientClip(clip)] if clip else [])]
     if run is None: learn.fit(epochs, lrs, cbs=cbs)
     else:
         with locked(claim(run, 'run')): _fit_into(learn, epochs, lrs, cbs, run, save_every, resume)

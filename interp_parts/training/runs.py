@@ -19,7 +19,7 @@ from ..core import CheckpointError, ConfigError, DataError, PartLearner, get_met
 from ..data.images import NormalizeImages
 from ..data.loaders import PartDataset, PartDL
 from ..data.rows import run_rows
-from ..data.table import listed_splits, write_split
+from ..data.table import use_split, write_split
 from ..data.views import View
 from ..files import SCHEMA, claim, load_tensors, read_json, reading, save_tensors, write_json
 from .loaded import LoadedLearner
@@ -67,14 +67,17 @@ def run_config(
                 valid_is_train=d.valid_is_train, training=settings, versions=versions())
 
 # %% ../../nbs/04_training/06_runs.ipynb #353c761f
+def _agrees(table, file):
+    try: return use_split(table, file).split.tolist() == table.split.tolist()
+    except DataError: return False
+
 def keep_split(
     learn, # A `PartLearner`
     run, # Folder of the run
 ):
     "Write RUN/split.txt, if the learner has a table and the run no list that agrees"
     table,file = vars(learn.dls).get('table'),Path(run)/'split.txt' # of a loaded run it is not read for this
-    if table is None or file.exists() and (listed_splits(table, file) == table.split).all(): return
-    write_split(table, file)
+    if table is not None and not _agrees(table, file): write_split(table, file)
 
 def save_run(
     learn, # A trained `PartLearner`
