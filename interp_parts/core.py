@@ -349,4 +349,7 @@ def create_learner(
     "A learner of the method called `name`"
     method = get_method(name)
     _check_classes(method, dls)
-    return method.learner(dls, **options)
+    learn = method.learner(dls, **options)
+    check = getattr(getattr(learn.model, 'backbone', None), 'check_view', None)
+    if check and hasattr(dls, 'view'): check(dls.view)
+    return learn
