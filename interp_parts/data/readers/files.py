@@ -22,7 +22,7 @@ from ...files import atomic_path, made, read_json, write_json
 
 # %% ../../../nbs/01_data/readers/01_files.ipynb #0cfc0a25
 def read_list(
-    path, # File of rows `id number number ...`, with or without CelebA's two header lines
+    path, # File of rows `id number number ...`, with or without CelebA's two header lines; or a CSV file with a header
     n:int|None=None, # Numbers in a row; None: any
     unique:bool=True, # Is one row an id expected?
 )->pd.DataFrame:
@@ -31,8 +31,9 @@ def read_list(
         with open(path, encoding='utf-8-sig') as f:
             count = f.readline().split()
             cols = f.readline().split()
-        header = len(count) == 1 and count[0].isdigit()
-        df = pd.read_csv(path, sep=r'\s+', header=None, index_col=0, skiprows=2*header, quoting=3, encoding='utf-8-sig')
+        header,commas = len(count) == 1 and count[0].isdigit(),str(path).lower().endswith('.csv')
+        kind = dict() if commas else dict(sep=r'\s+', header=None, skiprows=2*header, quoting=3)
+        df = pd.read_csv(path, index_col=0, encoding='utf-8-sig', **kind)
     except OSError: raise _absent(path) from None
     except ValueError as e:
         raise DataError(path, f'not a list ({e})', 'rows of the same length', 'restore the file') from None
