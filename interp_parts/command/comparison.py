@@ -100,7 +100,7 @@ def _scores(learn, df, explain_n):
 # %% ../../nbs/30_command/05_comparison.ipynb #d7f393db
 def _rows_of_run(learner, masks):
     "The table a run was trained on, with masks wherever they can be had, so that all methods are scored by the same"
-    df = run_rows(learner.config, run=Path(masks).parent)
+    df = run_rows(learner.config, run=learner.run_dir)
     return add_grabcut_masks(df, masks) if 'mask' not in df and 'box' in df else df
 
 # %% ../../nbs/30_command/05_comparison.ipynb #3cd3ced2

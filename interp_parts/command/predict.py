@@ -15,8 +15,8 @@ import torch.nn.functional as F
 
 from .settings import pick_device
 from ..core import ConfigError, DataError, Parts, get_method, pick
-from ..data.images import find_broken
-from ..data.readers.files import IMAGE_SUFFIXES, DataFolder
+from ..data.images import IMAGE_SUFFIXES, find_broken
+from ..data.readers.files import DataFolder
 from ..data.rows import run_rows
 from ..data.table import first_few, part_table
 from ..evaluation.scoring import split_rows
