@@ -13,7 +13,7 @@ from fastcore.basics import patch
 from torch import nn
 
 from ..core import eval_mode
-from ..models.backbones import forward_hooks
+from ..networks import forward_hooks
 from .maps import resize_maps
 
 # %% ../../nbs/12_visual_words/08_fields.ipynb #6b72512d
