@@ -339,10 +339,22 @@ def get_method(
     return methods[name]
 
 # %% ../nbs/00_core.ipynb #f4b1f449
+def _check_classes(method, dls):
+    "Complain about a table without classes, unless the method needs none"
+    if getattr(dls, 'c', None) != 0 or not getattr(method.model, 'classifies', True): return
+    if 'identity' in getattr(dls, 'table', ()): return
+    raise DataError('table', 'no classes', f'a column label or labels: {method.name} learns classes',
+                    'read it with a reader that gives classes, or train contrastive_reconstruction')
+
 def create_learner(
     name:str, # Such as 'region_grouping'
     dls, # DataLoaders of `part_dls`
     **options # The factory's own options
 )->PartLearner:
     "A learner of the method called `name`"
-    return get_method(name).learner(dls, **options)
+    method = get_method(name)
+    _check_classes(method, dls)
+    learn = method.learner(dls, **options)
+    check = getattr(getattr(learn.model, 'backbone', None), 'check_view', None)
+    if check and hasattr(dls, 'view'): check(dls.view)
+    return learn

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np, torch
 from fastai.callback.core import Callback
+from fastcore.foundation import L
 
 from .identity import IdentityLoss, VerificationError
 from .mesh import FaceMesh
@@ -126,7 +127,7 @@ def activation_diversity_learner(
     weights:str=None, # Backbone weights in a local file
     freeze_early:bool=None, # Keep the stages up to stride 4? Default: if they are pretrained
     compat:bool=False, # The original's behaviour, quirks included?
-    cbs=None, # Further callbacks
+    cbs=None, # Further callbacks, or one
     **options # Of `ActivationDiversity`
 )->PartLearner:
     "A learner for interpretable face recognition (Yin et al., ICCV 2019)"
@@ -143,7 +144,7 @@ def activation_diversity_learner(
     metrics = [Accuracy(attribute_accuracy)] if dls.multi else [Accuracy(_known_accuracy), VerificationError()]
     loss = IdentityLoss(n, identity, margin, model.config['scale'], dls.multi)
     return PartLearner(dls, model.to(dls.device), loss_func=loss, splitter=split_params,
-                       metrics=metrics, cbs=[*mine, *(cbs or [])])
+                       metrics=metrics, cbs=[*mine, *L(cbs)])
 
 # %% ../../nbs/13_activation_diversity/10_learner.ipynb #801f4e0f
 _casia = dict(

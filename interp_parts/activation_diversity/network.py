@@ -148,7 +148,7 @@ class Pyramid(Backbone):
         self.channels,self.stride = [info[i]['num_chs'] for i in self.levels],info[self.levels[0]]['reduction']
         self.net.prune_intermediate_layers(self.levels, prune_norm=False, prune_head=True)
 
-    def forward(self, x):
+    def _maps(self, x):
         return self.net.forward_intermediates(x, indices=self.levels, intermediates_only=True, output_fmt='NCHW')
 
 # %% ../../nbs/13_activation_diversity/01_network.ipynb #0322f111

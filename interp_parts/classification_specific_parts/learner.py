@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch.nn.functional as F
 from fastai.callback.core import Callback
+from fastcore.foundation import L
 
 from .model import ClassificationSpecificParts
 from .all_images import FILE_KINDS, fit_parts, write_parts
@@ -86,7 +87,7 @@ def classification_specific_parts_learner(
     label_smoothing:float=0., # Of the cross entropy in fine-tuning
     compat:bool=False, # The original's behaviour, number for number (`published_settings`)?
     freeze_early:bool=None, # Keep the stages up to stride 4? Default: if they are pretrained, unless `compat`
-    cbs=None, # Further callbacks
+    cbs=None, # Further callbacks, or one
     **options # Of `ClassificationSpecificParts`
 )->PartLearner:
     "A learner that fine-tunes a classifier and then finds its parts (Korsch et al., GCPR 2019)"
@@ -97,7 +98,7 @@ def classification_specific_parts_learner(
     model = ClassificationSpecificParts(dls.c, n_parts, backbone, compat=compat,
                                         pretrained=pretrained and not init, weights=None if init else weights, freeze_early=freeze_early, **options)
     if init: _take_network(model, init, backbone, compat)
-    learn = part_learner(dls, model, cbs=[LossTerms(), _SixSteps(files, checkpoint), *(cbs or [])])
+    learn = part_learner(dls, model, cbs=[LossTerms(), _SixSteps(files, checkpoint), *L(cbs)])
     if label_smoothing: learn.loss_func = partial(F.cross_entropy, label_smoothing=label_smoothing)
     return learn
 

@@ -23,7 +23,7 @@ from ..evaluation.baselines import XYKMeans, constant_parts, strip_parts
 from ..evaluation.explanations import Consistency, evaluate_explanations
 from ..evaluation.parts import evaluate_parts
 from ..evaluation.scoring import evaluate, split_rows
-from ..files import claim, read_json, write_json, write_text
+from ..files import claim, read_json, write_csv, write_json, write_text
 from ..training.runs import fingerprint, load_run
 from ..visualization.overlays import Picture, parts_overlay
 
@@ -100,7 +100,7 @@ def _scores(learn, df, explain_n):
 # %% ../../nbs/30_command/05_comparison.ipynb #d7f393db
 def _rows_of_run(learner, masks):
     "The table a run was trained on, with masks wherever they can be had, so that all methods are scored by the same"
-    df = run_rows(learner.config, run=Path(masks).parent)
+    df = run_rows(learner.config, run=learner.run_dir)
     return add_grabcut_masks(df, masks) if 'mask' not in df and 'box' in df else df
 
 # %% ../../nbs/30_command/05_comparison.ipynb #3cd3ced2
@@ -204,18 +204,18 @@ def make_table(
         settings = _table_settings(m, out, {**options, 'seed':s}, (own or {}).get(m))
         train_run(m, run, settings, resume=True, say=say)
         if not f.exists(): write_json(f, _score_run(run, explain_n, settings['device'], out/'masks'))
-        rows += read_json(f)
+        rows += read_json(f, [dict])
     learn = load_run(out/'runs'/f'{names[0]}-0', workers=0)
     df = _rows_of_run(learn, out/'masks')
     base = out/'rows'/'know_nothing.json'
     if not base.exists(): write_json(base, _baseline_rows(learn, df))
-    table = pd.DataFrame(rows + read_json(base))
+    table = pd.DataFrame(rows + read_json(base, [dict]))
     _write_table(out, table, _side_by_side(out, names, df), options)
     say(_table_text(table))
     return table
 
 def _write_table(out, table, picture, options):
-    write_text(out/'table.csv', table.to_csv(index=False))
+    write_csv(out/'table.csv', table)
     write_text(out/'table.md', _table_text(table))
     write_text(out/'report.html', _table_page(table, picture, options))
 

@@ -9,13 +9,14 @@ __all__ = ['evaluate_run']
 from pathlib import Path
 
 from .settings import check_kind, option_kinds, pick_device
-from ..core import DataError, get_method, pick
+from ..core import CheckpointError, DataError, get_method, pick
 from ..data.rows import run_rows
 from ..evaluation.baselines import LabKMeans
 from ..evaluation.scoring import PROTOCOLS, evaluate
-from ..files import claim, load_tensors, read_json, write_json
+from ..files import claim, load_tensors, read_json, reading, write_json
 from ..training.runs import fingerprint, load_run
 from ..visualization.report import write_model_card, write_report
+from ..visualization.summary import read_metrics
 
 # %% ../../nbs/30_command/02c_evaluate.ipynb #57244940
 _ours = {k:option_kinds(evaluate)[k] for k in ('fit','flip','use_mask','seed','ridge','classes')}
@@ -48,9 +49,11 @@ def _untrained(learn, run):
     "The learner with the weights before its first step; None if the run has none"
     f = Path(run)/'state'/'initial.safetensors'
     if not f.exists(): return None
-    begun = read_json(f.with_suffix('.json')) if f.with_suffix('.json').exists() else learn.config['model']
+    start = f.with_suffix('.json')
+    begun = read_json(start, dict) if start.exists() else learn.config['model']
     if begun != learn.config['model']:
-        learn.model = get_method(learn.config['method']).model(**begun).to(learn.dls.device)
+        with reading(start, 'what `interp-parts train` wrote', 'train again', CheckpointError):
+            learn.model = get_method(learn.config['method']).model(**begun).to(learn.dls.device)
     load_tensors(f, learn.model)
     return learn
 
@@ -113,8 +116,7 @@ def evaluate_run(
 def _write_metrics(run, res):
     "Write the metrics into a run's files; those of a plain classifier and of benchmarks stay"
     f = Path(run)/'metrics.json'
-    old = read_json(f) if f.exists() else {}
-    res |= {k:v for k,v in old.items() if k in ('plain_classifier','benchmarks')}
+    res |= {k:v for k,v in read_metrics(run).items() if k in ('plain_classifier','benchmarks')}
     write_json(f, res)
     write_model_card(run)
     if (Path(run)/'report.html').exists(): write_report(run)

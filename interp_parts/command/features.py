@@ -54,7 +54,7 @@ def features_run(
     "Write, and return, arrays of all images of a run's data: image, split, label, presence, centers, embedding, logits"
     claim_file(out)
     learn = load_run(run, pick_device(device), workers=workers)
-    df = run_rows(learn.config, path)
+    df = run_rows(learn.config, path, run)
     rows = split_rows(df, (split,)) if split else df
     got = {}
     own = get_method(learn.config['method']).features

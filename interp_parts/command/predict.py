@@ -15,23 +15,16 @@ import torch.nn.functional as F
 
 from .settings import pick_device
 from ..core import ConfigError, DataError, Parts, get_method, pick
-from ..data.images import find_broken
-from ..data.readers.files import IMAGE_SUFFIXES, DataFolder
+from ..data.images import IMAGE_SUFFIXES, find_broken
+from ..data.readers.files import DataFolder
 from ..data.rows import run_rows
 from ..data.table import first_few, part_table
 from ..evaluation.scoring import split_rows
 from ..files import claim, claim_file, free_name, occupied
+from ..replace import remove_unfinished
 from ..training.runs import load_run
 from ..visualization.figures import explain, save_visualization
 from ..visualization.report import write_report
-
-# %% ../../nbs/30_command/02d_predict.ipynb #699904bb
-def _remove_unfinished(folder):
-    "Remove the hidden files that a killed process was writing beside our pictures and tables"
-    for f in folder.rglob('.*-????????.*'):
-        name = re.fullmatch(r'\.(.+)-[a-z0-9_]{8}(\.(?:png|jpg|csv))', f.name)
-        finished = name and f.with_name(name[1] + name[2])
-        if finished and finished.exists() and not f.is_symlink(): f.unlink()
 
 # %% ../../nbs/30_command/02d_predict.ipynb #878baf94
 def _target(learn, name):
@@ -72,7 +65,7 @@ def visualize_run(
     rows = split_rows(df, ('test','eval','valid','train'))
     rows = rows.sample(min(n, len(rows)), random_state=seed).sort_index()
     save_visualization(run, learn.items(rows, target), learn.dls.vocab, n, learn.dls.multi)
-    _remove_unfinished(Path(run)/'visualization')
+    remove_unfinished(Path(run)/'visualization')
     if own: own(learn, df, rows, Path(run)/'visualization', **more)
     return write_report(run)
 

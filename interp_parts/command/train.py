@@ -6,18 +6,19 @@
 __all__ = ['make_learner', 'train_run']
 
 # %% ../../nbs/30_command/02b_train.ipynb #79224c20
-import json, os, re, shutil, time, warnings
+import json, os, shutil, time, warnings
 from pathlib import Path
 
 import pandas as pd, timm
 
 from .settings import check_kind, check_settings, option_kinds, pick_device, settings_defaults
-from ..core import ConfigError, PartLearner, create_learner, get_method
+from ..core import ConfigError, DataError, PartLearner, create_learner, get_method
 from ..data.loaders import part_dls
 from ..data.rows import read_rows
 from ..data.table import bad_image_line
-from ..files import (claim, occupied, read_json, replaceable, save_tensors, start_folder, write_json)
+from ..files import claim, occupied, read_json, save_tensors, write_json
 from ..models.backbones import backbone_stats
+from ..replace import remove_unfinished, replaceable, start_folder
 from ..training.fit import fit_run
 from ..training.optim import seed_everything
 from ..training.runs import fingerprint, run_config, save_run
@@ -52,47 +53,61 @@ def make_learner(
     return create_learner(method, dls, **common, **s['model'])
 
 # %% ../../nbs/30_command/02b_train.ipynb #57b06d5a
+_no_matter = {'workers','device','save_every'}
+
 def _identity(method, s):
     "The settings that make the weights what they are, as JSON gives them back"
-    kept = {k:v for k,v in s.items() if k not in ('workers','device','save_every')}
+    kept = {k:v for k,v in s.items() if k not in _no_matter}
     return json.loads(json.dumps(dict(method=method, **kept), default=str))
 
 _paths = 'path','init','weights','masks'
+
+def _absolute(s):
+    "The settings with absolute paths; masks of a reader that lie in the data stay relative to these"
+    found = {k:os.path.abspath(s[k]) for k in _paths if s[k]}
+    masks = s['reader'].get('masks')
+    inside = not masks or (Path(s['path'])/masks).is_dir()
+    return {**s, **found, 'reader':{**s['reader'], **({} if inside else dict(masks=os.path.abspath(masks)))}}
 
 def _inputs(s):
     "Files and folders that a training reads"
     return [s[k] for k in _paths]
 
 # %% ../../nbs/30_command/02b_train.ipynb #0068cbb2
+def _old_settings(file):
+    "Those of a run, which may be older than an option"
+    old = {**settings_defaults, **read_json(file, dict(method=str, path=str))}
+    for k in _paths[1:]: old[k] is None or check_kind(f'{file}: {k}', old[k], '')
+    check_kind(f'{file}: reader', old['reader'], {})
+    return _absolute(old)
+
 def _changed(run, method, s):
     "Names of the settings that differ from those of the run"
-    old,new = read_json(run/'settings.json'),_identity(method, s)
-    known = lambda d,k: d.get(k, settings_defaults.get(k)) # a run may be older than an option
+    old,new = _old_settings(run/'settings.json'),_identity(method, _absolute(s))
     real = lambda k,v: os.path.realpath(v) if k in _paths and v else v
-    return sorted(k for k in old.keys() | new.keys() if real(k, known(old, k)) != real(k, known(new, k)))
+    return sorted(k for k in new.keys() | old.keys() - _no_matter if real(k, old.get(k)) != real(k, new.get(k)))
 
-def _moved(run, method, s):
-    "Does the new path hold the data that the run was started with?"
+def _same_data(run, method, s):
+    "Does the path hold the data that the run was started with?"
     config = run/'config.json'
     if not config.exists(): return False
-    return fingerprint(read_rows(s, method, run)) == read_json(config)['data']['fingerprint']
+    begun = read_json(config, dict(data=dict(fingerprint=str)))['data']
+    return fingerprint(read_rows(s, method, run)) == begun['fingerprint']
 
 def _check_same(run, method, s, again):
     "An error for settings other than those of the run"
     diff = _changed(run, method, s)
-    if diff == ['path'] and _moved(run, method, s): return write_json(run/'settings.json', _identity(method, s))
+    if diff == ['path'] and _same_data(run, method, s): return write_json(run/'settings.json', _identity(method, s))
     if diff: raise ConfigError(run, f'was trained with another {", ".join(diff)}', 'the same settings',
                                'use another --out' + again*('path' not in diff))
 
 # %% ../../nbs/30_command/02b_train.ipynb #2cc6b9c1
-_run_names = re.compile(r'\.interp_parts\.json|(config|settings|metrics|state|initial)\.json|README\.md|report\.html|'
-                        r'(model|initial|best|model-\d+)\.safetensors|loop-\d+\.pt|history\.csv|split\.txt|'
-                        r'[0-9a-f]{32}\.png')
-
-def _remove_unfinished(run):
-    for f in Path(run).rglob('.*-????????.*'):
-        name = re.fullmatch(r'\.(.+)-[a-z0-9_]{8}(\.\w+)', f.name)
-        if name and _run_names.fullmatch(name[1] + name[2]) and not f.is_symlink(): f.unlink()
+def _check_data(run, method, s, again):
+    "An error if a finished run was trained on other data than there are now; a warning if that cannot be seen"
+    try: same = _same_data(run, method, s)
+    except DataError as e: return warnings.warn(f'{run}: its data cannot be read ({e.got}), and are not compared')
+    if not same: raise ConfigError(run, 'is finished, and was trained on other images, splits or labels',
+                                   'the data it was trained on', 'use another --out' + again)
 
 def _prepare(run, method, s, resume, overwrite):
     "True if the run is finished already; an error for a run that exists and is not meant"
@@ -101,8 +116,10 @@ def _prepare(run, method, s, resume, overwrite):
     if not resume: raise ConfigError(run, 'exists', 'a new folder', f'pass --resume{again}')
     if not (run/'settings.json').exists(): return False
     _check_same(run, method, s, again)
-    _remove_unfinished(run)
-    return all((run/f).exists() for f in ('model.safetensors','README.md'))
+    remove_unfinished(run)
+    finished = all((run/f).exists() for f in ('model.safetensors','README.md'))
+    if finished: _check_data(run, method, s, again)
+    return finished
 
 # %% ../../nbs/30_command/02b_train.ipynb #e691d367
 def _say_start(method, learn, say):
@@ -122,7 +139,7 @@ def _start(method, run, s, say):
     "The learner and its configuration, and the files that a training begins with"
     learn = make_learner(method, s, read_rows(s, method, run))
     _say_start(method, learn, say)
-    config = dict(run_config(learn, method, **{**s, 'path':str(Path(s['path']).resolve())}),
+    config = dict(run_config(learn, method, **{**s, 'path':os.path.realpath(s['path'])}),
                   weights=_weights_about(s['backbone'], s['pretrained'], s['weights']))
     if read_state(run) is None:
         save_tensors(run/'state'/'initial.safetensors', learn.model)
@@ -145,19 +162,20 @@ def train_run(
     say=print, # Function that takes each line of text
 )->Path:
     "Train a method and leave a complete run"
-    run,s = Path(out),settings
-    model = get_method(method).model
-    check_settings(s)
+    check_settings(settings)
+    run,s,model = Path(out),_absolute(settings),get_method(method).model
     check_kind('--epochs', s['epochs'], 0, getattr(model, 'least_epochs', 1))
     if _prepare(run, method, s, resume, overwrite):
         say(f'{run}: finished already')
         return run
     fresh,start = overwrite or not run.exists(),time.time()
-    with start_folder(run, 'run', _inputs(s), overwrite): learn,config = _start(method, run, s, say)
-    try: _train(learn, run, s, config, resume, start)
-    except BaseException:
-        if fresh and read_state(run) is None: shutil.rmtree(run, ignore_errors=True)
-        raise
-    write_model_card(run)
+    with start_folder(run, 'run', _inputs(s), overwrite) as begun:
+        learn,config = _start(method, run, s, say)
+        begun()
+        try: _train(learn, run, s, config, resume, start)
+        except BaseException:
+            if fresh and read_state(run) is None: shutil.rmtree(run, ignore_errors=True)
+            raise
+        write_model_card(run)
     if line := bad_image_line(learn.dls.table, learn.dls): say(line)
     return run

@@ -12,7 +12,7 @@ from PIL import Image
 from .crops import instance_crop
 from .losses import upsample_logits
 from ..core import Batch, pick
-from ..data.images import imagenet_stats, load_image, normalize
+from ..data.images import imagenet_stats, load_image, load_mask, normalize
 from ..evaluation.baselines import XYKMeans, strip_parts
 from ..evaluation.clustering import Contingency, ari, nmi
 from ..evaluation.landmarks import (KeypointRegression, keypoint_error, part_centers,
@@ -70,7 +70,7 @@ class _KeypointBatches:
         "One image and its `Batch`"
         row = self.df.iloc[i]
         im,mask = load_image(row.image),None
-        if 'mask' in row: mask = load_image(row['mask']).convert('L').point(lambda v: 255*(v>0))
+        if 'mask' in row: mask = load_mask(row['mask'])
         pts,(x,y,w,h) = np.array(row.keypoints, dtype=float),row.box
         if self.crop:
             x,y,w,h = _box_inside((x,y,w,h), im.size)
@@ -186,7 +186,7 @@ def _crop_rows(parts, df, size, stats, device):
         row = df.iloc[i]
         im = load_image(row.image)
         c = instance_crop(row.box, im.size, size)
-        m = np.asarray(c.image(load_image(row['mask']).convert('L'))) > 0
+        m = np.asarray(c.image(load_mask(row['mask']))) > 0
         x = normalize(torch.from_numpy(np.asarray(c.image(im)).copy()).permute(2,0,1)[None], stats)
         p = parts(x.to(device)).cpu()
         q = upsample_logits(p.maps.clamp_min(1e-38).log().float(), (size,size)).softmax(1)*torch.from_numpy(m)

@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 from fastai.callback.core import Callback
 from fastcore.basics import patch
+from fastcore.foundation import L
 from torch import nn
 
 from .clusters import cluster_start
@@ -145,7 +146,7 @@ def contrastive_reconstruction_learner(
     pretrained:bool=True, # Download the weights of backbone and frozen network?
     weights:str=None, # Backbone weights in a local file
     compat:bool=False, # The published quirks too?
-    cbs=None, # Further callbacks
+    cbs=None, # Further callbacks, or one
     init:str=None, # Folder of a run whose weights the training starts from, such as an imported one
     lambda_eqv:float=None, # Weight of the equivariance loss, by its published name; 5700 there
     lambda_sc:float=None, # Weight of the semantic loss, a sum over a batch of six images; 5 there
@@ -166,7 +167,7 @@ def contrastive_reconstruction_learner(
     quirks = dict(skip_first=True, batch_sum=True) if compat else {}
     rec = Reconstruction(net, warp=RandomWarp(**(warp or {})), jitter=ColorJitter(**(jitter or {})),
                          **{**quirks, **losses})
-    cbs = [rec, *([_PolyDecay()] if compat else []), *(cbs or [])]
+    cbs = [rec, *([_PolyDecay()] if compat else []), *L(cbs)]
     learn = PartLearner(dls, model.to(dls.device), loss_func=_no_prediction, splitter=_groups, cbs=cbs)
     if kmeans:
         views = dict(warp=rec.warp, jitter=rec.jitter) if kmeans_warped else {}

@@ -13,7 +13,7 @@ from .crops import instance_crop
 from .keypoint_scores import keypoint_suite
 from .losses import upsample_logits
 from ..core import Batch, DataError, pick
-from ..data.images import imagenet_stats, load_image, normalize
+from ..data.images import imagenet_stats, load_image, load_mask, normalize
 from ..data.readers.parts import load_part_mask, tight_box
 from ..evaluation.baselines import XYKMeans
 from ..evaluation.clustering import Contingency, ari, nmi
@@ -47,7 +47,7 @@ _views = ('pad', 'short', 'crop')
 def _pixel_item(row, view, size=256, how='nearest'):
     "Image (H,W,3) uint8, label map (H,W) and mask (H,W) bool or None"
     im,labels = load_image(row.image),load_part_mask(row['part_mask'])
-    mask = load_image(row['mask']).convert('L').point(lambda v: 255*(v>0)) if 'mask' in row else None
+    mask = load_mask(row['mask']) if 'mask' in row else None
     if view == 'pad': return _pad_square(np.asarray(im), size),_pad_square(labels, size),None
     if view == 'crop':
         c = instance_crop(row.get('box'), im.size, size)

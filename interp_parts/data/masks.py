@@ -14,7 +14,7 @@ import cv2, numpy as np, pandas as pd
 from PIL import Image
 
 from ..core import DataError
-from .images import broken, image_size, load_image, load_mask
+from .images import IMAGE_SUFFIXES, broken, image_size, load_image, load_mask
 from .table import SPLITS, first_few
 from ..files import atomic_path, claim
 
@@ -136,8 +136,9 @@ def check_masks(
     return df
 
 # %% ../../nbs/01_data/05_masks.ipynb #8a5a9a5e
-_endings = ('{stem}.png', '{name}.png', '{stem}_mask.png', '{stem}_segment.png', '{stem}.bmp', '{stem}.tif',
-            '{stem}.gif', '{stem}_mask.jpg', '{stem}_mask.gif', '{stem}.jpg', '{stem}.jpeg', '{stem}.webp')
+_suffixes = sorted(IMAGE_SUFFIXES, key=lambda s: s != '.png')
+_endings = ('{stem}.png', '{name}.png', '{stem}_mask.png', '{stem}_segment.png',
+            *(start + s for e in _suffixes for s in (e, e.upper()) for start in ('{stem}', '{stem}_mask')))
 
 # %% ../../nbs/01_data/05_masks.ipynb #6249aa79
 def label_files(

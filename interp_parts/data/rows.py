@@ -45,6 +45,13 @@ def read_rows(
     return _kept_split(_read(s, method, run), run)
 
 # %% ../../nbs/01_data/09_rows.ipynb #5802c8c9
+def _found_again(masks, old, new):
+    "A folder of masks: if it lay in the old data, where it lies in the new ones, if it does"
+    p = Path(masks)
+    if not p.is_absolute() or not p.is_relative_to(old): return masks
+    there = Path(new)/p.relative_to(old)
+    return str(there) if there.is_dir() else masks
+
 def run_rows(
     config:dict, # Of a run
     path=None, # Another folder of the same data
@@ -54,7 +61,9 @@ def run_rows(
     "The table that a run was trained on: its split, its classes"
     t,opts = config['training'],dict(reader or {})
     protocol = opts.pop('protocol', t.get('protocol'))
-    t = dict(t, path=path or t['path'], protocol=protocol, reader={**t.get('reader', {}), **opts})
+    kept = dict(t.get('reader', {}))
+    if path and kept.get('masks'): kept['masks'] = _found_again(kept['masks'], t['path'], path)
+    t = dict(t, path=path or t['path'], protocol=protocol, reader={**kept, **opts})
     df = _read(t, run and config['method'], run)
     if protocol == config['training'].get('protocol'): df = _kept_split(df, run, path is not None)
     return match_classes(df, config.get('vocab') or [])

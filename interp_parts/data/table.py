@@ -278,16 +278,18 @@ def write_split(
 
 # %% ../../nbs/01_data/01_table.ipynb #6287c823
 def _read_split(path):
-    "Split by image path of a list"
+    "Splits of each image path of a list; an image for accuracy may be one for parts, too"
     try: lines = [l.split('\t') for l in Path(path).read_text(encoding='utf-8-sig').splitlines() if l and l[0] != '#']
     except (OSError, UnicodeDecodeError):
         raise DataError(path, 'no such file', 'lines such as `train<tab>owl/1.jpg`') from None
     bad = [l for l in lines if len(l) != 2 or l[0] not in SPLITS]
     if bad:
         raise DataError(path, repr('\t'.join(bad[0])), f'lines such as `train<tab>owl/1.jpg`, of {", ".join(SPLITS)}')
-    twice = [f for f,n in Counter(f for _,f in {tuple(l) for l in lines}).items() if n > 1]
-    if twice: raise DataError(path, f'{first_few(twice)} in several splits', 'one split an image')
-    return {f:s for s,f in lines}
+    out = {}
+    for s,f in lines: out.setdefault(f, []).append(s)
+    both = [f for f,s in out.items() if 'train' in s and {'test','eval'} & set(s)]
+    if both: raise DataError(path, f'{first_few(both)} in several splits', 'one split an image')
+    return out
 
 # %% ../../nbs/01_data/01_table.ipynb #4c7c4946
 def _line_of(image, listed):
@@ -304,7 +306,8 @@ def _listed_splits(df, path):
     best = {}
     for im,l in lines.items():
         if l and (l[0] not in best or above[l[1]] > above[lines[best[l[0]]][1]]): best[l[0]] = im
-    return df.image.map(lambda p: listed[l[0]] if (l := lines[str(p)]) and best[l[0]] == str(p) else None)
+    known = lambda p: listed[l[0]] if (l := lines[str(p)]) and best[l[0]] == str(p) else [None]
+    return pd.Series([s if s in (k := known(p)) else k[0] for p,s in zip(df.image, df.split)], df.index, dtype=object)
 
 # %% ../../nbs/01_data/01_table.ipynb #288bca9c
 def use_split(

@@ -12,6 +12,7 @@ import numpy as np, torch
 from fastcore.basics import patch
 
 from ..core import DataError, pick
+from ..data.table import match_classes
 from .baselines import LabKMeans
 from .parts import BASELINES, evaluate_parts
 from ..training.losses import attribute_accuracy
@@ -94,6 +95,7 @@ def evaluate(
 )->dict:
     "All numbers that the annotations of the table allow"
     pick(protocol, PROTOCOLS, '--protocol')
+    df = match_classes(df, getattr(learner.dls, 'vocab', None) or [])
     own,scored,parted = (test,) if test else ('eval','test'),{},{}
     rows = split_rows(df, own if protocol == 'interpretability' else own[::-1])
     flip = protocol == 'paper' and 'label' in df if flip is None else flip

@@ -14,7 +14,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 
-from ..core import CheckpointError, ConfigError, nearest, pick
+from ..core import CheckpointError, ConfigError, eval_mode, nearest, pick
+from ..networks import as_map
 
 # %% ../../nbs/03_models/01_backbones.ipynb #2846a3a6
 def check_backbone(
@@ -70,8 +71,10 @@ class Backbone(nn.Module):
         dilate = dict(output_stride=stride) if stage != 'stride' and stride < 32 else {}
         self.net = create_timm(name, pretrained, weights, dynamic_img_size=True, **dilate)
         self.stats = tuple(self.net.default_cfg['mean']),tuple(self.net.default_cfg['std'])
+        self.name,self.fixed = name,bool(self.net.default_cfg.get('fixed_input_size'))
         self._cut(self.net.feature_info, stride, name)
         _save_copies(self.net)
+        if stage == 'final': self._check_final()
         self.early = self._early() if freeze_early else []
         for m in [*self.bns()*freeze_bn, *self.early]: m.requires_grad_(False)
 
@@ -108,18 +111,54 @@ def forward(self:Backbone,
     x:torch.Tensor, # Images (B,3,H,W)
 )->torch.Tensor:
     "The feature map (B,C,h,w) of images"
-    if self.stage != 'final':
-        asked = dict(indices=[self.index], intermediates_only=True, output_fmt='NCHW')
-        return self.net.forward_intermediates(x, **asked)[0]
-    return _as_map(self.net, self.net.forward_features(x), x)
+    if not self.fixed: return self._maps(x)
+    try: f = self._maps(x)
+    except (RuntimeError, AssertionError, ValueError) as e: raise self._other_size(x) from e
+    off = [abs(a*self.stride - b) for a,b in zip(f.shape[2:], x.shape[2:])] if isinstance(f, torch.Tensor) else [0]
+    if max(off) > self.stride: raise self._other_size(x) # it scales images to its own size
+    return f
 
-def _as_map(net, f, x):
+@patch
+def _maps(self:Backbone, x):
+    if self.stage == 'final': return _final_map(self.net, self.net.forward_features(x), x)
+    return self.net.forward_intermediates(x, indices=[self.index], intermediates_only=True, output_fmt='NCHW')[0]
+
+def _final_map(net, f, x):
     "Features of any layout as (B,C,h,w)"
     if f.ndim == 3:
-        f = f[:,getattr(net, 'num_prefix_tokens', 0):]
-        h,w = net.patch_embed.dynamic_feat_size(x.shape[-2:])
-        return f.transpose(1,2).unflatten(2, (h,w))
+        prefix = getattr(net, 'num_prefix_tokens', None)
+        if not hasattr(getattr(net, 'patch_embed', None), 'dynamic_feat_size'): return as_map(f, x.shape[-2:], prefix)
+        return f[:,prefix or 0:].transpose(1,2).unflatten(2, net.patch_embed.dynamic_feat_size(x.shape[-2:]))
     return f.permute(0,3,1,2) if str(getattr(net, 'output_fmt', 'NCHW')).endswith('NHWC') else f
+
+# %% ../../nbs/03_models/01_backbones.ipynb #7b79fbea
+@patch
+def _other_size(self:Backbone, x):
+    h,w = self.net.default_cfg['input_size'][1:]
+    return ConfigError('--size and --resize', '{}x{} images'.format(*x.shape[2:]), f'{h}x{w}, all that {self.name} takes',
+                       f'pass --size {h} --resize squash, or another --backbone')
+
+@patch
+def _check_final(self:Backbone):
+    "Raise for a network whose last features are no map"
+    h,w = self.net.default_cfg['input_size'][1:] if self.fixed else (96,96)
+    try:
+        with eval_mode(self.net), torch.no_grad(): f = self._maps(torch.zeros(1, 3, h, w))
+    except (AttributeError, ConfigError): f = None
+    if f is not None and f.ndim == 4 and f.shape[1] == self.channels and abs(f.shape[2] - h/self.stride) < 3: return
+    raise ConfigError('stage', 'final', f"'last' or 'stride': {self.name} ends without a map", '--set stage=last')
+
+@patch
+def check_view(self:Backbone,
+    view, # `View`: how images come to the network
+):
+    "Raise for a network that gives no map of images of this size, or of whole images of other proportions"
+    if not self.fixed: return
+    p = next(self.parameters())
+    with eval_mode(self), torch.no_grad():
+        for w in (view.size, view.size*4//3)[:1+(view.resize == 'short')]:
+            self(torch.zeros(1, 3, view.size, w, device=p.device, dtype=p.dtype))
+
 
 # %% ../../nbs/03_models/01_backbones.ipynb #1a38857a
 @patch

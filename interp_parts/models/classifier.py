@@ -8,6 +8,7 @@ __all__ = ['classifier_recipes', 'Classifier', 'classifier_learner']
 # %% ../../nbs/03_models/02_classifier.ipynb #3798fcd4
 import torch
 from fastcore.basics import patch
+from fastcore.foundation import L
 from torch import nn
 
 from ..core import PartLearner, PartModel, Parts, register
@@ -72,14 +73,14 @@ def classifier_learner(
     pretrained:bool=True, # Download the backbone's weights?
     weights:str=None, # Backbone weights in a local file
     freeze_early:bool=None, # Keep the stages up to stride 4? Default: if they are pretrained
-    cbs=None, # Further callbacks
+    cbs=None, # Further callbacks, or one
     **options # Of `Classifier`
 )->PartLearner:
     "A learner for the plain classifier"
     if freeze_early is None: freeze_early = bool(pretrained or weights)
     model = Classifier(dls.c, backbone, dls.multi, pretrained=pretrained, weights=weights,
                        freeze_early=freeze_early, **options)
-    return part_learner(dls, model, cbs=[LossTerms(), *(cbs or [])])
+    return part_learner(dls, model, cbs=[LossTerms(), *L(cbs)])
 
 # %% ../../nbs/03_models/02_classifier.ipynb #9f52c869
 classifier_recipes = dict(base_resnet34=dict(

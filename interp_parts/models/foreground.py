@@ -12,6 +12,7 @@ from pathlib import Path
 import cv2, numpy as np, pandas as pd, torch, torch.nn.functional as F
 from fastai.callback.core import Callback
 from fastai.learner import AvgMetric
+from fastcore.foundation import L
 from torch import nn
 
 from ..core import CheckpointError, ConfigError, DataError, PartLearner, PartModel, Parts
@@ -96,7 +97,7 @@ def foreground_learner(
     backbone:str='resnet34', # timm's name
     weights:str|None=None, # Local safetensors file with timm's or torchvision's names
     pretrained:bool=True, # Download timm's weights?
-    cbs=None, # Further callbacks
+    cbs=None, # Further callbacks, or one
     **model # Further options of the network: `stride` of its coarsest map, `width` of the pyramid, `freeze_bn`
 )->PartLearner:
     "A learner that predicts foreground masks"
@@ -105,7 +106,7 @@ def foreground_learner(
                           "a table with masks and part_dls(..., extra=('mask',))")
     net = _ForegroundNet(backbone, weights=weights, pretrained=pretrained, **model)
     return PartLearner(dls, net.to(dls.device), loss_func=_mask_loss, splitter=split_params,
-                       metrics=AvgMetric(_foreground_iou), cbs=[_MaskTarget(), *(cbs or [])])
+                       metrics=AvgMetric(_foreground_iou), cbs=[_MaskTarget(), *L(cbs)])
 
 # %% ../../nbs/03_models/03_foreground.ipynb #9a4f78ea
 def _relative(paths):

@@ -7,6 +7,7 @@ __all__ = ['region_grouping_recipes', 'region_grouping_learner']
 
 # %% ../../nbs/10_region_grouping/06_learner.ipynb #094bcfe7
 import torch
+from fastcore.foundation import L
 
 from ..core import PartLearner, register
 from .model import RegionGrouping
@@ -29,7 +30,7 @@ def region_grouping_learner(
     design:str=None, # 'paper' or 'adapted'; default 'paper' with `compat`, else 'adapted'
     compat:bool=False, # The original's behaviour, quirks included?
     freeze_early:bool=None, # Keep the stages up to stride 4? Default: if pretrained, unless the design is the paper's
-    cbs=None, # Further callbacks
+    cbs=None, # Further callbacks, or one
     published:bool=None, # Earlier name: True is design='paper', False is design='adapted'
     **options # Of `RegionGrouping`
 )->PartLearner:
@@ -41,7 +42,7 @@ def region_grouping_learner(
     side = -(-dls.view.size//model.backbone.stride)
     occurrence(torch.zeros(1, 1, side, side), **model.blur) # says so if the map is too small
     own = [OccurrencePrior(coeff, alpha, beta), *([Regroup(regroup)] if regroup else [])]
-    learn = part_learner(dls, model, cbs=[*own, *(cbs or [])], compat=compat)
+    learn = part_learner(dls, model, cbs=[*own, *L(cbs)], compat=compat)
     if design != 'paper' if kmeans is None else kmeans:
         model.init_prototypes(learn.batches(few_rows(dls), whole=False))
     return learn

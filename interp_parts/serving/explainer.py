@@ -14,8 +14,8 @@ from fastcore.basics import patch
 from PIL import Image
 
 from ..core import ConfigError, DataError
-from ..data.images import denormalize, load_image, normalize
-from ..data.readers.files import IMAGE_SUFFIXES, DataFolder
+from ..data.images import IMAGE_SUFFIXES, denormalize, load_image, normalize
+from ..data.readers.files import DataFolder
 from ..data.views import View
 from ..files import read_json, write_json
 from .answers import Explanation

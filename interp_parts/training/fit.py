@@ -16,10 +16,11 @@ from fastai.callback.training import GradientClip
 from fastcore.foundation import L
 
 from ..core import CheckpointError, ConfigError, pick
-from ..files import claim, load_tensors, reading, save_tensors, write_text
+from ..files import claim, load_tensors, reading, save_tensors, write_csv, write_text
 from ..lock import locked
 from .guards import StopNonFinite, WatchParts
 from .optim import keep_memory, schedules, torch_opt
+from .runs import keep_split
 from .state import SaveState, say_unsaved
 
 # %% ../../nbs/04_training/05_fit.ipynb #fdfa89bc
@@ -36,7 +37,7 @@ class _History(Callback):
         if self.epoch < self.start: return # fastai passes through the epochs before
         names = list(self.learn.recorder.metric_names)
         self.rows.append(dict(zip(names, [self.epoch, *(float(v) for v in self.learn.recorder.values[-1])])))
-        try: write_text(self.path, pd.DataFrame(self.rows).to_csv(index=False))
+        try: write_csv(self.path, pd.DataFrame(self.rows))
         except OSError as e: say_unsaved(self.path, e)
 
 # %% ../../nbs/04_training/05_fit.ipynb #51b67cf3
@@ -160,6 +161,8 @@ def _fit_into(learn, epochs, lrs, cbs, run, save_every, resume, keep_best=None):
     "Fit with a history and a state in the run"
     save = SaveState(run, save_every, resume)
     state = save.state
+    try: keep_split(learn, run)
+    except OSError as e: say_unsaved(Path(run)/'split.txt', e)
     if state: print(f"resumed at epoch {save.start} step {state['step']}")
     keep = [_History(run, save.start), *([_KeepBest(run, keep_best, save.start)] if keep_best else [])]
     if save.start < epochs:

@@ -16,7 +16,7 @@ from torch import nn
 from ..core import CheckpointError, ConfigError, DataError, pick
 from ..files import reading
 from ..models.backbones import load_network
-from ..networks import LayerMap, as_map, plain_network
+from ..networks import LayerMap, as_map, forward_hooks, plain_network
 from ..training.runs import load_run
 from .maps import resize_maps, to_unit
 
@@ -30,14 +30,11 @@ def _grad_cam(model, layer, x, target=None):
         seen.append(out.detach().requires_grad_())
         torch.set_grad_enabled(True) # from here on only; no_grad below puts it back
         return seen[-1]
-    handle = layer.register_forward_hook(watch)
-    try:
-        with torch.no_grad():
-            out = model(x)
-            logits = getattr(out, 'logits', out)
-            target = logits.argmax(1) if target is None else target
-            g, = torch.autograd.grad(logits.gather(1, target[:,None]).sum(), seen)
-    finally: handle.remove()
+    with forward_hooks(watch, layer), torch.no_grad():
+        out = model(x)
+        logits = getattr(out, 'logits', out)
+        target = logits.argmax(1) if target is None else target
+        g, = torch.autograd.grad(logits.gather(1, target[:,None]).sum(), seen)
     a,g = [as_map(v, x.shape[2:], _prefix(model, v)) for v in (seen[0].detach(), g)]
     return to_unit((g.mean((2,3), keepdim=True)*a).sum(1).relu()),logits.detach()
 
@@ -67,9 +64,7 @@ def pooled(self:BaseModel,
 )->torch.Tensor:
     "Mean features (B,C) of the layer"
     seen = []
-    handle = self.at[0].register_forward_hook(lambda m,i,o: seen.append(o))
-    try: self(x)
-    finally: handle.remove()
+    with forward_hooks(lambda m,i,o: seen.append(o), self.at[0]): self(x)
     return as_map(seen[0], x.shape[2:], _prefix(self.model, seen[0])).mean((2,3))
 
 @patch

@@ -17,7 +17,7 @@ from fastcore.basics import patch
 from ..core import InterpPartsError, PartLearner
 from ..data.images import load_image
 from ..data.rows import run_rows
-from ..files import atomic_path, write_text
+from ..files import atomic_path, claim_file, write_csv
 from ..training.runs import fingerprint
 from .fields import ReceptiveField, activation_boxes
 from .files import OriginalFiles
@@ -201,7 +201,7 @@ def _explanations(learn, rows, images, out, n=10):
             tables.append(t.assign(image=name, true_class=true, answer=answer))
     t = pd.concat(tables)
     first = ['image','true_class','answer']
-    write_text(out/'words_of_images.csv', t[first + [c for c in t if c not in first]].to_csv(index=False))
+    write_csv(claim_file(out/'words_of_images.csv'), t[first + [c for c in t if c not in first]])
     return files
 
 def _write_original(learn, near, images, out):
@@ -237,7 +237,7 @@ def word_pictures(
     said = 'The patch that each word is, and the images nearest to it; all words are in words/ and words.csv.'
     fig = word_gallery(learn, near, images=images)
     files = [fig.save(out/'word_gallery.png', 'The words with the largest weights', said)]
-    write_text(out/'words.csv', _word_list(m, table, vocab).to_csv(index=False))
+    write_csv(claim_file(out/'words.csv'), _word_list(m, table, vocab))
     files += _save_words(m, near, images, out/'words', vocab)
     _write_original(learn, near, images, out)
     return files + _explanations(learn, rows, images, out)

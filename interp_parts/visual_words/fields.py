@@ -13,6 +13,7 @@ from fastcore.basics import patch
 from torch import nn
 
 from ..core import eval_mode
+from ..networks import forward_hooks
 from .maps import resize_maps
 
 # %% ../../nbs/12_visual_words/08_fields.ipynb #6b72512d
@@ -78,11 +79,7 @@ def chain(cls:ReceptiveField,
     short = {'downsample','shortcut'}
     note = lambda m,*_: chain.append((_one(m.kernel_size), _one(m.stride), _padding(m)))
     path = [m for n,m in net.named_modules() if isinstance(m, kinds) and not short & set(n.split('.'))]
-    hooks = [m.register_forward_hook(note) for m in path]
-    try:
-        with eval_mode(net), torch.no_grad(): net(x)
-    finally:
-        for h in hooks: h.remove()
+    with forward_hooks(note, *path), eval_mode(net), torch.no_grad(): net(x)
     return chain
 
 # %% ../../nbs/12_visual_words/08_fields.ipynb #63ba10f8

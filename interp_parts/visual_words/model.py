@@ -11,6 +11,7 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 import torch
+from fastcore.foundation import L
 from torch import nn
 
 from ..core import ConfigError, PartLearner, PartModel, pick, register
@@ -158,7 +159,7 @@ def visual_words_learner(
     weights:str=None, # Backbone weights in a local file
     freeze_early:bool=None, # Keep the stages up to stride 4? Default: if they are pretrained
     compat:bool=False, # The original with its quirks?
-    cbs=None, # Further callbacks
+    cbs=None, # Further callbacks, or one
     **options # Options of `Words`, `Phases`, `WordLosses` and `VisualWords` by their names
 )->PartLearner:
     "A learner for visual words (Xiao et al., 2022) or ProtoPNet (Chen et al., NeurIPS 2019)"
@@ -172,7 +173,7 @@ def visual_words_learner(
     sees = (base is not None or attention is not None) and not losses.class_specific and losses.attend > 0
     losses = replace(losses, attend=losses.attend*sees, top=losses.top or min(10, len(model.words)))
     own = [WordLoss(losses, compat), WordPhases(phases, model.config['last'] != 'blocks', compat)]
-    learn = part_learner(dls, model, cbs=[*own, *(cbs or [])])
+    learn = part_learner(dls, model, cbs=[*own, *L(cbs)])
     learn.base = base
     look = _attend(learn, base, attention, compat) if sees else _cams(base) if base else None
     if words.words_from == 'patches': start_words(learn, look, words.start_gain)

@@ -16,7 +16,8 @@ import interp_parts.visual_words.pruning # gives `VisualWords` its methods for f
 from ..core import ConfigError, DataError, pick
 from ..data.rows import run_rows
 from ..evaluation.scoring import accuracy
-from ..files import claim, read_json, save_tensors, start_folder, write_json
+from ..files import claim, read_json, save_tensors, write_json
+from ..replace import start_folder
 from ..training.runs import load_run
 from .last_layer import fit_last
 from .network import VisualWords

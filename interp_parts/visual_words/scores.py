@@ -13,6 +13,7 @@ import numpy as np, pandas as pd, torch
 from PIL import Image
 
 from ..core import ConfigError
+from ..data.images import load_mask
 from ..evaluation.scoring import accuracy, split_rows
 from .base import BaseModel, read_attention
 from .fidelity import AttentionFidelity
@@ -83,8 +84,8 @@ class _SeenLabels(dict):
         self.view = view
 
     def __missing__(self, row):
-        with Image.open(self.files[row]) as im:
-            self[row] = np.array(self.view.place(*im.size).image(im, Image.Resampling.NEAREST))
+        im = load_mask(self.files[row], numbers=True)
+        self[row] = np.array(self.view.place(*im.size).image(im, Image.Resampling.NEAREST))
         return self[row]
 
 # %% ../../nbs/12_visual_words/22_scores.ipynb #6de7a98e

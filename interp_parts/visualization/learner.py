@@ -58,10 +58,9 @@ def show_gallery(self:PartLearner,
 def _as_input(learn, item):
     "One file, image, array or table row as the learner's whole-image network input (1,3,H,W), normalized"
     item = item['image'] if hasattr(item, 'keys') else item
-    if isinstance(item, np.ndarray): item = Image.fromarray(item)
-    im = item if isinstance(item, Image.Image) else load_image(item)
+    im = load_image(Image.fromarray(item) if isinstance(item, np.ndarray) else item)
     v = learn.dls.view
-    x = np.asarray(View(v.size, v.resize, whole=True).place(*im.size).image(im.convert('RGB'))).copy()
+    x = np.asarray(View(v.size, v.resize, whole=True).place(*im.size).image(im)).copy()
     return normalize(torch.from_numpy(x).permute(2,0,1)[None], learn.dls.stats)
 
 # %% ../../nbs/21_visualization/03_learner.ipynb #4b337fe3

@@ -6,16 +6,17 @@
 __all__ = ['write_model_card']
 
 # %% ../../nbs/21_visualization/06_model_card.ipynb #59d11be4
-import html
+import html, re
 from pathlib import Path
 
-from ..files import claim_file, write_text
+from ..files import keep_theirs, write_text
 from .summary import RunSummary
 
 # %% ../../nbs/21_visualization/06_model_card.ipynb #97b5ddb4
 def _md(s):
     "Text that is nothing but text in Markdown"
-    return html.escape(str(s), quote=False).replace('|', '&#124;').replace('`', "'").replace('\n', ' ')
+    live = str.maketrans({c:f'&#{ord(c)};' for c in '|[]\\@'} | {'`':"'", '\n':' ', '\r':' '})
+    return re.sub(r':(?=//)|(?<=www)\.', lambda m: f'&#{ord(m[0])};', html.escape(str(s), quote=False).translate(live), flags=re.I)
 
 def _md_table(head, rows):
     "A Markdown table; nothing if there are no rows"
@@ -64,6 +65,6 @@ def write_model_card(
     run_dir, # Folder of the run
 )->Path:
     "Write RUN/README.md and return its path"
-    out = claim_file(Path(run_dir)/'README.md', ('run','demo'))
-    write_text(out, _card(RunSummary(run_dir)))
+    out = Path(run_dir)/'README.md'
+    if not keep_theirs(out): write_text(out, _card(RunSummary(run_dir)))
     return out

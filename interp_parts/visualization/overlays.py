@@ -21,6 +21,7 @@ from matplotlib.patches import Patch
 from matplotlib.text import Text
 
 from ..core import DataError, Parts
+from ..data.images import load_image
 from ..evaluation.pixels import upsample
 from ..files import atomic_path, claim_file
 
@@ -30,7 +31,7 @@ def to_rgb(
 )->np.ndarray:
     "The image as (H,W,3) float64 in 0..255"
     if isinstance(image, torch.Tensor) and image.ndim == 3: image = image.detach().cpu().permute(1,2,0)
-    a = np.asarray(image)
+    a = np.asarray(load_image(image) if isinstance(image, Image.Image) else image)
     if a.ndim != 3 or a.shape[2] != 3: raise DataError('image', a.shape, 'a (3,H,W) tensor or (H,W,3) array')
     if a.dtype.kind != 'f': return a.astype(np.float64)
     lo,hi = a.min(),a.max()

@@ -15,7 +15,8 @@ from PIL import Image
 from jinja2 import Environment, StrictUndefined
 from matplotlib.ticker import MaxNLocator
 
-from ..files import claim_file, write_text
+from ..core import CheckpointError
+from ..files import keep_theirs, reading, write_text
 from .model_card import write_model_card # so that you can import it from here, too
 from .overlays import Picture
 from .summary import RunSummary
@@ -29,7 +30,8 @@ def _finite(text):
 def _read_curves(path):
     "`{name: {'train'|'valid'|'': [value or None, ...]}}` in the file's order; empty without a file"
     if not Path(path).exists(): return {}
-    with open(path, newline='', encoding='utf-8') as f: rows = list(csv.DictReader(f))
+    with reading(path, 'a row for each epoch', 'delete it, or train again', CheckpointError), open(path, newline='', encoding='utf-8') as f:
+        rows = list(csv.DictReader(f))
     out = {}
     for col in (c for c in (rows[0] if rows else ()) if c and c not in ('epoch','time')):
         part = next((p for p in ('train','valid') if col.startswith(f'{p}_')), '')
@@ -74,10 +76,14 @@ def _picture(path):
     return dict(title=str(info.get('Title', path.stem)), text=str(info.get('Description', '')), width=w, height=h,
                 src=_data_uri(data))
 
+def _shown(run, suffix):
+    "Files of RUN/visualization, without hidden ones"
+    return [f for f in (Path(run)/'visualization').glob(f'*{suffix}') if f.name[0] != '.']
+
 def _pictures(run):
     "The pictures of a run, overviews first"
     order = lambda f: (f.name.startswith('explanation'), f.name != 'overview.png', f.name)
-    return [_picture(f) for f in sorted((Path(run)/'visualization').glob('*.png'), key=order)]
+    return [_picture(f) for f in sorted(_shown(run, '.png'), key=order)]
 
 # %% ../../nbs/21_visualization/05_report.ipynb #6058e907
 def _csv_table(path, most=100):
@@ -89,7 +95,7 @@ def _csv_table(path, most=100):
     said = f"{path.stem.replace('_', ' ')}: {len(rows)} row{'s'*(len(rows) != 1)}{more}"
     return dict(said=said, head=head, rows=rows[:most])
 
-def _tables(run): return [_csv_table(f) for f in sorted((Path(run)/'visualization').glob('*.csv'))]
+def _tables(run): return [_csv_table(f) for f in sorted(_shown(run, '.csv'))]
 
 # %% ../../nbs/21_visualization/05_report.ipynb #fe4bab8c
 _STYLE = '''
@@ -195,6 +201,6 @@ def write_report(
     run_dir, # Folder of the run
 )->Path:
     "Write RUN/report.html, one self-contained file, and return its path"
-    out = claim_file(Path(run_dir)/'report.html', ('run','demo'))
-    write_text(out, _html(run_dir))
+    out = Path(run_dir)/'report.html'
+    if not keep_theirs(out): write_text(out, _html(run_dir))
     return out

@@ -46,6 +46,10 @@ _original_page = ('annotation.zip of the original repository has it, '
                   'see https://www.biostat.wisc.edu/~yli/cvpr2020-interp/')
 
 # %% ../../../nbs/01_data/readers/04_faces.ipynb #56e15d18
+def _lists(stem):
+    "Names of a list: the owners' text, or the CSV file of Kaggle's copy"
+    return f'{stem}.txt',f'{stem}.csv'
+
 def _official_partition(path):
     "Split by file name, of list_eval_partition.txt"
     split = read_list(path, 1).iloc[:,0].map({0:'train', 1:'valid', 2:'test'})
@@ -55,7 +59,7 @@ def _official_partition(path):
 
 def _partition(folder):
     "Split by file name"
-    if f := folder.find('list_eval_partition.txt'): return _official_partition(f)
+    if f := folder.find(*_lists('list_eval_partition')): return _official_partition(f)
     names = dict(train=('celebA_training_full.txt','celebA_training.txt'), valid=('celebA_validating.txt',),
                  test=('celebA_testing.txt',))
     if not folder.find(*names['train']): folder.need('list_eval_partition.txt', do=_celeba_page)
@@ -65,7 +69,7 @@ def _partition(folder):
 # %% ../../../nbs/01_data/readers/04_faces.ipynb #268ba997
 def _face_columns(folder, names):
     "Attributes and identities of the images, as far as there are any, and the attributes' names"
-    attr,person = (folder.find(f) for f in ('list_attr_celeba.txt', 'identity_CelebA.txt'))
+    attr,person = folder.find(*_lists('list_attr_celeba')),folder.find('identity_CelebA.txt')
     if not (attr or person): folder.need('list_attr_celeba.txt', 'identity_CelebA.txt', do=_celeba_page)
     people = dict(identity=folder.rows(person, names, 1).iloc[:,0].tolist()) if person else {}
     if not attr: return people,[]
@@ -84,9 +88,10 @@ def _face_points(folder, name, names):
 # %% ../../../nbs/01_data/readers/04_faces.ipynb #4ffa6c59
 def _aligned(folder):
     "Columns of the accuracy protocol"
-    images = folder.need('img_align_celeba', 'aligned', do='unpack img_align_celeba.zip there')
+    names = 'img_align_celeba/img_align_celeba','img_align_celeba','aligned' # in a folder of its own name, as from Kaggle
+    images = folder.find(*names) or folder.need(*names[1:], do='unpack img_align_celeba.zip there')
     split = _partition(folder)
-    marks = folder.find('list_landmarks_align_celeba.txt')
+    marks = folder.find(*_lists('list_landmarks_align_celeba'))
     pts = dict(keypoints=list(_face_points(folder, marks, split.index))) if marks else {}
     return dict(name=split.index, image=[str(images/n) for n in split.index], split=split.to_numpy(), **pts)
 
@@ -113,7 +118,7 @@ def _in_the_wild(folder):
     unpack = "unpack img_celeba.7z.001 ... .014: extract('img_celeba.7z.001', '.') of interp_parts.data.archives"
     images = folder.need('img_celeba', 'unaligned', do=unpack)
     marks = folder.need('list_landmarks_celeba.txt', 'list_landmarks_unalign_celeba.txt', do=_celeba_page)
-    boxes = folder.need('list_bbox_celeba.txt', do=_celeba_page)
+    boxes = folder.need(*_lists('list_bbox_celeba'), do=_celeba_page)
     split = _without_mafl(folder)
     box = folder.rows(boxes, split.index, 4).to_numpy(float)
     keep = _scops_filter(*_image_sizes(folder, images, split.index).T, box)

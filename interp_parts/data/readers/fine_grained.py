@@ -104,14 +104,18 @@ def _read_flowers(
 readers['flowers'] = _read_flowers
 
 # %% ../../../nbs/01_data/readers/05a_fine_grained.ipynb #f2b2dd11
+_kits = 'devkit','car_devkit/devkit'
+
 def _car_kit(root):
     "Annotations as (image, split, annotation) and class names, in the layout with a devkit"
-    labelled = root.need('cars_test_annos_withlabels.mat', subs=('','devkit'),
-                         do='without it the test images have no labels')
-    lists = dict(train='devkit/cars_train_annos.mat', test=labelled)
-    rows = [(root/f'cars_{s}'/a['fname'], s, a) for s,f in lists.items()
+    where,name = ('',*_kits),'cars_test_annos_withlabels'
+    labelled = root.find(f'{name} (1).mat', subs=where) or root.need(f'{name}.mat', subs=where,
+                                                                     do='without it the test images have no labels')
+    lists = dict(train=root.need('cars_train_annos.mat', subs=_kits), test=labelled)
+    images = {s:root.find(f'cars_{s}/cars_{s}') or root/f'cars_{s}' for s in lists} # a folder in itself, as from Kaggle
+    rows = [(images[s]/a['fname'], s, a) for s,f in lists.items()
             for a in as_list(root.mat(f, 'annotations')['annotations'])]
-    return rows,root.mat('devkit/cars_meta.mat', 'class_names')['class_names']
+    return rows,root.mat(root.need('cars_meta.mat', subs=_kits), 'class_names')['class_names']
 
 def _car_all(root, f):
     "The same, in the layout with one list"
@@ -125,15 +129,25 @@ def _car_box(a):
     return x0-1,y0-1,x1-x0+1,y1-y0+1
 
 # %% ../../../nbs/01_data/readers/05a_fine_grained.ipynb #85b5ed87
+def _car_root(root):
+    "The folder of the data set, and its one list, None where there is a devkit"
+    names = '','stanford_cars','stanford-cars'
+    one,kit = root.find('cars_annos.mat', subs=names),root.find(*_kits, subs=names)
+    if one and (one.parent/'car_ims').is_dir(): return root,one
+    if one and not kit:
+        raise DataError(one.parent/'car_ims', 'no such folder', 'the images that cars_annos.mat numbers',
+                        'cars_train/ and cars_test/ number them otherwise: unpack car_devkit.tgz beside them, '
+                        'and get cars_test_annos_withlabels.mat')
+    if not kit: root.need('devkit', *names[1:], do='unpack car_devkit.tgz there')
+    return DataFolder(kit.parents[len(Path(next(k for k in _kits[::-1] if kit.match(k))).parts)-1]),None
+
 def _read_cars(
     path, # Folder with cars_train/, cars_test/ and devkit/, or with car_ims/ and cars_annos.mat
     valid:float=0., # Share of each class's training images that becomes `valid`
     seed:int=0, # Random seed of that choice
 )->pd.DataFrame:
     "The table of Stanford Cars: 196 models, boxes, official split"
-    root,names = DataFolder(path),('stanford_cars','stanford-cars')
-    one = root.find('cars_annos.mat', subs=('',*names))
-    if not one: root = DataFolder(path, 'devkit', *names, do='unpack car_devkit.tgz there')
+    root,one = _car_root(DataFolder(path))
     try:
         rows,classes = _car_all(root, one) if one else _car_kit(root)
         table = dict(image=[str(f) for f,*_ in rows], split=[s for _,s,_ in rows], box=[_car_box(a) for *_,a in rows],

@@ -12,7 +12,8 @@ from pathlib import Path
 import numpy as np, pandas as pd
 
 from ...core import ConfigError, DataError
-from .files import DataFolder, IMAGE_SUFFIXES, readers
+from ..images import IMAGE_SUFFIXES
+from .files import DataFolder, readers
 from ..table import check_copies, check_table, content_groups, first_few, part_table
 
 # %% ../../../nbs/01_data/readers/02_folders.ipynb #1b949860

@@ -13,7 +13,8 @@ import pandas as pd
 
 from ...core import DataError
 from ..masks import check_masks, label_files
-from .files import DataFolder, IMAGE_SUFFIXES, readers
+from ..images import IMAGE_SUFFIXES
+from .files import DataFolder, readers
 from .folders import folder_split, new_split
 from ..table import check_table, first_few, part_table
 

@@ -17,9 +17,10 @@ from .files import readers
 from ...files import reading
 
 # %% ../../../nbs/01_data/readers/08_registry.ipynb #7a445427
-def _other_masks(df, folder):
-    "The table with masks of a folder: for its test rows, or for all rows if it has none"
-    return add_masks(df, str(folder), ('test',) if 'mask' in df else None)
+def _other_masks(df, folder, path):
+    "The table with masks of a folder, within the data or anywhere: for its test rows, or for all rows if it has none"
+    inside = Path(path)/folder
+    return add_masks(df, str(inside if inside.is_dir() else folder), ('test',) if 'mask' in df else None)
 
 def _check_options(name, known, options):
     "Complain about an option that the reader does not take"
@@ -31,7 +32,7 @@ def _check_options(name, known, options):
 def read_data(
     name:str, # One of `readers`
     path, # The data set's folder, or the file of a table
-    **options # The reader's own, such as protocol='interpretability'; any: masks, a folder of masks
+    **options # The reader's own, such as protocol='interpretability'; any: masks, a folder within `path` or anywhere
 )->pd.DataFrame:
     "The table of the data set `name` at `path`"
     reader = pick(name, readers, '--data')
@@ -42,4 +43,4 @@ def read_data(
         raise DataError(path, 'no such file or folder', f'the data of --data {name}', 'check --path')
     with reading(path, f'the data of --data {name}', 'check --path, or restore the files'):
         df = reader(path, **options)
-        return df if masks is None else _other_masks(df, masks)
+        return df if masks is None else _other_masks(df, masks, path)
