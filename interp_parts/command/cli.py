@@ -139,6 +139,11 @@ def _train(
     overwrite:bool=False, # Replace a run that exists?
     save_every:int=None, # Also save the training state after so many steps, not only after each epoch
     deterministic:bool=None, # Only deterministic kernels? Slower on a GPU
+    precision:str=None, # 32, tf32, bf16 or fp16, inside the network; losses stay in float32
+    channels_last:bool=None, # Images in channels-last memory?
+    compile:bool=None, # Compile the network?
+    accumulate:int=None, # Batches that share a step
+    ema:float=None, # Decay of a moving average of the weights, such as 0.9999
     on_bad_image:str=None, # error (the default), skip, or replace by the next of the same class and split
     compat:bool=None, # The original's quirks too?
     set_:list[str]=[], # key=value: any further option of the method or the training; data.key=value: of the reader

@@ -15,8 +15,10 @@ from ..core import CheckpointError, ConfigError, get_method, pick
 from ..data.table import BAD_IMAGE
 from ..data.views import RESIZES
 from ..models.backbones import check_backbone
+from ..training.average import WeightAverage
 from ..training.fit import fit_run
 from ..training.optim import optimizers, schedules
+from ..training.precision import PRECISIONS
 
 # %% ../../nbs/30_command/02a_settings.ipynb #0b57f0c8
 settings_defaults = dict(data=None, path=None, protocol=None, masks=None, init=None,
@@ -121,13 +123,24 @@ def pick_device(
     except RuntimeError: raise ConfigError('--device', repr(name), known) from None
 
 # %% ../../nbs/30_command/02a_settings.ipynb #7c4c48cd
-def _check_fit(lr=0., schedule='constant', optimizer='sgd', clip=None, options=None, **rest):
+def _check_fit(lr=0., schedule='constant', optimizer='sgd', clip=None, options=None, **more):
     "Raise for settings of the fit that cannot be"
     pick(schedule, schedules, 'schedule')
     pick(optimizer, optimizers, 'optimizer')
     if clip is not None: check_kind('clip', clip, 0., 0.)
     for k,v in dict(lr=lr, **(options or {})).items():
         for x in v if isinstance(v, (list,tuple)) and (v or k != 'lr') else [v]: check_kind(k, x, 0., 0., 1e6)
+    _check_speed(**more)
+
+def _check_speed(precision='32', channels_last=False, compile=False, accumulate=1, ema=None, **rest):
+    "Raise for settings of precision, layout and averages that cannot be"
+    pick(str(precision), PRECISIONS, '--precision')
+    check_kind('--channels-last', channels_last, True)
+    check_kind('--compile', compile, True)
+    check_kind('--accumulate', accumulate, 1, 1)
+    if ema is None: return
+    check_kind('--ema', ema, 0.)
+    WeightAverage(ema)
 
 # %% ../../nbs/30_command/02a_settings.ipynb #c8130f39
 _kinds = {**dict.fromkeys('data path protocol masks init backbone weights'.split(), ''), 'n_parts':1, 'save_every':1}

@@ -5,19 +5,21 @@
 # %% auto #0
 __all__ = ['defaults', 'read_history', 'fit_run']
 
-# %% ../../nbs/04_training/05_fit.ipynb #d82cc958
+# %% ../../nbs/04_training/05_fit.ipynb #a4fc595e
 from pathlib import Path
 
 import pandas as pd
 from fastai.callback.core import Callback
-from fastai.callback.training import GradientClip
+from fastai.callback.training import GradientAccumulation, GradientClip
 from fastcore.foundation import L
 
 from ..core import CheckpointError, ConfigError
 from ..files import claim, load_tensors, reading, write_text
 from ..lock import locked
+from .average import WeightAverage
 from .guards import StopNonFinite, WatchParts
 from .optim import keep_memory, scheduled, torch_opt
+from .precision import Precision
 from .state import SaveState, say_unsaved
 
 # %% ../../nbs/04_training/05_fit.ipynb #fdfa89bc
@@ -72,7 +74,17 @@ def _finish(learn):
     for c in learn.cbs:
         if hasattr(type(c), 'finish'): c.finish()
 
-# %% ../../nbs/04_training/05_fit.ipynb #832bcca4
+# %% ../../nbs/04_training/05_fit.ipynb #2d8f4ac0
+def _check_accumulate(n):
+    if type(n) is not int or n < 1: raise ConfigError('--accumulate', repr(n), 'a whole number from 1', 'pass --accumulate 4')
+
+def _extras(learn, clip, accumulate, ema):
+    "Callbacks that change what a step does"
+    _check_accumulate(accumulate)
+    many = [GradientAccumulation(accumulate*learn.dls.bs)] if accumulate > 1 else []
+    return [*many, *([GradientClip(clip)] if clip else []), *([WeightAverage(ema)] if ema is not None else [])]
+
+# %% ../../nbs/04_training/05_fit.ipynb #679080fd
 def fit_run(
     learn, # A `PartLearner`
     epochs:int=12, # Passes over the training images
@@ -85,18 +97,27 @@ def fit_run(
     cbs=(), # Further callbacks, or one
     clip:float|None=None, # Largest norm of the gradient
     save_every:int|None=None, # Save the state after so many steps, not only after each epoch
+    precision:str='32', # '32', 'tf32', 'bf16' or 'fp16'
+    channels_last:bool=False, # Images in channels-last memory, as the weights always are?
+    compile:bool=False, # Compile the model?
+    accumulate:int=1, # Batches that share a step
+    ema:float|None=None, # Decay of a moving average of the weights, such as 0.9999; it is what the training leaves
 ):
     "Train a learner with PyTorch's optimiser and a schedule per step; returns the learner"
     keep_memory()
     learn.run_dir = run and Path(run)
     _use_optimizer(learn, optimizer, options)
     lrs = _rates(lr, len(learn.splitter(learn.model)))
-    cbs = [scheduled(schedule, lrs), StopNonFinite(), WatchParts(), *L(cbs), *([GradientClip(clip)] if clip else [])]
-    if run is None: learn.fit(epochs, lrs, cbs=cbs)
-    else:
-        with locked(claim(run, 'run')): _fit_into(learn, epochs, lrs, cbs, run, save_every, resume)
+    rounded = Precision(precision, channels_last, compile)
+    cbs = [scheduled(schedule, lrs), StopNonFinite(), WatchParts(), *L(cbs), rounded, *_extras(learn, clip, accumulate, ema)]
+    try: _fit(learn, epochs, lrs, cbs, run, save_every, resume)
+    finally: rounded.undo()
     _finish(learn)
     return learn
+
+def _fit(learn, epochs, lrs, cbs, run, save_every, resume):
+    if run is None: return learn.fit(epochs, lrs, cbs=cbs)
+    with locked(claim(run, 'run')): _fit_into(learn, epochs, lrs, cbs, run, save_every, resume)
 
 def _fit_into(learn, epochs, lrs, cbs, run, save_every, resume):
     "Fit with a history and a state in the run"
