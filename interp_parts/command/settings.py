@@ -16,6 +16,7 @@ from ..data.table import BAD_IMAGE
 from ..data.views import RESIZES
 from ..models.backbones import check_backbone
 from ..training.average import WeightAverage
+from ..training.distributed import this_process
 from ..training.fit import fit_run
 from ..training.optim import optimizers, schedules
 from ..training.precision import PRECISIONS
@@ -114,13 +115,18 @@ def pick_device(
     name:str='auto', # 'auto', 'cpu', 'cuda' or 'cuda:N'
 )->torch.device:
     "The device, if this machine has it"
-    if name == 'auto': return torch.device('cuda' if torch.cuda.is_available() else 'cpu')
+    if name == 'auto': return _own_gpu(torch.device('cuda' if torch.cuda.is_available() else 'cpu'))
     known = 'auto, cpu, cuda or cuda:N'
     if name != 'cpu' and not name.startswith('cuda'): raise ConfigError('--device', repr(name), known)
     if name.startswith('cuda') and not torch.cuda.is_available():
         raise ConfigError('--device', name, 'a CUDA device', 'this machine has none: --device cpu')
-    try: return torch.device(name)
+    try: return _own_gpu(torch.device(name))
     except RuntimeError: raise ConfigError('--device', repr(name), known) from None
+
+def _own_gpu(device):
+    "Of several processes, each takes the GPU that it was given when they met"
+    own = device.type == 'cuda' and device.index is None and this_process()[1] > 1
+    return torch.device('cuda', torch.cuda.current_device()) if own else device
 
 # %% ../../nbs/30_command/02a_settings.ipynb #7c4c48cd
 def _check_fit(lr=0., schedule='constant', optimizer='sgd', clip=None, options=None, **more):
@@ -132,11 +138,12 @@ def _check_fit(lr=0., schedule='constant', optimizer='sgd', clip=None, options=N
         for x in v if isinstance(v, (list,tuple)) and (v or k != 'lr') else [v]: check_kind(k, x, 0., 0., 1e6)
     _check_speed(**more)
 
-def _check_speed(precision='32', channels_last=False, compile=False, accumulate=1, ema=None, **rest):
+def _check_speed(precision='32', channels_last=False, compile=False, accumulate=1, ema=None, sync_bn=False, **rest):
     "Raise for settings of precision, layout and averages that cannot be"
     pick(str(precision), PRECISIONS, '--precision')
     check_kind('--channels-last', channels_last, True)
     check_kind('--compile', compile, True)
+    check_kind('--sync-bn', sync_bn, True)
     check_kind('--accumulate', accumulate, 1, 1)
     if ema is None: return
     check_kind('--ema', ema, 0.)

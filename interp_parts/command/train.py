@@ -7,6 +7,7 @@ __all__ = ['make_learner', 'train_run']
 
 # %% ../../nbs/30_command/02b_train.ipynb #79224c20
 import json, os, re, shutil, time, warnings
+from contextlib import nullcontext
 from pathlib import Path
 
 import pandas as pd
@@ -18,6 +19,7 @@ from ..data.rows import read_rows
 from ..data.table import bad_image_line
 from ..files import (check_claim, occupied, read_json, replaceable, save_tensors, start_folder, write_json)
 from ..models.backbones import backbone_stats, weights_about
+from ..training.distributed import joined, on_first, this_process
 from ..training.fit import fit_run
 from ..training.optim import seed_everything
 from ..training.runs import fingerprint, run_config, save_run
@@ -117,7 +119,7 @@ def _start(method, run, s, say):
     _say_start(method, learn, say)
     config = dict(run_config(learn, method, **{**s, 'path':str(Path(s['path']).resolve())}),
                   weights=weights_about(s['backbone'], s['pretrained'], s['weights']))
-    if read_state(run) is None:
+    if this_process()[0] == 0 and read_state(run) is None:
         save_tensors(run/'state'/'initial.safetensors', learn.model)
         write_json(run/'settings.json', _identity(method, s))
         write_json(run/'config.json', config)
@@ -127,6 +129,7 @@ def _start(method, run, s, say):
 # %% ../../nbs/30_command/02b_train.ipynb #3bb0556f
 def _train(learn, run, s, config, resume, start):
     fit_run(learn, s['epochs'], run, resume, save_every=s['save_every'], **s['fit'])
+    if this_process()[0]: return
     save_run(learn, run, dict(config, model=learn.model.config, seconds=round(time.time()-start, 1)))
 
 def train_run(
@@ -142,15 +145,20 @@ def train_run(
     model = get_method(method).model
     check_settings(s)
     check_kind('--epochs', s['epochs'], 0, getattr(model, 'least_epochs', 1))
-    if _prepare(run, method, s, resume, overwrite):
-        say(f'{run}: finished already')
-        return run
-    fresh,start = overwrite or not run.exists(),time.time()
-    with start_folder(run, 'run', _inputs(s), overwrite): learn,config = _start(method, run, s, say)
+    with joined(s['device']):
+        if on_first(_prepare, run, method, s, resume, overwrite): say(f'{run}: finished already')
+        else: _train_new(method, run, s, resume, overwrite, say)
+    return run
+
+def _train_new(method, run, s, resume, overwrite, say):
+    "Start, train and finish; of several processes the first one alone writes"
+    first,start = this_process()[0] == 0,time.time()
+    fresh = first and (overwrite or not run.exists())
+    with start_folder(run, 'run', _inputs(s), overwrite) if first else nullcontext():
+        learn,config = _start(method, run, s, say)
     try: _train(learn, run, s, config, resume, start)
     except BaseException:
         if fresh and read_state(run) is None: shutil.rmtree(run, ignore_errors=True)
         raise
-    write_model_card(run)
+    if first: write_model_card(run)
     if line := bad_image_line(learn.dls.table, late_bad_images(learn.dls)): say(line)
-    return run

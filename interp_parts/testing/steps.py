@@ -12,9 +12,10 @@ import torch
 from fastai.callback.core import Callback, CancelFitException
 from torch import nn
 
-from ..training.distributed import ShareBatches, in_processes
+from ..training.distributed import in_processes
 from ..training.optim import seed_everything
 from ..training.precision import Precision
+from ..training.shared import ShareBatches
 
 # %% ../../nbs/40_testing/03_steps.ipynb #528913c7
 class _Rest(Callback):

@@ -6,6 +6,7 @@
 __all__ = ['defaults', 'read_history', 'fit_run']
 
 # %% ../../nbs/04_training/05_fit.ipynb #a4fc595e
+from contextlib import nullcontext
 from pathlib import Path
 
 import pandas as pd
@@ -17,9 +18,11 @@ from ..core import CheckpointError, ConfigError
 from ..files import claim, load_tensors, reading, write_text
 from ..lock import locked
 from .average import WeightAverage
+from .distributed import this_process
 from .guards import StopNonFinite, WatchParts
 from .optim import keep_memory, scheduled, torch_opt
 from .precision import Precision
+from .shared import ShareBatches
 from .state import SaveState, say_unsaved
 
 # %% ../../nbs/04_training/05_fit.ipynb #fdfa89bc
@@ -81,7 +84,7 @@ def _check_accumulate(n):
 def _extras(learn, clip, accumulate, ema):
     "Callbacks that change what a step does"
     _check_accumulate(accumulate)
-    many = [GradientAccumulation(accumulate*learn.dls.bs)] if accumulate > 1 else []
+    many = [GradientAccumulation(accumulate*learn.dls.bs//this_process()[1])] if accumulate > 1 else []
     return [*many, *([GradientClip(clip)] if clip else []), *([WeightAverage(ema)] if ema is not None else [])]
 
 # %% ../../nbs/04_training/05_fit.ipynb #679080fd
@@ -102,6 +105,7 @@ def fit_run(
     compile:bool=False, # Compile the model?
     accumulate:int=1, # Batches that share a step
     ema:float|None=None, # Decay of a moving average of the weights, such as 0.9999; it is what the training leaves
+    sync_bn:bool=False, # Of several processes: statistics of batch norms over all of them?
 ):
     "Train a learner with PyTorch's optimiser and a schedule per step; returns the learner"
     keep_memory()
@@ -110,6 +114,7 @@ def fit_run(
     lrs = _rates(lr, len(learn.splitter(learn.model)))
     rounded = Precision(precision, channels_last, compile)
     cbs = [scheduled(schedule, lrs), StopNonFinite(), WatchParts(), *L(cbs), rounded, *_extras(learn, clip, accumulate, ema)]
+    if this_process()[1] > 1: cbs.append(ShareBatches(sync_bn))
     try: _fit(learn, epochs, lrs, cbs, run, save_every, resume)
     finally: rounded.undo()
     _finish(learn)
@@ -117,7 +122,8 @@ def fit_run(
 
 def _fit(learn, epochs, lrs, cbs, run, save_every, resume):
     if run is None: return learn.fit(epochs, lrs, cbs=cbs)
-    with locked(claim(run, 'run')): _fit_into(learn, epochs, lrs, cbs, run, save_every, resume)
+    with locked(claim(run, 'run')) if this_process()[0] == 0 else nullcontext():
+        _fit_into(learn, epochs, lrs, cbs, run, save_every, resume)
 
 def _fit_into(learn, epochs, lrs, cbs, run, save_every, resume):
     "Fit with a history and a state in the run"
@@ -126,5 +132,6 @@ def _fit_into(learn, epochs, lrs, cbs, run, save_every, resume):
     if state: print(f"resumed at epoch {save.start} step {state['step']}")
     if save.start < epochs:
         with save.stops_gently():
-            learn.fit(epochs, lrs, cbs=[*cbs, _History(run, save.start), save], start_epoch=save.start)
+            log = [_History(run, save.start)] if this_process()[0] == 0 else []
+            learn.fit(epochs, lrs, cbs=[*cbs, *log, save], start_epoch=save.start)
     elif state: load_tensors(Path(run)/'state'/state['files']['model'], learn.model)
