@@ -5,11 +5,10 @@ import numpy as np, torch
 from torch import nn
 
 from interp_parts.activation_diversity.model import ActivationDiversity
-from interp_parts.core import load_original
 from interp_parts.activation_diversity.network import CasiaNet, _SameConv2d, _legacy_upsample
 from interp_parts.activation_diversity.losses import filter_diversity, response_diversity
-from interp_parts.evaluation.recognition import rank_rates, roc, tar_at_far
-from interp_parts.evaluation.face_templates import pooled_distances, set_distances, templates
+from interp_parts.evaluation.recognition import Identification, Verification
+from interp_parts.evaluation.face_templates import Templates, pooled_distances
 from interp_parts.activation_diversity.peaks import Peaks, average_locations
 from interp_parts.activation_diversity.identity import AdamHat, IdentityLoss
 from interp_parts.activation_diversity.mesh import FaceMesh
@@ -76,7 +75,7 @@ def recorded_model(r):
                    ('param_abs_sum', lambda v: np.abs(v.astype(np.float64)).sum())):
         if name in r: r.close(name, np.array([f(state[k]) for k in sorted(state)]), 1e-6)
     if 'param_first' in r: r.exact('param_first', np.array([state[k].flat[0] for k in sorted(state)]))
-    load_original(model, state)
+    model.load_original(state)
     return model
 
 def net(r):
@@ -233,7 +232,7 @@ def occlusion(r):
         if (ours[t,i] != theirs[t,i]).sum() <= EDGE: ours[t,i] = theirs[t,i]
     r.exact('occ_mask_bits', np.packbits(ours.ravel()))
 
-def fold(r, kind, k): return templates(*[r[f'{kind}{k}_{c}'] for c in ('template','subject','image')])
+def fold(r, kind, k): return Templates.group(*[r[f'{kind}{k}_{c}'] for c in ('template','subject','image')])
 
 def scores(r):
     "Verification and identification by the original's rules"
@@ -249,7 +248,7 @@ def scores(r):
     r.close('search_mean_std_percent_rank1_5_10', np.stack(moments, 1), 1e-12)
     ijbc(r, f)
 
-def rules(d, same): return np.array([tar_at_far(d[:,s], same, rule='original') for s in range(d.shape[1])])
+def rules(d, same): return np.array([Verification(d[:,s], same, 'original').tar_at_far() for s in range(d.shape[1])])
 
 def verification(r, f, flags, k):
     "One fold, and its subset with natural occlusion; returns TAR of the reported score"
@@ -259,10 +258,11 @@ def verification(r, f, flags, k):
     r.near(f'verify{k}_dist', d, 1e-12)
     r.exact(f'verify{k}_same', same)
     r.exact(f'verify{k}_acc', rules(d, same))
-    curves = [np.stack(c, 1) for c in list(zip(*[roc(d[:,s], same, ties=False) for s in range(3)]))[:2]]
+    pairs_of = [Verification(d[:,s], same, 'original') for s in range(3)]
+    curves = [np.stack(c, 1) for c in zip(*[v.curve[:2] for v in pairs_of])]
     for name,c in zip((f'verify{k}_tar',f'verify{k}_far'), curves):
         if name in r: r.near(name, c, 1e-12)
-    o = set_distances(f, sets.occluded(flags), pairs, compat=True)
+    o = sets.occluded(flags).distances(f, pairs, compat=True)
     used = ~np.isnan(o[:,0])
     r.exact(f'verify_occluded{k}_used', used)
     r.near(f'verify_occluded{k}_dist', np.where(used[:,None], o, 0), 1e-12)
@@ -288,7 +288,7 @@ def padded(r, side):
     "Templates of rows of images padded with -1"
     t,s,im = [r[f'ijbc_{side}_{c}'] for c in ('template','subject','images')]
     n = np.full(len(t), im.shape[1])
-    rows = templates(np.repeat(t, n), np.repeat(s, n), np.maximum(im, 0).ravel())
+    rows = Templates.group(np.repeat(t, n), np.repeat(s, n), np.maximum(im, 0).ravel())
     rows.images = im.ravel()[np.argsort(np.repeat(t, n), kind='stable')]
     ok = rows.images >= 0
     return type(rows)(rows.ids, rows.subject, rows.images[ok], np.concatenate([[0], np.cumsum(ok)])[rows.start])
@@ -305,8 +305,9 @@ def ijbc(r, f):
     ok = ~np.isnan(d)
     r.near('ijbc_dist', d[ok], 1e-12)
     r.exact('ijbc_same', same[ok])
-    r.exact('ijbc_acc', np.array(tar_at_far(d, same, rule='original')))
-    for name,c in zip(('ijbc_tar','ijbc_far'), roc(d, same, ties=False)): r.near(name, c, 1e-12)
+    v = Verification(d, same, 'original')
+    r.exact('ijbc_acc', np.array(v.tar_at_far()))
+    for name,c in zip(('ijbc_tar','ijbc_far'), v.curve): r.near(name, c, 1e-12)
     gallery = np.concatenate([t.subject for t in g])
     search = pooled_distances(p.pooled(f), other=np.concatenate([t.pooled(f) for t in g]))
     used = np.isin(p.subject, gallery) & ~np.isnan(search).all(1)
@@ -314,7 +315,8 @@ def ijbc(r, f):
     r.near('ijbc_search_dist', search[used][:,full], 1e-12)
     r.exact('ijbc_search_probe_subject', p.subject[used].astype(float))
     n = len(r.arrays['ijbc_search_rank_curve'])
-    ranks = rank_rates(search[used][:,full], p.subject[used], gallery[full], range(1, n+1), 'original')
+    found = Identification(search[used][:,full], p.subject[used], gallery[full], 'original')
+    ranks = found.rank_rates(range(1, n+1))
     r.exact('ijbc_search_rank_curve', np.array(ranks))
 
 def locations(r):

@@ -7,19 +7,19 @@ import numpy as np, torch, torch.nn.functional as F
 from torch import nn
 from torchvision.models.resnet import Bottleneck as ResNetBottleneck
 
+from interp_parts.core import Parts
 from interp_parts.training.optim import split_params
 from interp_parts.data.views import View
-from interp_parts.evaluation.scoring import accuracy, accuracy_per_attribute
-from interp_parts.evaluation.landmarks import KeypointRegression, eye_frame, keypoint_errors, mean_error, part_centers, to_frame, trim_to_stride
+from interp_parts.evaluation.scoring import accuracy
+from interp_parts.evaluation.landmarks import KeypointRegression, eye_frame, keypoint_error, part_centers, to_frame, trim_to_stride
 from interp_parts.evaluation.pixels import upsample
-from interp_parts.visualization.overlays import assignment_overlay, attention_map, attention_overlay, hard_assignment, part_colors
+from interp_parts.visualization.overlays import attention_map, attention_overlay, hard_assignment, part_colors, parts_overlay
 from interp_parts.data.readers.faces import _binary_labels as binary_labels, _scale_factors as scale_factors, _scops_filter as scops_filter
-from interp_parts.core import load_original
 from interp_parts.region_grouping.grouping import GroupingUnit, assign_pixels, describe_parts
 from interp_parts.region_grouping.model import RegionGrouping, _Bottleneck, _part_attention
 from interp_parts.region_grouping.prior import _beta_quantiles, _blur_kernel, occurrence, occurrence_loss
 from interp_parts.region_grouping.stacked import StackedBottleneck, stacked_attention
-from interp_parts.training.losses import multi_label_loss
+from interp_parts.training.losses import PredictionLoss, attribute_accuracy
 from interp_parts.training.optim import torch_opt
 
 def grouping(r):
@@ -137,11 +137,11 @@ def model(r):
     "A small network: outputs, two optimiser steps, outputs again"
     state,x = {k:r.tensor(f'p0/{k}') for k in r.find('p0/(.+)')},r.tensor('x')
     net = miniature(state)
-    load_original(net, state)
+    net.load_original(state)
     tol = dict.fromkeys(('logits','att','assign'), 1e-4)
     with torch.no_grad(): outputs(r, net.eval()(x), 'eval_', **tol)
     two_steps(r, net.train(), x)
-    load_original(net, state | {k:torch.from_numpy(r.arrays[f'{part}/{k}'])
+    net.load_original(state | {k:torch.from_numpy(r.arrays[f'{part}/{k}'])
                                 for part in ('p2','b2') for k in r.find(f'{part}/(.+)')})
     with torch.no_grad(): outputs(r, net.eval()(x), 'eval2_', **tol)
 
@@ -164,7 +164,7 @@ def two_steps(r, net, x):
     for part,tol in (('p2',1e-2), ('b2',5e-3)):
         for k in r.find(f'{part}/(.+)'): r.close(f'{part}/{k}', views[k], tol)
 
-def prediction_loss(net, logits, y): return multi_label_loss(logits, y > 0) if net.multi else F.cross_entropy(logits, y)
+def prediction_loss(net, logits, y): return PredictionLoss(multi=True)(logits, y > 0) if net.multi else F.cross_entropy(logits, y)
 
 def first_step(r, net, out):
     "Outputs in training, gradients and buffers of the first step"
@@ -190,7 +190,7 @@ def full(r):
     architecture(r, net)
     salt,x = int(r['salt']),r.tensor('x')
     state = {k:generated(k, v, salt) for k,v in net.original_views().items()}
-    load_original(net, {**state, 'grouping.weight':r.tensor('grouping_weight')[...,None,None]})
+    net.load_original({**state, 'grouping.weight':r.tensor('grouping_weight')[...,None,None]})
     with torch.no_grad():
         outputs(r, net.eval()(x), '', logits=2e-4, att=1e-4, assign=2e-4)
         r.close('features_mean_abs', net.backbone(x).abs().double().mean(), 1e-4)
@@ -228,7 +228,7 @@ def eval_celeba(r):
     fit,(centers,points,seen) = (celeba_split(r, s) for s in ('fit','eval'))
     pred = KeypointRegression().fit(*fit).predict(centers)
     r.close('eval_pred_normalised', pred, 1e-5)
-    r.close('error_percent', 100*mean_error(keypoint_errors(pred, points, seen)), 1e-5)
+    r.close('error_percent', 100*keypoint_error(pred, points, seen), 1e-5)
 
 def celeba_split(r, split):
     "Centres and landmarks of a split, compared and then normalised, and their visibility"
@@ -248,9 +248,9 @@ def eval_cub(r):
     recorded = r.arrays['crop_landmarks_after_norm'] # in pixels; the notes say in units of the box
     r.close('crop_landmarks_after_norm', min((points,boxed), key=lambda p: distance(p, recorded)), 1e-5)
     centers,points,seen = test
-    errors = keypoint_errors(KeypointRegression().fit(*fit).predict(centers), points, seen)
-    r.close('landmark_error_and_count', errors, 1e-5)
-    r.close('error_percent', 100*mean_error(errors), 1e-5)
+    found = KeypointRegression().fit(*fit).predict(centers),points,seen
+    r.close('landmark_error_and_count', keypoint_error(*found, each=True), 1e-5)
+    r.close('error_percent', 100*keypoint_error(*found), 1e-5)
 
 def distance(a, b): return np.abs(a-b).sum() if a.shape == b.shape else np.inf
 
@@ -287,8 +287,8 @@ def metrics(r):
     "Accuracies in percent and the weighted mean"
     bits = r.tensor('bin_logits'),r.tensor('bin_target')
     bits = bits[0],bits[1].view(bits[0].shape)
-    r.close('bin_acc_threshold_half_on_logit', 100*accuracy_per_attribute(*bits, .5).mean(), 1e-5)
-    r.close('bin_acc_threshold_zero', 100*accuracy_per_attribute(*bits).mean(), 1e-5)
+    r.close('bin_acc_threshold_half_on_logit', 100*attribute_accuracy(*bits, .5, each=True).mean(), 1e-5)
+    r.close('bin_acc_threshold_zero', 100*attribute_accuracy(*bits, each=True).mean(), 1e-5)
     r.close('top1', 100*accuracy(r.tensor('cls_logits'), r.tensor('cls_target')), 1e-5)
     r.close('meter_avg', np.average(r['meter_vals'], weights=r['meter_n']), 1e-5)
 
@@ -300,7 +300,7 @@ def vis(r):
     r.near('att_map', heat, 1e-5)
     r.near('att_overlay_rgb', attention_overlay(rgb, heat, compat=True), 1)
     r.exact('hard', hard_assignment(maps, size)[0])
-    r.exact('assign_overlay_rgb', assignment_overlay(rgb, maps))
+    r.exact('assign_overlay_rgb', parts_overlay(rgb, Parts(maps, torch.ones(maps.shape[:2]))))
     r.near('part_maps_uint8', (upsample(maps[0], size).numpy()*255).astype(np.uint8), 1)
     r.close('colors', 255*part_colors(maps.shape[1]), 1e-9)
 

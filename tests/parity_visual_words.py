@@ -15,7 +15,6 @@ from interp_parts.visual_words.base import BaseModel
 from interp_parts.core import Batch, PartLearner
 from interp_parts.data.images import imagenet_stats, normalize
 from interp_parts.training.fit import fit_run
-from interp_parts.core import load_original
 from interp_parts.visual_words.fidelity import AttentionFidelity
 from interp_parts.visual_words.fields import ReceptiveField, activation_boxes
 from interp_parts.visual_words.files import OriginalFiles
@@ -47,7 +46,7 @@ def rebuilt(state):
     kind = 'regular' if sum(k.endswith('weight') and k.startswith('add_on') for k in state) == 2 else 'bottleneck'
     stub = Stub(state['features.conv.weight'])
     net = VisualWords(len(last), len(words), depth=words.shape[1], add_on=kind, features=stub).to(words.dtype)
-    load_original(net, state)
+    net.load_original(state)
     return net
 
 def head(r):

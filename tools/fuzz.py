@@ -20,7 +20,7 @@ from interp_parts.data.readers.files import read_list, read_mat, read_names
 from interp_parts.data.readers.tables import read_table
 from interp_parts.files import load_tensors, read_json
 from interp_parts.models.backbones import Backbone
-from interp_parts.testing.bad_inputs import bad_files, encoded_image, survives, zip_bytes
+from interp_parts.testing.bad_inputs import Case, bad_files, encoded_image, zip_bytes
 from interp_parts.testing.bad_runs import bad_words, evil_files, run_settings, small_run
 from interp_parts.training.runs import load_run
 from interp_parts.visual_words.base import read_attention
@@ -204,7 +204,7 @@ def attack(
     @settings(max_examples=examples, database=None, deadline=None, derandomize=True, print_blob=False,
               suppress_health_check=list(HealthCheck), phases=[Phase.generate, Phase.shrink])
     @given(strategy)
-    def test(item): said.append(survives(use, item, sandbox))
+    def test(item): said.append(Case('fuzz', 'any', lambda: use(item)).survives(sandbox))
     start,failure = time.time(),''
     try: test()
     except BaseException as e: failure = f'{type(e).__name__}: {e} {getattr(e, "__notes__", "")}'[:2000]

@@ -13,9 +13,8 @@ from . import (network, losses, identity, mesh, occlusion, peaks, model, groups,
 __all__ = [*network.__all__, *losses.__all__, *identity.__all__, *mesh.__all__, *occlusion.__all__, *peaks.__all__,
            *model.__all__, *groups.__all__, *training.__all__, *learner.__all__, *pictures.__all__, *published.__all__,
            'PartLearner', 'create_learner', 'part_table', 'check_table', 'part_dls', 'PartBatches', 'load_image',
-           'fit_run', 'seed_everything', 'run_config', 'save_run', 'load_run', 'Templates', 'templates',
-           'set_distances', 'tar_at_far', 'eer', 'all_pairs', 'random_pairs', 'repeated_eer', 'rank_rates', 'open_set',
-           'embeddings', 'occlusion_scores', 'save_features', 'save_maps']
+           'fit_run', 'seed_everything', 'run_config', 'save_run', 'load_run', 'Templates', 'Verification',
+           'Identification', 'repeated_eer', 'embeddings', 'occlusion_scores', 'save_features']
 
 # %% ../../nbs/13_activation_diversity/00_activation_diversity.ipynb #7c3245f8
 from .network import *
@@ -37,6 +36,6 @@ from ..data.images import load_image
 from ..training.fit import fit_run
 from ..training.optim import seed_everything
 from ..training.runs import run_config, save_run, load_run
-from ..evaluation.recognition import tar_at_far, eer, all_pairs, random_pairs, repeated_eer, rank_rates, open_set
-from ..evaluation.face_templates import Templates, templates, set_distances
-from ..evaluation.faces import embeddings, occlusion_scores, save_features, save_maps
+from ..evaluation.recognition import Identification, Verification, repeated_eer
+from ..evaluation.face_templates import Templates
+from ..evaluation.faces import embeddings, occlusion_scores, save_features

@@ -14,9 +14,9 @@ from torch import nn
 
 from .network import at_least_float32
 from ..core import pick
-from ..evaluation.faces import all_pairs, eer
+from ..evaluation.recognition import Verification
 from ..training.distributed import mean_weight
-from ..training.losses import multi_label_loss
+from ..training.losses import PredictionLoss
 from ..training.optim import optimizers
 
 # %% ../../nbs/13_activation_diversity/03_identity.ipynb #3cd8f37a
@@ -63,7 +63,7 @@ class IdentityLoss:
         self.scale,self.multi = scale,multi
 
     def __call__(self, logits, y):
-        if self.multi: return self.weight*multi_label_loss(logits, y)
+        if self.multi: return self.weight*PredictionLoss(multi=True)(logits, y)
         known = y < self.n
         if not known.all(): logits,y = logits[known],y[known]
         share = mean_weight(len(y))
@@ -93,8 +93,8 @@ class VerificationError(Metric):
     def value(self):
         if not self.rows: return math.nan
         f,y = map(torch.cat, zip(*self.rows))
-        d,same = all_pairs(y.numpy(), f.numpy())
-        return eer(d, same) if 0 < same.sum() < len(same) else math.nan
+        pairs = Verification.all_pairs(y.numpy(), f.numpy())
+        return pairs.eer() if 0 < pairs.same.sum() < len(pairs.same) else math.nan
 
 # %% ../../nbs/13_activation_diversity/03_identity.ipynb #73caa4e9
 class AdamHat(torch.optim.Adam):

@@ -14,7 +14,7 @@ from .files import input_crops
 from .saliency_maps import correct
 from .svm import LinearSVM
 from ..data.images import denormalize
-from ..visualization.overlays import Picture, draw_boxes, part_colors, save_picture, to_rgb
+from ..visualization.overlays import Picture, draw_boxes, part_colors, to_rgb
 
 # %% ../../nbs/14_classification_specific_parts/09_pictures.ipynb #311272d7
 def _feature_shares(model, f, c, n=8):
@@ -125,10 +125,10 @@ def part_pictures(
     model,out = learn.model,Path(folder)
     if not model.ready: return []
     said = 'Which class selects which feature, how many classes select each, how many features each class selects.'
-    files = [save_picture(show_selection(model.select), out/'selection.png', 'Selected features', said)]
+    files = [show_selection(model.select).save(out/'selection.png', 'Selected features', said)]
     for x,b in learn.batches(rows, whole=False):
         for i,(row,im) in enumerate(zip(b.index.tolist(), denormalize(x, learn.dls.stats))):
             fig = explain_selection(model, x[i:i+1].to(learn.dls.device), im, learn.dls.vocab)
             title = f'{Path(b.path[i]).name}: features, pixels and parts'
-            files.append(save_picture(fig, out/f'selection_{row:06}.png', title))
+            files.append(fig.save(out/f'selection_{row:06}.png', title))
     return files

@@ -19,13 +19,13 @@ from .train import train_run
 from ..core import PartModel, Parts, eval_mode, get_method, method_names, pick
 from ..data.masks import add_grabcut_masks
 from ..data.rows import run_rows
-from ..evaluation.baselines import XYKMeans, constant_parts, strip_parts, xy_parts
+from ..evaluation.baselines import XYKMeans, constant_parts, strip_parts
 from ..evaluation.explanations import Consistency, evaluate_explanations
 from ..evaluation.parts import evaluate_parts
 from ..evaluation.scoring import evaluate, split_rows
 from ..files import claim, read_json, write_json, write_text
 from ..training.runs import fingerprint, load_run
-from ..visualization.overlays import Picture, parts_overlay, save_picture
+from ..visualization.overlays import Picture, parts_overlay
 
 # %% ../../nbs/30_command/05_comparison.ipynb #84ab3c27
 class _SomeParts(PartModel):
@@ -158,9 +158,9 @@ def _baseline_rows(learner, df, k=_shared_parts, seed=0):
     sets,xy,out = [split_rows(df, names) for names in (('fit','train'), ('eval','test'))],XYKMeans(),[]
     fit,test = ([b for _,b in learner.batches(rows)] for rows in sets)
     for b in fit: xy.update(b)
-    centers = xy.centers(k, seed)
+    xy.fit(k, seed)
     kinds = dict(constant_parts=constant_parts, strips=lambda b: strip_parts(b, k),
-                 xy_kmeans=lambda b: xy_parts(b, centers))
+                 xy_kmeans=lambda b: xy.parts(b))
     for name,make in kinds.items():
         res = evaluate_parts(*([(make(b), b) for b in bs] for bs in (fit,test)), df.attrs, ridge=True)
         keeps = Consistency()
@@ -270,7 +270,7 @@ def _side_by_side(out, methods, df, n=8):
         axs[i+1,0].set_title(m.replace('_', ' '), fontsize=8, loc='left')
     for a in axs.flat: a.axis('off')
     words = 'Parts side by side','One row a method, one column a test image.'
-    return save_picture(fig, Path(out)/'side_by_side.png', *words)
+    return fig.save(Path(out)/'side_by_side.png', *words)
 
 # %% ../../nbs/30_command/05_comparison.ipynb #25b434be
 def _table_page(table, picture, options):

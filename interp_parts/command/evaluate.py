@@ -11,7 +11,8 @@ from pathlib import Path
 from .settings import check_kind, option_kinds, pick_device
 from ..core import get_method, pick
 from ..data.rows import run_rows
-from ..evaluation.scoring import evaluate, evaluate_lab_kmeans
+from ..evaluation.baselines import LabKMeans
+from ..evaluation.scoring import evaluate
 from ..files import claim, load_tensors, read_json, write_json
 from ..training.runs import fingerprint, load_run
 from ..visualization.report import write_model_card, write_report
@@ -41,7 +42,7 @@ def _baselines(learn, df, run, res, score, protocol, mine):
     out = {}
     if {'keypoint_error','fg_nmi'} & res.keys():
         k = next(learn.parts(df[:1]))[0].n_parts
-        out['lab_kmeans'] = beside(evaluate_lab_kmeans(learn, df, k, protocol))
+        out['lab_kmeans'] = beside(LabKMeans(k).scores(learn, df, protocol))
     if _untrained(learn, run): out['untrained'] = beside(score())
     return out
 

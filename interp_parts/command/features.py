@@ -16,7 +16,7 @@ from ..data.readers.registry import readers
 from ..data.rows import run_rows
 from ..evaluation.landmarks import part_centers
 from ..evaluation.scoring import split_rows
-from ..files import atomic_path, check_claim, claim, claim_file, mark_npz, read_json
+from ..files import atomic_path, claim, claim_file, mark_npz, read_json
 from ..training.runs import load_run
 from ..visualization.report import write_model_card
 
@@ -72,7 +72,7 @@ def import_run(
     "Make a run of a checkpoint of a method's authors, and say what they scored with it"
     make = _importer(method)
     pick(data, readers, '--data')
-    check_claim(out, 'run', [file, options.get('data_path')], new=True)
+    claim(out, 'run', [file, options.get('data_path')], new=True, mark=False)
     run = claim(make(file, out, data=data, **options), 'run')
     write_model_card(run)
     marks = ', '.join(f'{k} {v:.4f}' for k,v in read_json(run/'config.json').get('published', {}).items())

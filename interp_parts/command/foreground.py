@@ -13,7 +13,7 @@ import pandas as pd
 from .settings import option_kinds, pick_device
 from ..core import ConfigError, pick
 from ..data.rows import read_rows
-from ..files import check_claim, claim
+from ..files import claim
 from ..models.backbones import check_backbone
 from ..models.foreground import supervised_labels
 
@@ -34,7 +34,7 @@ def foreground_run(
 )->pd.DataFrame:
     "Train a foreground network and write a mask for each image of a table; returns the table with these masks"
     _check_foreground(settings, options)
-    check_claim(out, 'masks', [settings['path'], options.get('weights')], new=True)
+    claim(out, 'masks', [settings['path'], options.get('weights')], new=True, mark=False)
     device = pick_device(str(device))
     claim(out, 'masks')
     df = read_rows(dict(settings, masks=str(Path(out)/'.boxes')), 'contrastive_reconstruction')

@@ -23,7 +23,6 @@ from ..evaluation.scoring import split_rows
 from ..files import claim, claim_file, free_name, occupied
 from ..training.runs import load_run
 from ..visualization.figures import explain, save_visualization
-from ..visualization.overlays import save_picture
 from ..visualization.report import write_report
 
 # %% ../../nbs/30_command/02d_predict.ipynb #699904bb
@@ -142,7 +141,7 @@ def _predict_one(learn, df, file, picture):
     if b.mask is not None and p.background is not None:
         raise ConfigError('--masks', f"{learn.config['method']} finds the background itself", 'no masks')
     if b.mask is not None: p = _on_foreground(p, b.mask)
-    save_picture(explain(x, p, learn.dls.vocab, multi=learn.dls.multi), picture)
+    explain(x, p, learn.dls.vocab, multi=learn.dls.multi).save(picture)
     return dict(_answer(learn, p, file), picture=str(picture))
 
 def predict_run(

@@ -57,13 +57,15 @@ def _why(i, code, text):
     name = signal.Signals(-code).name
     return f'process {i} was ended by {name}, and the others with it; the same command with --resume goes on'
 
-# %% ../../nbs/30_command/02g_processes.ipynb #117a1f97
+# %% ../../nbs/30_command/02g_processes.ipynb #bdcff57a
 def run_processes(
     n:int, # Processes
     words, # Words of the command, such as `['train', 'classifier', ...]`
 ):
     "Run a command in `n` processes of this machine; raise an error when one of them fails"
     if n < 1: raise ConfigError('--num-processes', n, 'at least 1')
+    others = os.environ.get('WORLD_SIZE', '1')
+    if others not in ('','0','1'): raise ConfigError('--num-processes', n, f'none: {others} processes were started already')
     with tempfile.TemporaryDirectory() as d:
         files = [open(f'{d}/{i}', 'w+') for i in range(n)]
         port = _free_port()

@@ -10,15 +10,15 @@ import json, os, re, shutil, time, warnings
 from contextlib import nullcontext
 from pathlib import Path
 
-import pandas as pd
+import pandas as pd, timm
 
 from .settings import check_kind, check_settings, option_kinds, pick_device, settings_defaults
 from ..core import ConfigError, PartLearner, create_learner, get_method
 from ..data.loaders import late_bad_images, part_dls
 from ..data.rows import read_rows
 from ..data.table import bad_image_line
-from ..files import (check_claim, occupied, read_json, replaceable, save_tensors, start_folder, write_json)
-from ..models.backbones import backbone_stats, weights_about
+from ..files import (claim, occupied, read_json, replaceable, save_tensors, start_folder, write_json)
+from ..models.backbones import backbone_stats
 from ..training.distributed import joined, on_first, this_process
 from ..training.fit import fit_run
 from ..training.optim import seed_everything
@@ -98,7 +98,7 @@ def _remove_unfinished(run):
 
 def _prepare(run, method, s, resume, overwrite):
     "True if the run is finished already; an error for a run that exists and is not meant"
-    if overwrite or not occupied(check_claim(run, 'run', _inputs(s))): return False
+    if overwrite or not occupied(claim(run, 'run', _inputs(s), mark=False)): return False
     again = '' if replaceable(run, 'run', _inputs(s)) else ' or --overwrite'
     if not resume: raise ConfigError(run, 'exists', 'a new folder', f'pass --resume{again}')
     if not (run/'settings.json').exists(): return False
@@ -113,12 +113,19 @@ def _say_start(method, learn, say):
     say(f"{method}: {len(d.train.dataset)} training images, {d.c} {'attributes' if d.multi else 'classes'}, "
         f"{n:,} parameters, {d.device}")
 
+def _weights_about(name, pretrained=False, weights=None):
+    "Where a backbone's weights come from and their licence, for a run's config"
+    if weights: return dict(file=Path(weights).name, licence='that of the file; not known to us')
+    if not pretrained: return dict(file=None, licence='none: random at the start')
+    cfg = timm.get_pretrained_cfg(name)
+    return dict(file=cfg.hf_hub_id or cfg.url or name, licence=cfg.license or 'not stated by timm')
+
 def _start(method, run, s, say):
     "The learner and its configuration, and the files that a training begins with"
     learn = make_learner(method, s, read_rows(s, method, run))
     _say_start(method, learn, say)
     config = dict(run_config(learn, method, **{**s, 'path':str(Path(s['path']).resolve())}),
-                  weights=weights_about(s['backbone'], s['pretrained'], s['weights']))
+                  weights=_weights_about(s['backbone'], s['pretrained'], s['weights']))
     if this_process()[0] == 0 and read_state(run) is None:
         save_tensors(run/'state'/'initial.safetensors', learn.model)
         write_json(run/'settings.json', _identity(method, s))

@@ -10,7 +10,7 @@ import torch, torch.nn.functional as F
 from torch import nn
 
 from ..core import CheckpointError, ConfigError, pick
-from ..models.backbones import check_backbone, create_timm, load_weights, read_weights
+from ..models.backbones import create_timm, read_weights
 
 # %% ../../nbs/11_contrastive_reconstruction/02_frozen.ipynb #f89b27c0
 VGGS = dict(vgg16=(2,2,3,3,3), vgg19=(2,2,4,4,4), vgg16_bn=(2,2,3,3,3), vgg19_bn=(2,2,4,4,4))
@@ -113,8 +113,7 @@ def _default_taps(info):
 class _TimmTaps(_Taps):
     "Feature levels of a timm model"
     def __init__(self, name, taps=None, gains=None, norm=False, pretrained=False, weights=None):
-        net = create_timm(check_backbone(name), pretrained and weights is None, dynamic_img_size=True)
-        if weights is not None: load_weights(net, weights)
+        net = create_timm(name, pretrained, weights, dynamic_img_size=True)
         at = tuple(_default_taps(net.feature_info) if taps is None else taps)
         n = len(net.feature_info)
         if not set(at) <= set(range(n)): raise ConfigError('phi_taps', at, f'numbers from 0 to {n-1} for {name}')

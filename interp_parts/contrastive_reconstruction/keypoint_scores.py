@@ -13,9 +13,9 @@ from .crops import instance_crop
 from .losses import upsample_logits
 from ..core import Batch, pick
 from ..data.images import imagenet_stats, load_image, normalize
-from ..evaluation.baselines import XYKMeans, strip_parts, xy_parts
+from ..evaluation.baselines import XYKMeans, strip_parts
 from ..evaluation.clustering import Contingency, ari, nmi
-from ..evaluation.landmarks import (KeypointRegression, keypoint_errors, mean_error, part_centers,
+from ..evaluation.landmarks import (KeypointRegression, keypoint_error, part_centers,
                                                to_frame, trim_to_stride)
 from ..evaluation.parts import parts_at
 
@@ -115,8 +115,8 @@ def keypoint_suite(
     seed:int=0, # Of its k-means
 )->dict:
     "What is scored, by the ending of its names: the parts, and two baselines that know the box"
-    centers = xy.centers(k, seed)
-    return {'':lambda p,b: p, '_strips':lambda p,b: strip_parts(b, k), '_xy_kmeans':lambda p,b: xy_parts(b, centers)}
+    xy.fit(k, seed)
+    return {'':lambda p,b: p, '_strips':lambda p,b: strip_parts(b, k), '_xy_kmeans':lambda p,b: xy.parts(b)}
 
 # %% ../../nbs/11_contrastive_reconstruction/08a_keypoint_scores.ipynb #93b3bb01
 def _score_streams(fit, crops, whole, compat=False):
@@ -162,7 +162,7 @@ def _regression_columns(fit, test, labels=None, n=3):
     pred = KeypointRegression().fit(*fit).predict(test[0])
     rows = {'all':np.ones(len(pred), bool)}
     if labels is not None: rows |= {f'{i+1:03}':np.asarray(labels) == i for i in range(n)}
-    error = lambda on: mean_error(keypoint_errors(pred[on], np.asarray(test[1])[on], np.asarray(test[2])[on]))
+    error = lambda on: keypoint_error(pred[on], np.asarray(test[1])[on], np.asarray(test[2])[on])
     return {k:error(on) for k,on in rows.items() if on.any()}
 
 # %% ../../nbs/11_contrastive_reconstruction/08a_keypoint_scores.ipynb #aada645b
@@ -171,7 +171,7 @@ def _guess_columns(fit, test, labels=None):
     zeros = lambda a: np.zeros((len(a[0]),1,2))
     mean = _regression_columns((zeros(fit), *fit), (zeros(test), *test), labels)
     middle = [np.where(np.asarray(v)[...,None] > 0, .5, 0) for _,v in (fit, test)]
-    err = lambda on: mean_error(keypoint_errors(middle[1][on], np.asarray(test[0])[on], np.asarray(test[1])[on]))
+    err = lambda on: keypoint_error(middle[1][on], np.asarray(test[0])[on], np.asarray(test[1])[on])
     rows = {k:np.ones(len(test[0]), bool) if k == 'all' else np.asarray(labels) == int(k)-1 for k in mean}
     return dict(midpoint={k:err(on) for k,on in rows.items()}, mean_keypoint=mean)
 

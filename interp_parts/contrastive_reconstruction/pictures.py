@@ -16,7 +16,7 @@ from .keypoint_scores import trainer_centers
 from .losses import upsample_logits
 from .warps import ColorJitter, RandomWarp, warp
 from ..data.images import denormalize, imagenet_stats, normalize
-from ..visualization.overlays import Picture, part_colors, save_picture, to_rgb
+from ..visualization.overlays import Picture, part_colors, to_rgb
 
 # %% ../../nbs/11_contrastive_reconstruction/09_pictures.ipynb #66304371
 def _voc_colors(n):
@@ -193,4 +193,4 @@ def reconstruction_pictures(
     trained = (getattr(learn, 'config', {}).get('training') or {}).get('model') or {}
     warper,jitter = RandomWarp(**(trained.get('warp') or {})),ColorJitter(**(trained.get('jitter') or {}))
     with no_random(0, reproducible=False): pages = _run_pages(learn, rows[:n], warper, jitter)
-    return [save_picture(fig, Path(folder)/f'{name}.png', *words) for name,(fig,*words) in pages.items()]
+    return [fig.save(Path(folder)/f'{name}.png', *words) for name,(fig,*words) in pages.items()]

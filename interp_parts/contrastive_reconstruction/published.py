@@ -13,7 +13,7 @@ import torch
 
 from .model import ContrastiveReconstruction
 from .scores import PUBLISHED
-from ..core import CheckpointError, ConfigError, get_method, load_original
+from ..core import CheckpointError, ConfigError, get_method
 from ..files import SCHEMA, reading, save_tensors, write_json
 from ..models.backbones import backbone_stats
 from ..training.runs import versions
@@ -72,7 +72,7 @@ def import_original(
         raise ConfigError('--protocol', 'missing', 'the class it was trained on', 'such as --protocol dog')
     with reading(path, 'tensors by name', error=CheckpointError):
         state = _original_state(path)
-        model = load_original(ContrastiveReconstruction(**original_net(state, path), compat=True), state, path)
+        model = ContrastiveReconstruction(**original_net(state, path), compat=True).load_original(state, path)
     training = dict(data=data, path=str(Path(data_path).resolve()), protocol=protocol or _readers_protocol.get(data),
                     imported=Path(path).name)
     config = dict(schema=SCHEMA, method='contrastive_reconstruction', model=model.config, vocab=[], multi=False,

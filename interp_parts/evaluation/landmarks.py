@@ -10,8 +10,7 @@ import torch
 from fastcore.basics import patch
 
 from ..core import pick
-from .baselines import image_box
-from .regression import KeypointRegression, keypoint_errors, mean_error
+from .regression import KeypointRegression, keypoint_error
 
 # %% ../../nbs/20_evaluation/02_landmarks.ipynb #32ac2a41
 def part_centers(
@@ -81,7 +80,7 @@ def trim_to_stride(
 # %% ../../nbs/20_evaluation/02_landmarks.ipynb #6d6da9fd
 def _frame(batch, norm, eyes, compat):
     "Frame (B,4) of each image, and whether it has one"
-    frame = eye_frame(batch.keypoints, eyes) if norm == 'eyes' else image_box(batch)
+    frame = eye_frame(batch.keypoints, eyes) if norm == 'eyes' else batch.box_or_image
     if norm == 'box' and compat: frame = _clamp_box(frame, batch.size[0].tolist())
     ok = (frame[:,2:] > 0).all(1)
     if norm == 'eyes': ok &= batch.visible[:,list(eyes)].bool().all(1)
@@ -127,19 +126,25 @@ def _arrays(rows):
     "Centres, middles, keypoints and visibility of one set, in the order of the table"
     return [torch.stack(v).numpy() for v in zip(*[rows[i] for i in sorted(rows)])]
 
-@patch
-def errors(self:KeypointError):
-    "Error and number of images of each keypoint (P,2), of the model and of the two baselines"
+def _predicted(self):
+    "Predicted keypoints of the model and of the two baselines by name, and the true ones with their visibility"
     (x0,m0,y0,v0),(x,m,y,v) = _arrays(self.rows[True]),_arrays(self.rows[False])
     reg = KeypointRegression().fit(x0, y0, v0)
     preds = dict(keypoint_error=reg.predict(x), keypoint_error_mean_predictor=reg.mean(len(x)),
                  keypoint_error_constant_parts=KeypointRegression().fit(m0, y0, v0).predict(m))
     if self.ridge: preds['ridge_keypoint_error'] = KeypointRegression(ridge=True).fit(x0, y0, v0).predict(x)
-    return {k: keypoint_errors(p, y, v) for k,p in preds.items()}
+    return preds,(y,v)
+
+@patch
+def errors(self:KeypointError):
+    "Error and number of images of each keypoint (P,2), of the model and of the two baselines"
+    preds,true = _predicted(self)
+    return {k: keypoint_error(p, *true, each=True) for k,p in preds.items()}
 
 @patch
 def result(self:KeypointError):
     "keypoint_error, _mean_predictor, _constant_parts as fractions of the unit; with `ridge` also predictors"
     if not all(self.rows): return {}
-    res = {k: e for k,v in self.errors().items() if (e := mean_error(v)) == e}
+    preds,true = _predicted(self)
+    res = {k: e for k,p in preds.items() if (e := keypoint_error(p, *true)) == e}
     return dict(res, predictors=_arrays(self.rows[True])[0][0].size) if self.ridge else res

@@ -6,7 +6,7 @@
 __all__ = ['BASELINES', 'evaluate_parts']
 
 # %% ../../nbs/20_evaluation/04_parts.ipynb #e75d11e1
-from .baselines import XYKMeans, constant_parts, strip_parts, xy_parts
+from .baselines import XYKMeans, constant_parts, strip_parts
 from .landmarks import KeypointError
 from .pixels import PartClustering, PixelClustering, Pointing, parts_at
 
@@ -33,9 +33,10 @@ def _keypoint_unit(attrs):
 # %% ../../nbs/20_evaluation/04_parts.ipynb #a7c2909a
 def _suite(k, xy, use_mask, seed):
     "Metrics, and what they are computed of, by the ending of their names"
-    centers,both = xy.centers(k, seed),lambda: (PartClustering(use_mask),PixelClustering())
+    xy.fit(k, seed)
+    both = lambda: (PartClustering(use_mask),PixelClustering())
     return {'':(lambda p,b: p, (*both(),Pointing())), '_strips':(lambda p,b: strip_parts(b, k), both()),
-            '_xy_kmeans':(lambda p,b: xy_parts(b, centers), both()),
+            '_xy_kmeans':(lambda p,b: xy.parts(b), both()),
             '_constant_parts':(lambda p,b: constant_parts(b), (Pointing(),))}
 
 # %% ../../nbs/20_evaluation/04_parts.ipynb #87e97556

@@ -25,7 +25,7 @@ from ..data.readers.files import read_list, read_mat, read_names
 from ..data.readers.tables import read_table
 from ..files import read_json, write_json
 from ..models.backbones import Backbone
-from .bad_inputs import Case, by_command, encoded_image, hand_in_all, zip_bytes
+from .bad_inputs import Case, by_command, encoded_image, zip_bytes
 from ..training.runs import load_run
 from ..visual_words.base import read_attention
 

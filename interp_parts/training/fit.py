@@ -11,16 +11,17 @@ from pathlib import Path
 
 import pandas as pd
 from fastai.callback.core import Callback
+from fastai.callback.schedule import ParamScheduler
 from fastai.callback.training import GradientAccumulation, GradientClip
 from fastcore.foundation import L
 
-from ..core import CheckpointError, ConfigError
+from ..core import CheckpointError, ConfigError, pick
 from ..files import claim, load_tensors, reading, write_text
 from ..lock import locked
 from .average import WeightAverage
 from .distributed import this_process
 from .guards import StopNonFinite, WatchParts
-from .optim import keep_memory, scheduled, torch_opt
+from .optim import keep_memory, schedules, torch_opt
 from .precision import Precision
 from .shared import ShareBatches
 from .state import SaveState, say_unsaved
@@ -66,6 +67,11 @@ def _rates(lr, n):
         raise ConfigError('lr', repr(lr), f'one number, or one for each of {n} groups of parameters, backbone first',
                           'pass lr=1e-3 or lr=(2e-4,2e-3); --set lr=0.001 or --set lr=[0.0002,0.002]')
     return rates[-n:]
+
+def _scheduled(name, lrs):
+    "Callback that sets each group's learning rate to its base rate times the schedule"
+    f = pick(name, schedules, 'schedule')
+    return ParamScheduler({'lr': lambda p: [lr*f(p) for lr in lrs]})
 
 def _use_optimizer(learn, optimizer, options):
     "Let the learner use PyTorch's optimiser"
@@ -113,7 +119,7 @@ def fit_run(
     _use_optimizer(learn, optimizer, options)
     lrs = _rates(lr, len(learn.splitter(learn.model)))
     rounded = Precision(precision, channels_last, compile)
-    cbs = [scheduled(schedule, lrs), StopNonFinite(), WatchParts(), *L(cbs), rounded, *_extras(learn, clip, accumulate, ema)]
+    cbs = [_scheduled(schedule, lrs), StopNonFinite(), WatchParts(), *L(cbs), rounded, *_extras(learn, clip, accumulate, ema)]
     if this_process()[1] > 1: cbs.append(ShareBatches(sync_bn))
     try: _fit(learn, epochs, lrs, cbs, run, save_every, resume)
     finally: rounded.undo()

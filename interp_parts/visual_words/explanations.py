@@ -22,7 +22,7 @@ from .layer import MOST_SIMILAR
 from .maps import resize_maps
 from .pictures import word_gallery
 from .projection import nearest_patches
-from ..visualization.overlays import Picture, clip_lines, save_picture
+from ..visualization.overlays import Picture, clip_lines
 
 # %% ../../nbs/12_visual_words/18_explanations.ipynb #4629b966
 def _word_table(model, parts, classes, n=8):
@@ -139,7 +139,7 @@ def _explanations(learn, rows, images, out, n=10):
             name,answer = Path(b.path[i]).name,vocab[p.target[i]]
             file = out/f'explanation_{len(files):03}_words.png'
             title = f'{name}: {answer} because of these words'
-            files.append(save_picture(_explain(learn, row, p[i], images), file, title, said))
+            files.append(_explain(learn, row, p[i], images).save(file, title, said))
             true = vocab[b.label[i]] if b.label is not None and b.label.ndim == 1 else ''
             t = _word_table(learn.model, p[i], vocab, n).round(3)
             tables.append(t.assign(image=name, true_class=true, answer=answer))
@@ -177,7 +177,7 @@ def word_pictures(
     near = {s:nearest_patches(m, learn.batches(d, whole=False), k) for s,d in kinds.items() if len(d)}
     said = 'The patch that each word is, and the images nearest to it; all words are in words/ and words.csv.'
     fig = word_gallery(learn, near, images=images)
-    files = [save_picture(fig, out/'word_gallery.png', 'The words with the largest weights', said)]
+    files = [fig.save(out/'word_gallery.png', 'The words with the largest weights', said)]
     write_text(out/'words.csv', _word_list(m, table, vocab).to_csv(index=False))
     files += _save_words(m, near, images, out/'words', vocab)
     _write_original(learn, near, images, out)

@@ -16,7 +16,7 @@ from fastcore.basics import patch
 from ..core import Batch, PartLearner, Parts, pick
 from ..data.images import denormalize, load_image, normalize
 from ..data.views import View
-from .figures import assignment_grid, contact_sheet, explain, gallery
+from .figures import assignment_grid, explain, gallery
 from .overlays import Picture
 
 # %% ../../nbs/21_visualization/03_learner.ipynb #5a9baccd
@@ -103,8 +103,9 @@ def show_batch(self:PartLearner,
     "Images as the model sees them in training, with their classes"
     x,y,*_ = _peek(self.dls[ds_idx])
     x,b = x.as_subclass(torch.Tensor).cpu()[:max_n],_as_batch(x, y)
-    name = lambda l: f'{int(l.sum())} of {len(l)} attributes' if l.ndim else self.dls.vocab[l.item()]
-    return contact_sheet(list(denormalize(x, self.dls.stats)), [(name(l),None) for l in b.label[:len(x)]], ncols)
+    images = denormalize(x, self.dls.stats)
+    return assignment_grid([(im, None, b[i]) for i,im in enumerate(images)], self.dls.vocab, ncols)
+
 
 # %% ../../nbs/21_visualization/03_learner.ipynb #a7dba5a4
 @patch
