@@ -66,6 +66,7 @@ def _training_mesh(dls, size):
 class _RandomCrop(Callback):
     "Random crops in training and the middle in validation, landmarks moved along; each image its own offset"
     order = 0
+    needs_images = 'every image is cropped anew (--set crop)'
     def __init__(self, size): self.size = size
 
     def before_batch(self):

@@ -146,6 +146,11 @@ def _train(
     compile:bool=None, # Compile the network?
     accumulate:int=None, # Batches that share a step
     ema:float=None, # Decay of a moving average of the weights, such as 0.9999
+    frozen:bool=None, # Keep the whole backbone as it is?
+    views:int=None, # With a frozen backbone: fixed views of each training image
+    cache_features:bool=None, # Run a frozen backbone once over each image, and train on its maps?
+    cache_gb:float=None, # Most that the files of such maps may take, in 10^9 bytes
+    cache_half:bool=None, # Keep the maps in half precision?
     num_processes:int=None, # Processes that train together, one for each GPU; --bs is the batch of all of them
     sync_bn:bool=None, # Of several processes: statistics of batch norms over all of them?
     on_bad_image:str=None, # error (the default), skip, or replace by the next of the same class and split

@@ -26,6 +26,7 @@ settings_defaults = dict(data=None, path=None, protocol=None, masks=None, init=N
                          backbone=None, weights=None, pretrained=True, freeze_bn=False, n_parts=None,
                          epochs=12, bs=32, size=224, resize='short', flip=.5, brightness=.1, on_bad_image='error',
                          seed=0, workers=2, device='auto', deterministic=False, compat=False, save_every=None,
+                         frozen=False, views=1, cache_features=False, cache_gb=20., cache_half=False,
                          model={}, fit={}, reader={})
 
 # %% ../../nbs/30_command/02a_settings.ipynb #81ef758e
@@ -152,7 +153,7 @@ def _check_speed(precision='32', channels_last=False, compile=False, accumulate=
 # %% ../../nbs/30_command/02a_settings.ipynb #c8130f39
 _kinds = {**dict.fromkeys('data path protocol masks init backbone weights'.split(), ''), 'n_parts':1, 'save_every':1}
 _limits = dict(n_parts=(1,), epochs=(0,), bs=(1,), size=(1,8192), workers=(0,1024), save_every=(1,), seed=(0,2**63-1),
-               flip=(0.,1.), brightness=(0.,1.))
+               flip=(0.,1.), brightness=(0.,1.), views=(1,), cache_gb=(0.,))
 
 def check_settings(
     s:dict, # From `make_settings`
@@ -166,6 +167,8 @@ def check_settings(
     pick_device(s['device'])
     pick(s['resize'], RESIZES, '--resize')
     pick(s['on_bad_image'], BAD_IMAGE, '--on-bad-image')
+    if s['views'] > 1 and not (s['frozen'] or s['cache_features']):
+        raise ConfigError('--views', s['views'], 'a backbone that stays as it is', 'pass --frozen or --cache-features too')
     _check_fit(**s['fit'])
     _check_files(s)
 

@@ -19,6 +19,7 @@ from ..data.rows import read_rows
 from ..data.table import bad_image_line
 from ..files import (claim, occupied, read_json, replaceable, save_tensors, start_folder, write_json)
 from ..models.backbones import backbone_stats
+from ..training.cached import frozen_backbone
 from ..training.distributed import joined, on_first, this_process
 from ..training.fit import fit_run
 from ..training.optim import seed_everything
@@ -56,7 +57,8 @@ def make_learner(
 # %% ../../nbs/30_command/02b_train.ipynb #57b06d5a
 def _identity(method, s):
     "The settings that make the weights what they are, as JSON gives them back"
-    kept = {k:v for k,v in s.items() if k not in ('workers','device','save_every')}
+    kept = {k:v for k,v in s.items() if k not in ('workers','device','save_every','cache_features','cache_gb')}
+    kept['frozen'] = s['frozen'] or s['cache_features'] # the same weights, with and without the file
     return json.loads(json.dumps(dict(method=method, **kept), default=str))
 
 _paths = 'path','init','weights','masks'
@@ -134,8 +136,13 @@ def _start(method, run, s, say):
     return learn,config
 
 # %% ../../nbs/30_command/02b_train.ipynb #3bb0556f
+def _backbone(learn, s):
+    "A block in which the backbone stays as it is, if the settings say so"
+    if not (s['frozen'] or s['cache_features']): return nullcontext()
+    return frozen_backbone(learn, s['cache_features'], s['views'], s['cache_gb'], s['cache_half'])
+
 def _train(learn, run, s, config, resume, start):
-    fit_run(learn, s['epochs'], run, resume, save_every=s['save_every'], **s['fit'])
+    with _backbone(learn, s): fit_run(learn, s['epochs'], run, resume, save_every=s['save_every'], **s['fit'])
     if this_process()[0]: return
     save_run(learn, run, dict(config, model=learn.model.config, seconds=round(time.time()-start, 1)))
 

@@ -73,11 +73,16 @@ def __getitem__(self:PartDataset, i):
     self.row = i
     where = (chance.random(),chance.random()) if self.train else (.5,.5)
     place = self.view.place(*im.size, where, chance.random() < self.flip)
-    x = place.image(im)
-    if self.brightness: x = ImageEnhance.Brightness(x).enhance(chance.uniform(1-self.brightness, 1+self.brightness))
-    x = TensorImage(torch.from_numpy(np.asarray(x).copy()).permute(2,0,1).contiguous())
+    x = self._tensor(im, place)
     y = self.kind(torch.tensor(self.cols[self.target][i] if self.target else -1))
     return (x, y, *self._points(i, place), *self._mask(i, place), *self._index(i, place))
+
+@patch
+def _tensor(self:PartDataset, im, place):
+    "The image on the canvas (3,H,W), 0 to 255"
+    x,b = place.image(im),self.brightness
+    if b: x = ImageEnhance.Brightness(x).enhance(self.chance.uniform(1-b, 1+b))
+    return TensorImage(torch.from_numpy(np.asarray(x).copy()).permute(2,0,1).contiguous())
 
 # %% ../../nbs/01_data/04_loaders.ipynb #88c0399d
 def _swap_pairs(n, pairs):
@@ -148,9 +153,11 @@ def _split_rows(df, n=128):
 # %% ../../nbs/01_data/04_loaders.ipynb #5fd1b5e3
 class PartDL(TfmdDL):
     "A DataLoader that draws the key of its dataset's crops for each pass"
+    views = None # Number of fixed views that a pass chooses from; None: any
     def before_iter(self):
         super().before_iter()
-        self.dataset.key = self.rng.getrandbits(64)
+        key = self.rng.getrandbits(64)
+        self.dataset.key = key % self.views if self.views else key
 
 # %% ../../nbs/01_data/04_loaders.ipynb #174b5024
 def part_dls(

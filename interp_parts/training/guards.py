@@ -71,7 +71,8 @@ class WatchParts(Callback):
         if not self.training and self.iter == 0: self.images = self.xb[0][:self.n]
 
     def after_epoch(self):
-        if self.images is None or not getattr(self.learn.model, 'ready', True): return
+        ready = getattr(self.learn.model, 'ready', None) # a method whose parts need images, once they are found
+        if self.images is None or ready is not None and (not ready or self.images.ndim < 4): return
         try: found = _collapsed(self.learn.model.parts(self.images).cpu())
         except (NotImplementedError, AttributeError): found = []
         for text in found:
