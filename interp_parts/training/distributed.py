@@ -72,7 +72,7 @@ def in_processes(
         mp.start_processes(_one, (n, f, d, args), nprocs=n, start_method='fork')
         return [torch.load(f'{d}/{i}', weights_only=True) for i in range(n)]
 
-# %% ../../nbs/04_training/07_distributed.ipynb #1c7c4702
+# %% ../../nbs/04_training/07_distributed.ipynb #509927fd
 def same_everywhere(
     x:torch.Tensor, # Of the same shape in each process
 )->torch.Tensor:
@@ -81,13 +81,13 @@ def same_everywhere(
     return x
 
 def mean_weight(
-    n:int, # Rows that this process's mean is over
-)->float:
+    n, # Rows that this process's mean is over, a number or a tensor
+):
     "Weight that makes the average of the processes' means the mean over all rows; 1 if there is only one"
     if n_processes() == 1: return 1.
-    total = torch.tensor(float(n))
+    total = torch.as_tensor(n).float().clone()
     dist.all_reduce(total)
-    return n*n_processes()/max(total.item(), 1.)
+    return n*n_processes()/total.clamp_min(1)
 
 # %% ../../nbs/04_training/07_distributed.ipynb #4ed97200
 def gather_plain(

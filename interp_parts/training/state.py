@@ -178,6 +178,8 @@ def save(self:SaveState,
     batch:int=0, # Batches of that part which are done
 ):
     "Write the state; if that cannot be, the one before stays"
+    for cb in self.learn.cbs:
+        if hasattr(type(cb), 'settle'): cb.settle() # the losses that lead here are finite
     name = f'{epoch}' + f'-{phase}-{batch}'*(phase != 'epoch')
     files = dict(model=f'model-{name}.safetensors', loop=f'loop-{name}.pt')
     at = lambda dl: self.begin if phase != 'epoch' and dl is self.learn.dl else dl.rng.getstate()
