@@ -146,6 +146,7 @@ def _train(
     compile:bool=None, # Compile the network?
     accumulate:int=None, # Batches that share a step
     ema:float=None, # Decay of a moving average of the weights, such as 0.9999
+    fast_decode:bool=None, # Decode large JPEGs at 1/2, 1/4 or 1/8 of their size?
     frozen:bool=None, # Keep the whole backbone as it is?
     views:int=None, # With a frozen backbone: fixed views of each training image
     cache_features:bool=None, # Run a frozen backbone once over each image, and train on its maps?

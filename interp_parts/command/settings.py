@@ -26,7 +26,7 @@ settings_defaults = dict(data=None, path=None, protocol=None, masks=None, init=N
                          backbone=None, weights=None, pretrained=True, freeze_bn=False, n_parts=None,
                          epochs=12, bs=32, size=224, resize='short', flip=.5, brightness=.1, on_bad_image='error',
                          seed=0, workers=2, device='auto', deterministic=False, compat=False, save_every=None,
-                         frozen=False, views=1, cache_features=False, cache_gb=20., cache_half=False,
+                         frozen=False, views=1, cache_features=False, cache_gb=20., cache_half=False, fast_decode=False,
                          model={}, fit={}, reader={})
 
 # %% ../../nbs/30_command/02a_settings.ipynb #81ef758e

@@ -47,7 +47,7 @@ def make_learner(
     seed_everything(s['seed'], s['deterministic'])
     dls = part_dls(df, s['size'], s['resize'], s['bs'], flip=s['flip'], brightness=s['brightness'],
                    stats=backbone_stats(s['backbone']), workers=_workers(s), seed=s['seed'],
-                   device=pick_device(s['device']), extra=get_method(method).extra)
+                   device=pick_device(s['device']), extra=get_method(method).extra, fast_decode=s['fast_decode'])
     names = option_kinds(get_method(method).learner, get_method(method).model)
     if s['init'] and 'init' not in names:
         raise ConfigError('--init', f'{method} starts from no other run', 'a training without it')

@@ -47,7 +47,7 @@ def _fixed_views(dl, views):
         dl.views = None
         ds.train,ds.flip,ds.brightness = was
 
-# %% ../../nbs/04_training/10_cached.ipynb #50de206b
+# %% ../../nbs/04_training/10_cached.ipynb #e7d2219d
 def _folder():
     home = os.environ.get('XDG_CACHE_HOME')
     return (Path(home) if home else Path.home()/'.cache')/'interp_parts'/'features'
@@ -58,7 +58,7 @@ def _key(learn, dl, views, half):
     for k,v in learn.model.backbone.state_dict().items():
         h.update(f'{k} {tuple(v.shape)}'.encode() + v.detach().cpu().contiguous().numpy().tobytes())
     images = fingerprint(learn.dls.table.loc[ds.rows], contents=True)
-    seen = ds.view,ds.train,ds.flip,ds.brightness,views,half,learn.dls.stats,torch.__version__
+    seen = ds.view,ds.train,ds.flip,ds.brightness,ds.least,views,half,learn.dls.stats,torch.__version__
     h.update(repr((str(learn.model.backbone), images, seen)).encode())
     return h.hexdigest()[:32]
 

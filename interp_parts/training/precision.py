@@ -85,7 +85,7 @@ def undo(self:Precision):
     if self.tf32 and (was := vars(self).pop('_was', None)): _set_tf32(*was)
     self.on,self.grad_scaler,self.wrapped = False,None,[]
 
-# %% ../../nbs/04_training/03a_precision.ipynb #41a3a94b
+# %% ../../nbs/04_training/03a_precision.ipynb #700d8f1f
 @patch
 def before_backward(self:Precision):
     "Scale the loss up"
@@ -105,7 +105,11 @@ def after_step(self:Precision):
     if self.grad_scaler: self.grad_scaler.update()
 
 @patch
-def step(self:Precision, *args, **kwargs): self.skipped = False # an optimiser, for the scaler
+def step(self:Precision, *args, **kwargs):
+    "What the scaler calls, as if this were the optimiser, when all gradients are finite"
+    self.skipped = False
 
 @patch(as_prop=True)
-def param_groups(self:Precision): return self.opt.param_groups
+def param_groups(self:Precision):
+    "Those of the optimiser, for the scaler"
+    return self.opt.param_groups
