@@ -5,13 +5,14 @@ import numpy as np, torch
 from torch import nn
 
 from interp_parts.activation_diversity.model import ActivationDiversity
-from interp_parts.activation_diversity.network import CasiaNet, _SameConv2d, _legacy_upsample
+from interp_parts.activation_diversity.network import casia_net, _SameConv2d, _legacy_upsample
 from interp_parts.activation_diversity.losses import filter_diversity, response_diversity
 from interp_parts.evaluation.recognition import Identification, Verification
 from interp_parts.evaluation.face_templates import Templates, pooled_distances
 from interp_parts.activation_diversity.peaks import Peaks, average_locations
-from interp_parts.activation_diversity.identity import AdamHat, IdentityLoss
+from interp_parts.activation_diversity.identity import IdentityLoss
 from interp_parts.activation_diversity.mesh import FaceMesh
+from interp_parts.training.optim import optimizers
 from interp_parts.activation_diversity.occlusion import _fill_polygons, _warp_windows
 
 KEPT = 260 # channels that the original's FAD keeps, whatever the width
@@ -24,7 +25,7 @@ class Trunk(nn.Module):
     "The trunk with the recorded widths"
     def __init__(self, width, top):
         super().__init__()
-        self.net = CasiaNet(width, top)
+        self.net = casia_net(width=width, top=top)
         self.channels = [f['num_chs'] for f in self.net.feature_info[2:]]
 
     def forward(self, x): return self.net.forward_intermediates(x, indices=[2,3,4], intermediates_only=True)
@@ -210,7 +211,7 @@ def operations(r):
 def adam(r):
     "Parameters after each step"
     theta,steps = r.tensor('adam_theta0').requires_grad_(),[]
-    opt = AdamHat([theta], lr=1e-3, betas=(.5,.999))
+    opt = optimizers['adam_hat']([theta], lr=1e-3, betas=(.5,.999))
     for g in r.tensor('adam_grads'):
         theta.grad = g.clone()
         opt.step()

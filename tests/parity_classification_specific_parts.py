@@ -10,10 +10,9 @@ from torch import nn
 from interp_parts.classification_specific_parts import published
 from interp_parts.classification_specific_parts.boxes import find_boxes, searches
 from interp_parts.classification_specific_parts.clusters import FEATURES, cluster_pixels
-from interp_parts.classification_specific_parts.l2_svm import fit_l2
 from interp_parts.classification_specific_parts.published import published_inception, published_search
 from interp_parts.classification_specific_parts.saliency_maps import correct, features_of, input_gradients, minmax, salient, saliency
-from interp_parts.classification_specific_parts.svm import LinearSVM, fit_l1, fit_liblinear
+from interp_parts.classification_specific_parts.svm import LinearSVM
 from interp_parts.data.readers.file_lists import write_part_locs
 
 def shares(r, name, theirs, ours, least):
@@ -173,7 +172,7 @@ def sparse(r, name, C, train, test):
     "The L1-SVM: liblinear with the original's settings, ours to the minimum"
     (x,y),(tx,ty) = ((f[:,-1],l) for f,l in (train,test))
     n = len(r.arrays[f'{name}_coef'])
-    lib,ours = fit_liblinear(x, y, n, C),fit_l1(x, y, n, C, tol=1e-12, gap=1e-12)
+    lib,ours = LinearSVM.fit_liblinear(x, y, n, C),LinearSVM.fit_l1(x, y, n, C, tol=1e-12, gap=1e-12)
     at = torch.cat([r.tensor(f'{name}_coef'), r.tensor(f'{name}_intercept')[:,None]], 1)
     r.exact(f'{name}_nnz', (at[:,:-1] != 0).sum(1))
     if C == .1: # both are at the minimum; at larger C the original stopped before it
@@ -188,7 +187,7 @@ def sparse(r, name, C, train, test):
 def scoring(r, name, view, train, test):
     "The L2-SVM by Newton's method"
     (x,y),(tx,ty) = ((view(f),l) for f,l in (train,test))
-    ours = fit_l2(x, y, len(r.arrays[f'{name}_coef']), .1)
+    ours = LinearSVM.fit_l2(x, y, len(r.arrays[f'{name}_coef']), .1)
     r.near(f'{name}_coef', ours.coef, 1e-2)
     r.near(f'{name}_intercept', ours.intercept, 1e-2)
     accuracies(r, f'{name}_acc', ours, (x,y), (tx,ty))
@@ -242,14 +241,14 @@ def pipeline(r):
     r.near('global_feats', f, 1e-3)
     g = r.tensor('global_feats').double()
     train,test = (g[:n],y[:n]),(g[n:],y[n:])
-    select = fit_liblinear(*train, classes, float(r['C_l1']), tol=1e-8, max_iter=100000) # stops before the minimum
-    ours = fit_l1(*train, classes, float(r['C_l1']), tol=1e-12, gap=1e-6)
+    select = LinearSVM.fit_liblinear(*train, classes, float(r['C_l1']), tol=1e-8, max_iter=100000) # stops before the minimum
+    ours = LinearSVM.fit_l1(*train, classes, float(r['C_l1']), tol=1e-12, gap=1e-6)
     no_worse(r, 'L1-SVM: objective, of theirs', 1., (ours.objective/select.objective).numpy(), 1e-6)
     r.near('l1_coef', select.coef, 5e-3)
     r.near('l1_intercept', select.intercept, 5e-3)
     accuracies(r, 'l1_acc', select, train, test)
     C = float(r['C_l2'])
-    accuracies(r, 'base_acc', fit_l2(*train, classes, C), train, test)
+    accuracies(r, 'base_acc', LinearSVM.fit_l2(*train, classes, C), train, test)
     preds = select.predict(g)
     r.exact('preds', preds)
     w,_ = select.to(torch.float32).feature_weights(preds, ('selected','all'))
@@ -259,7 +258,7 @@ def pipeline(r):
         part_steps(r, kind, s[:,i], images, net, size)
         scores = r.tensor(f'feats_{kind}').double().flatten(1)
         fed = (scores[:n],y[:n]),(scores[n:],y[n:])
-        accuracies(r, f'acc_{kind}', fit_l2(*fed[0], classes, C), *fed)
+        accuracies(r, f'acc_{kind}', LinearSVM.fit_l2(*fed[0], classes, C), *fed)
 
 def unpack(flat, shapes):
     "Images of different sizes out of one array"

@@ -13,7 +13,7 @@ from interp_parts.contrastive_reconstruction.crops import (instance_crop, _crop_
 from interp_parts.contrastive_reconstruction.frozen import VGGTaps, rgb_to_lab
 from interp_parts.contrastive_reconstruction.keypoint_scores import (_KeypointClusters as KeypointClusters,
     _at_points as at_points, _name_points as name_points, _regression_columns as regression_columns, trainer_centers)
-from interp_parts.contrastive_reconstruction.losses import (consistency, contrastive_loss, draw_positives,
+from interp_parts.contrastive_reconstruction.losses import (contrastive_loss, draw_positives,
                                                             equivariance_loss, part_moments, upsample_logits)
 from interp_parts.contrastive_reconstruction.model import (BGR_MEAN, ContrastiveReconstruction,
                                                            _Segmented as Segmented, _poly_lr as poly_lr)
@@ -90,7 +90,7 @@ def loss_case(r, dtype, deg=False):
     q,area = l.softmax(1)*mask,mask.sum((1,2,3))
     m = part_moments(q, [feat*mask])
     con = contrastive_loss(m.mean(), r.tensor('rand_idx'))
-    return l,dict(sc=consistency(m, area).sum(), rgb=consistency(part_moments(q, [rec]), area).mean(), con_t019=con),m
+    return l,dict(sc=m.consistency(area).sum(), rgb=part_moments(q, [rec]).consistency(area).mean(), con_t019=con),m
 
 def other_temperatures(r):
     "The contrast of the recorded descriptors at other temperatures"

@@ -15,7 +15,7 @@ from interp_parts.evaluation.landmarks import KeypointRegression, eye_frame, key
 from interp_parts.evaluation.pixels import upsample
 from interp_parts.visualization.overlays import attention_map, attention_overlay, hard_assignment, part_colors, parts_overlay
 from interp_parts.data.readers.faces import _binary_labels as binary_labels, _scale_factors as scale_factors, _scops_filter as scops_filter
-from interp_parts.region_grouping.grouping import GroupingUnit, assign_pixels, describe_parts
+from interp_parts.region_grouping.grouping import GroupingUnit
 from interp_parts.region_grouping.model import RegionGrouping, _Bottleneck, _part_attention
 from interp_parts.region_grouping.prior import _beta_quantiles, _blur_kernel, occurrence, occurrence_loss
 from interp_parts.region_grouping.stacked import StackedBottleneck, stacked_attention
@@ -30,9 +30,9 @@ def grouping(r):
 def grouping_case(r, case):
     "Outputs and gradients; 1e-5, and 1e-10 in float64"
     x,w,s = ins = [r.tensor(f'{case}_{k}').requires_grad_() for k in ('x','weight','smooth_factor')]
-    pixels,centers = x.flatten(2),w.flatten(1)
-    q = assign_pixels(pixels, centers, s)
-    out,assign = describe_parts(pixels, q, centers).transpose(1,2),q.unflatten(2, x.shape[2:])
+    unit = GroupingUnit(len(w), w.shape[1])
+    parts,assign = torch.func.functional_call(unit, dict(weight=w, smooth_factor=s), (x,))
+    out = parts.transpose(1,2)
     cot_out,cot_assign = (r.tensor(f'{case}_cot_{k}') for k in ('out','assign'))
     grads = torch.autograd.grad((out*cot_out).sum() + (assign*cot_assign).sum(), ins)
     for k,v in zip(('out','assign','dx','dweight','dsmooth'), (out,assign,*grads)):

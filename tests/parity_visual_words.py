@@ -19,8 +19,7 @@ from interp_parts.visual_words.fidelity import AttentionFidelity
 from interp_parts.visual_words.fields import ReceptiveField, activation_boxes
 from interp_parts.visual_words.files import OriginalFiles
 from interp_parts.visual_words.images import heat
-from interp_parts.visual_words.layer import (attention_loss, cluster_loss, log_similarity, nearest_maps, nearest_words,
-                                             weight_norm)
+from interp_parts.visual_words.layer import (attention_loss, log_similarity, nearest_words, weight_norm)
 from interp_parts.visual_words.losses import WordLoss
 from interp_parts.visual_words.maps import resize_maps, to_unit
 from interp_parts.visual_words.network import VisualWords
@@ -94,9 +93,9 @@ def logged(r, case, net, o, y, a, k, values):
     least,own,depth = o.distances.least,net.word_class == y[:,None],net.words.shape[1]
     by_class = 'class_specific' in case
     values |= dict(acc=(o.logits.argmax(1) == y).double().mean(), l1=weight_norm(net.last.weight),
-                   cluster=cluster_loss(least, own, depth) if by_class else cluster_loss(least),
-                   separation=cluster_loss(least, ~own, depth), avg_separation=o.distances.separation(own),
-                   attn_loss=attention_loss(nearest_maps(o.z, net.words, o.distances, k), a, corners=True),
+                   cluster=o.distances.cluster(own, depth) if by_class else o.distances.cluster(),
+                   separation=o.distances.cluster(~own, depth), avg_separation=o.distances.separation(own),
+                   attn_loss=attention_loss(o.distances.nearest_maps(o.z, net.words, k), a, corners=True),
                    p_dist_pair=net.word_distance())
     for n in values:
         if f'{case}.{n}' in r: r.close(f'{case}.{n}', values[n], 1e-9)
@@ -145,8 +144,8 @@ class Staged(WordPhases):
         loss,l = super().last_loss(x, y),self.learn.word_loss
         with torch.no_grad():
             o = twin(x)
-            rest = .8*cluster_loss(o.distances.least)
-            rest += 10*attention_loss(nearest_maps(o.z, twin.words, o.distances, l.top), a, corners=True)
+            rest = .8*o.distances.cluster()
+            rest += 10*attention_loss(o.distances.nearest_maps(o.z, twin.words, l.top), a, corners=True)
         self.losses.append((loss+rest).item())
         return loss
 

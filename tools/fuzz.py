@@ -16,7 +16,7 @@ from interp_parts.data.download import extract
 from interp_parts.data.images import broken, image_size, load_image
 from interp_parts.data.loaders import PartBatches
 from interp_parts.data.readers.file_lists import read_part_locs
-from interp_parts.data.readers.files import read_list, read_mat, read_names
+from interp_parts.data.readers.files import DataFolder, read_list, read_mat
 from interp_parts.data.readers.tables import read_table
 from interp_parts.files import load_tensors, read_json
 from interp_parts.models.backbones import Backbone
@@ -144,7 +144,7 @@ def targets(
     rows = pd.DataFrame(dict(image=['a','b']))
     readers = {'f.npz':read_features, 'a.npy':lambda f: read_attention(f, rows), 'x.mat':read_mat,
                'x.pth':lambda f: import_original(f, d/'made'),
-               'x.txt':lambda f: [tried(g, f) for g in (read_list, read_names, read_part_locs)],
+               'x.txt':lambda f: [tried(g, f) for g in (read_list, DataFolder('.').names, read_part_locs)],
                'x.w':lambda f: Backbone('test_resnet', weights=f)}
     def tried(g, f):
         try: g(f)

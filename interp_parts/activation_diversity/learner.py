@@ -11,9 +11,8 @@ from pathlib import Path
 import numpy as np, torch
 from fastai.callback.core import Callback
 
-from .groups import group_filters
 from .identity import IdentityLoss, VerificationError
-from .mesh import face_mesh
+from .mesh import FaceMesh
 from .model import ActivationDiversity
 from .occlusion import WINDOW, Occluder
 from .training import Diversity
@@ -60,7 +59,7 @@ def _mean_landmarks(dls, n=256):
 def _training_mesh(dls, size):
     "A mesh over the mean landmarks, in pixels of the middle of the input; None if there are none"
     if 'keypoints' not in dls.train.dataset.cols: return None
-    return face_mesh(_mean_landmarks(dls)-(dls.view.size-size)/2, (size,size))
+    return FaceMesh.over(_mean_landmarks(dls)-(dls.view.size-size)/2, (size,size))
 
 # %% ../../nbs/13_activation_diversity/10_learner.ipynb #529065e5
 class _RandomCrop(Callback):
@@ -87,7 +86,7 @@ class _GroupFilters(Callback):
     def after_epoch(self):
         if hasattr(self.learn, 'lr_finder') or self.epoch < self.n_epoch-1 or not hasattr(self.dls, 'table'): return
         model = getattr(self.learn.model, 'module', self.learn.model)
-        group_filters(model, list(self.learn.batches(few_rows(self.dls), whole=False)))
+        model.group_filters(list(self.learn.batches(few_rows(self.dls), whole=False)))
 
 # %% ../../nbs/13_activation_diversity/10_learner.ipynb #faa5a647
 def _load_trunk(model, path, statistics=True):

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np, pandas as pd, torch
 from fastcore.basics import patch
 
-from .files import to_image, write_features
+from .files import write_features
 from .final import PartPipeline
 from .order import in_order
 from .saliency_maps import features_of
@@ -35,7 +35,7 @@ def describe(self:PartPipeline,
             f,found = features_of(self.net, x.to(self.device)).cpu(),self._given(x, b)
             classes = self.classifiers()[0].predict(f)
         places = [View(self.size, self.resize).place(*wh.tolist()) for wh in b.original.flip(1)]
-        boxes = np.stack([to_image(v, p) for v,p in zip(found.boxes, places)])
+        boxes = np.stack([p.boxes_in_file(v) for v,p in zip(found.boxes, places)])
         f = torch.cat([self._crop_features(x, b.path, found.boxes, boxes), f[:,None]], 1)
         order = self.order(f)
         boxes = in_order(torch.as_tensor(boxes), order).numpy()

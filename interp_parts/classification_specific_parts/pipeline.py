@@ -14,12 +14,12 @@ from fastcore.basics import patch
 
 from .baselines import baseline_boxes
 from .boxes import Found
-from .files import Store, read_features, to_image, write_features
-from .l2_svm import cross_fit, cross_validate, fit_l2
+from .files import Store, read_features, write_features
+from .l2_svm import cross_fit, cross_validate
 from .saliency_maps import features_of
 from .settings import PartSettings
 from .steps import locate_parts, look
-from .svm import LinearSVM, fit_l1, fit_liblinear
+from .svm import LinearSVM
 from ..core import DataError
 from ..data.images import image_size, imagenet_stats
 from ..data.loaders import PartBatches
@@ -173,8 +173,8 @@ def import_features(self:PartPipeline,
 @patch
 def _fit(self:PartPipeline, x, y, penalty, C):
     "An SVM with the solver of the settings"
-    if self.settings.solver == 'liblinear': return fit_liblinear(x, y, self.n_classes, C, penalty)
-    return fit_l1(x, y, self.n_classes, C) if penalty == 'l1' else fit_l2(x, y, self.n_classes, C)
+    if self.settings.solver == 'liblinear': return LinearSVM.fit_liblinear(x, y, self.n_classes, C, penalty)
+    return LinearSVM.fit_l1(x, y, self.n_classes, C) if penalty == 'l1' else LinearSVM.fit_l2(x, y, self.n_classes, C)
 
 @patch
 def _choose_c(self:PartPipeline, scores):
@@ -274,7 +274,7 @@ def boxes(self:PartPipeline):
     def make():
         a = self._cs_boxes() if self.settings.parts == 'cs' else self._other_boxes()
         places = [View(self.size, self.resize).place(*image_size(p)) for p in self.df.image]
-        image_boxes = np.stack([to_image(b, p) for b,p in zip(a['boxes'], places)])
+        image_boxes = np.stack([p.boxes_in_file(b) for b,p in zip(a['boxes'], places)])
         return dict(a, image_boxes=image_boxes, rows=self.df.index.to_numpy())
     return self.store.get('boxes', self.keys['boxes'], make, also=self._export_boxes)
 

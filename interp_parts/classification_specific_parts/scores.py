@@ -11,7 +11,6 @@ from pathlib import Path
 import torch
 from fastcore.basics import patch
 
-from .all_images import part_pipeline
 from .new_images import PartPipeline
 
 # %% ../../nbs/14_classification_specific_parts/09a_scores.ipynb #150384d5
@@ -72,5 +71,5 @@ def part_scores(
     out = dict(selected_features=n, selected_share=n/model.select_coef.shape[1])
     folder = Path(run)/'cs_parts' if run else None
     if protocol != 'paper' and not (folder and folder.is_dir()): return out
-    pipe = part_pipeline(learn, folder, table=table)
+    pipe = PartPipeline.of_learner(learn, folder, table=table)
     return dict(out, table=pipe.paper_table(table, model.source))

@@ -96,7 +96,7 @@ def _contrastive_reconstruction_cases(b=3, k=4, size=128):
     def plain(): return nn.functional.cross_entropy(losses.upsample_logits(one(x), (size,size)), y)
     def full():
         v = cr.Views(mask, phi(x), cr.rgb_to_lab(x), warper.grid(mask), losses.draw_positives(b, k))
-        terms,_ = cr.reconstruction_terms(two(jitter(x)-.5), two(warps.warp(jitter(x)-.5, v.grid)), v)
+        terms,_ = v.losses(two(jitter(x)-.5), two(warps.warp(jitter(x)-.5, v.grid)))
         return sum(w*terms[n].mean() for n,w in weights.items())
     steps = dict(plain=_sgd_step(one.parameters(), plain, 5.), ours=_sgd_step(two.parameters(), full, 5.))
     return {f'DeepLab50, B={b}, {size} px, K={k}': dict(limit=2.7, original=4.74, **steps)}
@@ -111,10 +111,10 @@ def _visual_words_cases(size=224):
     m = VisualWords(37, 185, 'resnet34')
     def head():
         z = m.add_on(f)
-        d = w.word_distances(z, m.words)
-        attend = w.attention_loss(w.nearest_maps(z, m.words, d, 10), a, (size,size))
+        d = w.Distances.between(z, m.words)
+        attend = w.attention_loss(d.nearest_maps(z, m.words, 10), a, (size,size))
         loss = nn.functional.cross_entropy(m.last(w.log_similarity(d.least)), y)
-        return loss + .8*w.cluster_loss(d.least) + 1e-4*w.weight_norm(m.last.weight) + 10*attend
+        return loss + .8*d.cluster() + 1e-4*w.weight_norm(m.last.weight) + 10*attend
     def ours():
         head().backward()
         return f.grad

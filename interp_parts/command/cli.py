@@ -124,7 +124,7 @@ def _train(
     protocol:str=None, # The data's own, such as accuracy or interpretability for celeba
     recipe:str=None, # Published settings by name: see `interp-parts recipes`
     config:str=None, # JSON file with settings
-    init:str=None, # RUN of a base model or trunk to start from, for methods that have one
+    init:str=None, # RUN, or weights, of a base model or trunk to start from, for methods that have one
     backbone:str=None, # timm's name; default: the method's own, such as resnet50
     weights:str=None, # Backbone weights: a .safetensors file, or a plain state dict, with timm's or torchvision's names
     pretrained:bool=None, # Download timm's weights? Default: yes
@@ -228,6 +228,17 @@ def _features(
     from interp_parts.command.features import features_run
     print(f"{out}: {', '.join(f'{k} {v.shape}' for k,v in features_run(run, out, path, split, device).items())}")
 
+# %% ../../nbs/30_command/01_cli.ipynb #0bd19bc6
+@_command()
+def _export(
+    run:str, # Folder of a finished training
+    file:str, # model.onnx or model.pt2
+):
+    "Write the model of a run for other programs"
+    from interp_parts.serving.exporting import export_run
+    about = export_run(run, file)
+    print(f"{file}: from {about['input']['size']} px images to {', '.join(about['outputs'])}; batch {about['batch']}")
+
 # %% ../../nbs/30_command/01_cli.ipynb #23e51dc1
 @_command()
 def _foreground(
@@ -292,9 +303,11 @@ def _recipe_line(name, method, model, fit, bs, data='any data', size='any', **re
 def _data(
     name:str, # A reader's name, such as cub, celeba, pets or flowers
     dest:str, # Folder for the archives and the data
+    list_:bool=False, # Only list all files: size, checksum, address, and whether they are in the folder
 ):
     "Download a data set, check it, and print what it holds"
-    from interp_parts.data.download import get_data
+    from interp_parts.data.download import get_data, list_files
+    if list_: return print(f'into {dest}:', list_files(name, dest).to_string(index=False), sep='\n')
     from interp_parts.data.readers.registry import read_data
     folder = get_data(name, dest)
     df = read_data(name, folder)

@@ -14,7 +14,7 @@ import pandas as pd, timm
 
 from .settings import check_kind, check_settings, option_kinds, pick_device, settings_defaults
 from ..core import ConfigError, PartLearner, create_learner, get_method
-from ..data.loaders import late_bad_images, part_dls
+from ..data.loaders import part_dls
 from ..data.rows import read_rows
 from ..data.table import bad_image_line
 from ..files import (claim, occupied, read_json, replaceable, save_tensors, start_folder, write_json)
@@ -175,4 +175,4 @@ def _train_new(method, run, s, resume, overwrite, say):
         if fresh and read_state(run) is None: shutil.rmtree(run, ignore_errors=True)
         raise
     if first: write_model_card(run)
-    if line := bad_image_line(learn.dls.table, late_bad_images(learn.dls)): say(line)
+    if line := bad_image_line(learn.dls.table, learn.dls): say(line)

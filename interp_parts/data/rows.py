@@ -14,7 +14,7 @@ import pandas as pd
 from ..core import get_method
 from .masks import add_grabcut_masks
 from .readers.registry import read_data
-from .table import files_later, listed_splits, match_classes, usable_images, use_split
+from .table import files_later, match_classes, usable_images, use_split
 
 # %% ../../nbs/01_data/09_rows.ipynb #bc2411a5
 def _read(s, method, run):
@@ -31,8 +31,7 @@ def _kept_split(df, run, elsewhere=False):
     "The table in the split of the run; images that came later are left out"
     file = Path(run)/'split.txt' if run else None
     if file is None or not file.is_file(): return df
-    if elsewhere and listed_splits(df, file).isna().all(): return df
-    out = use_split(df, file, later=True)
+    out = use_split(df, file, later='all' if elsewhere else True)
     out.attrs = df.attrs
     return out
 

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SPLITS', 'BAD_IMAGE', 'part_table', 'first_few', 'class_names', 'check_table', 'match_classes', 'content_groups',
            'check_copies', 'files_later', 'split_and_class', 'usable_images', 'bad_image_line', 'write_split',
-           'listed_splits', 'use_split']
+           'use_split']
 
 # %% ../../nbs/01_data/01_table.ipynb #0677f6d3
 import hashlib, os, unicodedata, warnings
@@ -244,12 +244,18 @@ def usable_images(
     return check_table(out, files=False)
 
 # %% ../../nbs/01_data/01_table.ipynb #fb6ca186
+def _broke_later(dls):
+    "Files that broke after `usable_images` had looked at them, as far as the batches met them"
+    dss = [dl.dataset for dl in dls.loaders]
+    return list(dict.fromkeys(p for ds in dss if getattr(ds, 'bad', None) is not None
+                              for p,b in zip(ds.cols['image'], ds.bad.tolist()) if b))
+
 def bad_image_line(
     df:pd.DataFrame, # From `usable_images`
-    late=(), # Files that broke afterwards
+    dls=None, # DataLoaders of the table, to name the files that broke afterwards as well
 )->str:
     "One line about what was left out or replaced, the first five by name; empty if nothing was"
-    bad = [*df.attrs.get('bad_images', ()), *late]
+    bad = [*df.attrs.get('bad_images', ()), *(_broke_later(dls) if dls else [])]
     done = 'replaced' if df.attrs.get('on_bad_image') == 'replace' else 'left out'
     return f"{len(bad)} unusable image{'s'*(len(bad) != 1)} {done}: {first_few(bad)}" if bad else ''
 
@@ -290,10 +296,7 @@ def _line_of(image, listed):
     keys = ('/'.join(parts[i:]) for i in range(1, len(parts)))
     return next(((k, image[:-len(k)]) for k in keys if k in listed), None)
 
-def listed_splits(
-    df:pd.DataFrame, # A table
-    path, # List written by `write_split`
-)->pd.Series:
+def _listed_splits(df, path):
     "The split that a list gives to each image (N,); None where it does not name it"
     listed = _read_split(path)
     lines = {im:_line_of(im, listed) for im in map(str, df.image.unique())}
@@ -307,10 +310,11 @@ def listed_splits(
 def use_split(
     df:pd.DataFrame, # A table
     path, # List written by `write_split`
-    later:bool=False, # May there be images that the list does not name? They are left out
+    later:bool|str=False, # Leave out images that the list does not name? 'all': a table of which it names none stays as it is
 )->pd.DataFrame:
     "The table with the splits of a list; an image that it does not name is an error, or left out with a warning"
-    split = listed_splits(df, path)
+    split = _listed_splits(df, path)
+    if later == 'all' and split.isna().all(): return df
     new = df.image[split.isna()].map(lambda p: '/'.join(Path(p).parts[-2:])).tolist()
     if new and not (later and split.notna().any()):
         raise DataError(path, f'no line for {len(new)} of {len(df)} images: {first_few(new)}',

@@ -9,6 +9,7 @@ __all__ = ['RESIZES', 'Placement', 'View']
 from dataclasses import dataclass
 
 import numpy as np
+from fastcore.basics import patch
 from PIL import Image
 
 from ..core import pick
@@ -36,6 +37,12 @@ class Placement:
         if self.flip: pts[:,0] = self.canvas[0] - pts[:,0]
         return pts.astype(np.float32)
 
+    def back(self, pts):
+        "Points (N,2) in pixels of the canvas, moved to the file's image"
+        pts = np.array(pts, dtype=np.float32)
+        if self.flip: pts[:,0] = self.canvas[0] - pts[:,0]
+        return ((pts - self.offset)*(np.array(self.original)/self.scaled)).astype(np.float32)
+
 # %% ../../nbs/01_data/03_views.ipynb #6c395a1c
 RESIZES = ('short', 'squash', 'pad')
 
@@ -60,3 +67,15 @@ class View:
         room = [c-s for c,s in zip(canvas, scaled)]
         offset = tuple(-int(-r*p) if r < 0 else r//2 for r,p in zip(room, where))
         return Placement(scaled, offset, canvas, (w,h), flip)
+
+# %% ../../nbs/01_data/03_views.ipynb #094e48a9
+@patch
+def boxes_in_file(self:Placement,
+    boxes, # (K,4) x, y, w, h in pixels of the network input
+)->np.ndarray:
+    "The boxes in pixels of the image file, clipped to the image, at least one pixel wide and high"
+    b = np.asarray(boxes, dtype=np.float64)
+    by,size = np.array(self.original)/self.scaled,np.array(self.original)
+    lo,hi = [(p - self.offset)*by for p in (b[:,:2], b[:,:2]+b[:,2:])]
+    lo = lo.clip(0, size-1)
+    return np.concatenate([lo, np.maximum(hi.clip(0, size)-lo, 1)], 1)

@@ -11,7 +11,7 @@ import torch
 from ..core import PartLearner, register
 from .model import RegionGrouping
 from .prior import OccurrencePrior, occurrence
-from .prototypes import Regroup, init_prototypes
+from .prototypes import Regroup
 from ..training.losses import few_rows, part_learner
 
 # %% ../../nbs/10_region_grouping/06_learner.ipynb #3b655410
@@ -43,7 +43,7 @@ def region_grouping_learner(
     own = [OccurrencePrior(coeff, alpha, beta), *([Regroup(regroup)] if regroup else [])]
     learn = part_learner(dls, model, cbs=[*own, *(cbs or [])], compat=compat)
     if design != 'paper' if kmeans is None else kmeans:
-        init_prototypes(model, learn.batches(few_rows(dls), whole=False))
+        model.init_prototypes(learn.batches(few_rows(dls), whole=False))
     return learn
 
 # %% ../../nbs/10_region_grouping/06_learner.ipynb #cb898c2e

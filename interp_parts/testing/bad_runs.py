@@ -21,7 +21,7 @@ from ..core import pick
 from ..data.download import extract
 from ..data.images import load_image
 from ..data.readers.file_lists import read_part_locs
-from ..data.readers.files import read_list, read_mat, read_names
+from ..data.readers.files import DataFolder, read_list, read_mat
 from ..data.readers.tables import read_table
 from ..files import read_json, write_json
 from ..models.backbones import Backbone
@@ -207,7 +207,8 @@ def _places(d):
     return {'--weights':lambda f: Backbone('test_resnet', weights=f),
                'imported checkpoint':lambda f: import_original(f, d/'made'),
                'features':read_features, 'attention':lambda f: read_attention(f, rows), 'part boxes':read_part_locs,
-               'MATLAB file':read_mat, 'list':lambda f: read_list(f, 1), 'names':read_names, 'image or mask':load_image,
+               'MATLAB file':read_mat, 'list':lambda f: read_list(f, 1), 'names':DataFolder('.').names,
+               'image or mask':load_image,
                'archive':lambda f: extract(f, d/'target', max_files=1), 'cached step':_stored,
                'CSV table':lambda f: read_table(_as(f, 'csv')), 'Parquet table':lambda f: read_table(_as(f, 'parquet')),
                '--config':lambda f: read_json(f)}

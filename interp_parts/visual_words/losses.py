@@ -12,7 +12,7 @@ import torch
 from fastcore.basics import patch
 
 from ..training.losses import LossTerms
-from .layer import attention_loss, cluster_loss, nearest_maps, weight_norm
+from .layer import attention_loss, weight_norm
 
 # %% ../../nbs/12_visual_words/10_losses.ipynb #a0b542a5
 @dataclass
@@ -53,22 +53,22 @@ class WordLoss(LossTerms):
 def terms(self:WordLoss)->dict:
     "Weighted terms of the batch by name"
     o,m = self.learn.out,self.learn.model
-    values = self._distance_terms(o.distances.least, m)
+    values = self._distance_terms(o.distances, m)
     values['l1'] = weight_norm(m.last.weight, self.classes)
     out = {k:self.weights[k]*v for k,v in values.items()}
     return {**out, 'attention':self._attention(o, m)} if 'attention' in self.names else out
 
 @patch
-def _distance_terms(self:WordLoss, least, m):
-    if not self.class_specific: return dict(cluster=cluster_loss(least))
+def _distance_terms(self:WordLoss, d, m):
+    if not self.class_specific: return dict(cluster=d.cluster())
     own = m.word_class == self.learn.yb[0][:,None]
     depth = m.words.shape[1]
-    return dict(cluster=cluster_loss(least, own, depth), separation=cluster_loss(least, ~own, depth))
+    return dict(cluster=d.cluster(own, depth), separation=d.cluster(~own, depth))
 
 @patch
 def _attention(self:WordLoss, o, m):
     if not self.attending or not self.learn.extra: return o.logits.new_zeros(())
     a = self.learn.extra[-1].as_subclass(torch.Tensor)
-    maps = nearest_maps(o.z, m.words, o.distances, self.top)
+    maps = o.distances.nearest_maps(o.z, m.words, self.top)
     size = getattr(self.learn, 'input_size', self.learn.xb[0].shape[2:]) # of the images, if the batch holds their maps
     return self.attend*attention_loss(maps, a, size, self.compat)

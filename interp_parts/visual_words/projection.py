@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from ..core import DataError, eval_mode
-from .layer import word_distances
+from .layer import Distances
 
 # %% ../../nbs/12_visual_words/07_projection.ipynb #ec25b52e
 @dataclass
@@ -46,7 +46,7 @@ class Nearest:
 def _of_batch(model, x, b, same_class):
     "Each word's nearest patch in each image of a batch"
     z = model.patches(x.to(model.words.device))
-    d,n = word_distances(z, model.words),len(model.words)
+    d,n = Distances.between(z, model.words),len(model.words)
     label = torch.full((len(x),), -1) if b.label is None or b.label.ndim > 1 else b.label
     dist = d.least.T.cpu()
     if same_class: dist = dist.masked_fill(model.word_class.cpu()[:,None] != label, torch.inf)

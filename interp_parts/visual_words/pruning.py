@@ -11,7 +11,7 @@ from fastcore.basics import patch
 from torch import nn
 
 from ..core import ConfigError, eval_mode
-from .layer import nearest_words, word_distances
+from .layer import Distances, nearest_words
 from .network import VisualWords
 
 # %% ../../nbs/12_visual_words/09_pruning.ipynb #aef84d7c
@@ -20,7 +20,7 @@ def _used_words(model, batches, top=10):
     n = torch.zeros(len(model.words), dtype=torch.long)
     with eval_mode(model):
         for x,_ in batches:
-            ids = nearest_words(word_distances(model.patches(x.to(model.words.device)), model.words).least, top)
+            ids = nearest_words(Distances.between(model.patches(x.to(model.words.device)), model.words).least, top)
             n += torch.bincount(ids.flatten().cpu(), minlength=len(n))
     return n
 

@@ -16,7 +16,6 @@ from ..evaluation.scoring import accuracy, split_rows
 from .base import BaseModel
 from .fidelity import AttentionFidelity
 from .purity import object_scores
-from .vocabulary import vocabulary_scores
 
 # %% ../../nbs/12_visual_words/22_scores.ipynb #f5856908
 def _agreement(logits, base, target=None):
@@ -69,7 +68,7 @@ def evaluate_words(
     if y is not None and y.ndim == 1: out['accuracy'] = accuracy(logits, y)
     if base is not None: out |= _agreement(logits, base_logits, y) | fidelity.result(compat)
     objects = object_scores(learn, rows, labels, n_labels, top=top)
-    return dict(out, **vocabulary_scores(learn.model, activation, contribution), **objects, n_images=len(rows))
+    return dict(out, **learn.model.vocabulary_scores(activation, contribution), **objects, n_images=len(rows))
 
 # %% ../../nbs/12_visual_words/22_scores.ipynb #e9b19e6b
 class _SeenLabels(dict):

@@ -10,8 +10,9 @@ import numpy as np, pandas as pd
 
 from ...core import DataError, pick
 from ..images import image_size
-from .citations import ABOUT
-from .files import DataFolder, read_list
+from .citations import about
+from .classification import check_counts
+from .files import DataFolder, read_list, readers
 from .folders import left_right_pairs
 from ..table import check_table, part_table
 
@@ -109,7 +110,7 @@ def _without_mafl(folder):
 
 def _in_the_wild(folder):
     "Columns of the interpretability protocol"
-    unpack = "unpack img_celeba.7z.001 ... .014: download.unpack_7z('img_celeba.7z.001', '.')"
+    unpack = "unpack img_celeba.7z.001 ... .014: extract('img_celeba.7z.001', '.') of interp_parts.data.archives"
     images = folder.need('img_celeba', 'unaligned', do=unpack)
     marks = folder.need('list_landmarks_celeba.txt', 'list_landmarks_unalign_celeba.txt', do=_celeba_page)
     boxes = folder.need('list_bbox_celeba.txt', do=_celeba_page)
@@ -132,5 +133,9 @@ def read_celeba(
     targets,attributes = _face_columns(folder, pd.Index(rows.pop('name')))
     attrs = dict(attributes=attributes) if attributes else {}
     points = celeba_keypoints if 'keypoints' in rows else []
-    return check_table(part_table(rows | targets, **attrs, keypoints=points, pairs=left_right_pairs(points),
-                                  protocol=protocol, **ABOUT['celeba']))
+    if points: attrs['keypoint_norm'] = 'eyes'
+    df = check_table(part_table(rows | targets, **attrs, keypoints=points, pairs=left_right_pairs(points),
+                                protocol=protocol, **about('celeba', folder.path)))
+    return check_counts(df, 'celeba') if protocol == 'accuracy' else df
+
+readers['celeba'] = read_celeba

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np, pandas as pd
 
 from ...core import ConfigError, DataError
-from .files import DataFolder, IMAGE_SUFFIXES
+from .files import DataFolder, IMAGE_SUFFIXES, readers
 from ..table import check_copies, check_table, content_groups, first_few, part_table
 
 # %% ../../../nbs/01_data/readers/02_folders.ipynb #1b949860
@@ -147,3 +147,5 @@ def read_folder(
     df = check_table(part_table(df, top.name, classes=classes, keypoints=[], pairs=[], protocol=said,
                                 licence='not stated', citation='', **(dict(drawn=True) if drawn else {})))
     return df if drawn or copies else check_copies(df)
+
+readers['folder'] = read_folder

@@ -13,7 +13,7 @@ import pandas as pd
 
 from ...core import DataError
 from ..masks import check_masks, label_files
-from .files import DataFolder, IMAGE_SUFFIXES
+from .files import DataFolder, IMAGE_SUFFIXES, readers
 from .folders import folder_split, new_split
 from ..table import check_table, first_few, part_table
 
@@ -67,3 +67,5 @@ def read_masked_folder(
                                 citation='', masks='your own' if where else 'none', protocol=said,
                                 **(dict(drawn=True) if said.startswith('random') else {})))
     return check_masks(df) if where else df
+
+readers['masked_folder'] = read_masked_folder

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np, pandas as pd
 
 from ...core import DataError
+from .files import readers
 from .folders import folder_split, left_right_pairs, new_split
 from ..table import SPLITS, check_copies, check_table, first_few, part_table
 
@@ -219,3 +220,5 @@ def read_table(
     df = check_table(part_table(rows, path.stem, **attrs, pairs=left_right_pairs(attrs['keypoints']), protocol=said,
                                 licence='not stated', citation='', **({} if given else dict(drawn=True))))
     return check_copies(df) if given and not copies else df
+
+readers['table'] = read_table
