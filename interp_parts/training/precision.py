@@ -105,7 +105,7 @@ def after_step(self:Precision):
     if self.grad_scaler: self.grad_scaler.update()
 
 @patch
-def step(self:Precision, *args, **kwargs):
+def step(self:Precision):
     "What the scaler calls, as if this were the optimiser, when all gradients are finite"
     self.skipped = False
 
