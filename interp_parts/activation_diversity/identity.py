@@ -64,12 +64,10 @@ class IdentityLoss:
 
     def __call__(self, logits, y):
         if self.multi: return self.weight*PredictionLoss(multi=True)(logits, y)
-        known = y < self.n
-        if not known.all(): logits,y = logits[known],y[known]
-        share = mean_weight(len(y))
-        if not len(y): return 0.*logits.sum()
-        if self.margin != 'none': logits = _add_margin(logits, y, self.margin, scale=self.scale)
-        return self.weight*share*F.cross_entropy(at_least_float32(logits), y)
+        n = (known := y < self.n).sum()
+        if self.margin != 'none': logits = _add_margin(logits, y.where(known, 0), self.margin, scale=self.scale)
+        total = F.cross_entropy(at_least_float32(logits), y.where(known, -100), reduction='sum') # -100 is left out
+        return self.weight*mean_weight(n)*total/n.clamp_min(1)
 
     def activation(self, logits): return logits.sigmoid() if self.multi else logits.softmax(1)
     def decodes(self, logits): return logits > 0 if self.multi else logits.argmax(1)
@@ -86,13 +84,13 @@ class VerificationError(Metric):
 
     def accumulate(self, learn):
         if getattr(learn.out, 'embedding', None) is None or learn.yb[0].ndim != 1: return
-        self.rows.append((learn.out.embedding.detach().float().cpu(), learn.yb[0].cpu()))
+        self.rows.append((learn.out.embedding.detach().float(), learn.yb[0]))
         while sum(len(y) for _,y in self.rows[1:]) >= self.most: self.rows.pop(0)
 
     @property
     def value(self):
         if not self.rows: return math.nan
-        f,y = map(torch.cat, zip(*self.rows))
+        f,y = (torch.cat(v).cpu() for v in zip(*self.rows))
         pairs = Verification.all_pairs(y.numpy(), f.numpy())
         return pairs.eer() if 0 < pairs.same.sum() < len(pairs.same) else math.nan
 

@@ -44,7 +44,7 @@ def _known_people(dls):
 def _known_accuracy(logits, y):
     "Accuracy over the people that the classifier knows; 0 if it knows none of them"
     known = y < logits.shape[1]
-    return (logits.argmax(1) == y)[known].float().mean() if known.any() else logits.new_zeros(())
+    return (known & (logits.argmax(1) == y)).sum()/known.sum().clamp_min(1)
 
 # %% ../../nbs/13_activation_diversity/10_learner.ipynb #310d34e7
 def _mean_landmarks(dls, n=256):
@@ -66,6 +66,7 @@ def _training_mesh(dls, size):
 class _RandomCrop(Callback):
     "Random crops in training and the middle in validation, landmarks moved along; each image its own offset"
     order = 0
+    needs_images = 'every image is cropped anew (--set crop)'
     def __init__(self, size): self.size = size
 
     def before_batch(self):

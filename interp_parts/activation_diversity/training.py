@@ -29,6 +29,9 @@ class Diversity(LossTerms):
         self.names = dict(base=(), spatial=('sad_filter','sad'),
                           full=('sad_filter','sad','sad_occluded','fad','prediction_occluded'))[mode]
 
+    @property
+    def needs_images(self): return 'every image is covered anew' if self.mode == 'full' else None
+
     def landmarks(self, n):
         "Landmarks (B,P,2) of the batch, hidden ones where the reference has them; None if there are none"
         mesh = self.occluder.mesh

@@ -19,13 +19,15 @@ from .new_images import PartPipeline
 from .pictures import part_pictures
 from .scores import part_scores
 from ..core import CheckpointError, ConfigError, PartLearner, pick, register
+from ..training.distributed import this_process
 from ..training.losses import LossTerms, part_learner
 from ..training.runs import load_run
 from ..training.state import SaveState
 
 # %% ../../nbs/14_classification_specific_parts/08a_learner.ipynb #78757c28
 def _run_of(learn):
-    "Folder in which a training keeps its state; None if it keeps none"
+    "Folder in which a training keeps its state; None if it keeps none, or another process writes it"
+    if this_process()[0]: return None
     return next((cb.dir.parent for cb in learn.cbs if isinstance(cb, SaveState)), None)
 
 # %% ../../nbs/14_classification_specific_parts/08a_learner.ipynb #912ddb98
@@ -53,7 +55,7 @@ class _SixSteps(Callback):
         "With `--epochs 0` there was no training: the steps run on the network as it was given"
         if self.learn.model.ready: return
         self.check()
-        self.steps(getattr(self.learn, 'run_dir', None))
+        self.steps(None if this_process()[0] else getattr(self.learn, 'run_dir', None))
 
 # %% ../../nbs/14_classification_specific_parts/08a_learner.ipynb #77ea9602
 published_settings = dict(mode='paper2019', crops='short', source='padded', solver='liblinear', align=False)

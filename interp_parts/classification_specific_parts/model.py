@@ -98,7 +98,7 @@ class ClassificationSpecificParts(Classifier):
         self.register_buffer('ready', torch.tensor(False))
 
     def forward(self, x):
-        return self.describe(x) if self.ready and not self.training else super().forward(x)
+        return self.describe(x) if not self.training and self.ready else super().forward(x)
 
 # %% ../../nbs/14_classification_specific_parts/08_model.ipynb #2c8149a2
 @patch

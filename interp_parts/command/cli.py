@@ -64,21 +64,23 @@ def _fail(text, code=2):
     return code
 
 # %% ../../nbs/30_command/01_cli.ipynb #9f8b1988
-def _goes_on(args):
+_words = [] # Of the command that runs
+
+def _goes_on(words):
     "What to type after a command was stopped"
-    words = [str(a) for a in (sys.argv[1:] if args is None else args)]
     if words[:1] == ['train']: return 'stopped; the same command with --resume continues'
     return 'stopped; the same command ' + ('goes on' if words[:1] == ['demo'] or words[:2] == ['benchmark','table'] else 'starts again')
 
 def _run(args):
-    try: code = app(args, standalone_mode=False) or 0
+    _words[:] = [str(a) for a in (sys.argv[1:] if args is None else args)]
+    try: code = app(_words, standalone_mode=False) or 0
     except KeyboardInterrupt: code = 130 # Typer returns this number itself
     except Exception as e:
         if hasattr(e, 'format_message'): return _fail(f'{e.format_message().rstrip(".")}; see interp-parts --help')
         if any(c.__name__ == 'InterpPartsError' for c in type(e).__mro__): return _fail(e)
         if isinstance(e, OSError) and e.strerror: return _fail(f'{e.filename or "system"}: {e.strerror}')
         raise
-    return _fail(_goes_on(args), code) if code == 130 else code
+    return _fail(_goes_on(_words), code) if code == 130 else code
 
 # %% ../../nbs/30_command/01_cli.ipynb #6b778497
 @contextlib.contextmanager
@@ -140,19 +142,36 @@ def _train(
     overwrite:bool=False, # Replace a run that exists?
     save_every:int=None, # Also save the training state after so many steps, not only after each epoch
     deterministic:bool=None, # Only deterministic kernels? Slower on a GPU
+    precision:str=None, # 32, tf32, bf16 or fp16, inside the network; losses stay in float32
+    channels_last:bool=None, # Images in channels-last memory?
+    compile:bool=None, # Compile the network?
+    accumulate:int=None, # Batches that share a step
+    ema:float=None, # Decay of a moving average of the weights, such as 0.9999
+    fast_decode:bool=None, # Decode large JPEGs at 1/2, 1/4 or 1/8 of their size?
+    frozen:bool=None, # Keep the whole backbone as it is?
+    views:int=None, # With a frozen backbone: fixed views of each training image
+    cache_features:bool=None, # Run a frozen backbone once over each image, and train on its maps?
+    cache_gb:float=None, # Most that the files of such maps may take, in 10^9 bytes
+    cache_half:bool=None, # Keep the maps in half precision?
+    num_processes:int=None, # Processes that train together, one for each GPU; --bs is the batch of all of them
+    sync_bn:bool=None, # Of several processes: statistics of batch norms over all of them?
     on_bad_image:str=None, # error (the default), skip, or replace by the next of the same class and split
     compat:bool=None, # The original's quirks too?
     set_:list[str]=[], # key=value: any further option of the method or the training; data.key=value: of the reader
 ):
     "Train a method; writes the folder --out"
-    options = _given(locals(), 'method', 'out', 'recipe', 'config', 'resume', 'overwrite', 'set_')
+    options = _given(locals(), 'method', 'out', 'recipe', 'config', 'resume', 'overwrite', 'num_processes', 'set_')
+    if num_processes not in (None, 1):
+        from interp_parts.command.processes import run_processes
+        return run_processes(num_processes, _words)
     from interp_parts.command.settings import make_settings, recipe_note
     from interp_parts.command.train import train_run
     from interp_parts.files import read_json
     settings = make_settings(method, recipe, read_json(config) if config else None, options, _parse_set(set_))
     if recipe: print(recipe_note(method, recipe))
     run = train_run(method, out, settings, resume, overwrite)
-    print(f'{run}: next, interp-parts evaluate {run}; interp-parts visualize {run}')
+    if os.environ.get('RANK', '0') == '0': # of several processes, the first one
+        print(f'{run}: next, interp-parts evaluate {run}; interp-parts visualize {run}')
 
 # %% ../../nbs/30_command/01_cli.ipynb #91567d7e
 @_command()

@@ -16,14 +16,18 @@ from ..core import CheckpointError, ConfigError, get_method, method_names, pick
 from ..data.table import BAD_IMAGE
 from ..data.views import RESIZES
 from ..models.backbones import check_backbone
+from ..training.average import WeightAverage
+from ..training.distributed import this_process
 from ..training.fit import fit_run
 from ..training.optim import optimizers, schedules
+from ..training.precision import PRECISIONS
 
 # %% ../../nbs/30_command/02a_settings.ipynb #0b57f0c8
 settings_defaults = dict(data=None, path=None, protocol=None, masks=None, init=None,
                          backbone=None, weights=None, pretrained=True, freeze_bn=False, n_parts=None,
                          epochs=12, bs=32, size=224, resize='short', flip=.5, brightness=.1, on_bad_image='error',
                          seed=0, workers=2, device='auto', deterministic=False, compat=False, save_every=None,
+                         frozen=False, views=1, cache_features=False, cache_gb=20., cache_half=False, fast_decode=False,
                          model={}, fit={}, reader={})
 
 # %% ../../nbs/30_command/02a_settings.ipynb #81ef758e
@@ -163,16 +167,21 @@ def pick_device(
     name:str='auto', # 'auto', 'cpu', 'cuda' or 'cuda:N'
 )->torch.device:
     "The device, if this machine has it"
-    if name == 'auto': return torch.device('cuda' if torch.cuda.is_available() else 'cpu')
+    if name == 'auto': return _own_gpu(torch.device('cuda' if torch.cuda.is_available() else 'cpu'))
     known = 'auto, cpu, cuda or cuda:N'
     if name != 'cpu' and not name.startswith('cuda'): raise ConfigError('--device', repr(name), known)
     if name.startswith('cuda') and not torch.cuda.is_available():
         raise ConfigError('--device', name, 'a CUDA device', 'this machine has none: --device cpu')
-    try: return torch.device(name)
+    try: return _own_gpu(torch.device(name))
     except RuntimeError: raise ConfigError('--device', repr(name), known) from None
 
+def _own_gpu(device):
+    "Of several processes, each takes the GPU that it was given when they met"
+    own = device.type == 'cuda' and device.index is None and this_process()[1] > 1
+    return torch.device('cuda', torch.cuda.current_device()) if own else device
+
 # %% ../../nbs/30_command/02a_settings.ipynb #7c4c48cd
-def _check_fit(lr=0., schedule='constant', optimizer='sgd', clip=None, options=None, steps=None, **rest):
+def _check_fit(lr=0., schedule='constant', optimizer='sgd', clip=None, options=None, steps=None, **more):
     "Raise for settings of the fit that cannot be"
     pick(schedule, schedules, 'schedule')
     pick(optimizer, optimizers, 'optimizer')
@@ -180,11 +189,23 @@ def _check_fit(lr=0., schedule='constant', optimizer='sgd', clip=None, options=N
     if steps is not None: check_kind('--steps', steps, 1, 1)
     for k,v in dict(lr=lr, **(options or {})).items():
         for x in v if isinstance(v, (list,tuple)) and (v or k != 'lr') else [v]: check_kind(k, x, 0., 0., 1e6)
+    _check_speed(**more)
+
+def _check_speed(precision='32', channels_last=False, compile=False, accumulate=1, ema=None, sync_bn=False, **rest):
+    "Raise for settings of precision, layout and averages that cannot be"
+    pick(str(precision), PRECISIONS, '--precision')
+    check_kind('--channels-last', channels_last, True)
+    check_kind('--compile', compile, True)
+    check_kind('--sync-bn', sync_bn, True)
+    check_kind('--accumulate', accumulate, 1, 1)
+    if ema is None: return
+    check_kind('--ema', ema, 0.)
+    WeightAverage(ema)
 
 # %% ../../nbs/30_command/02a_settings.ipynb #c8130f39
 _kinds = {**dict.fromkeys('data path protocol masks init backbone weights'.split(), ''), 'n_parts':1, 'save_every':1}
 _limits = dict(n_parts=(1,), epochs=(0,), bs=(1,), size=(1,8192), workers=(0,1024), save_every=(1,), seed=(0,2**63-1),
-               flip=(0.,1.), brightness=(0.,1.))
+               flip=(0.,1.), brightness=(0.,1.), views=(1,), cache_gb=(0.,))
 
 def check_settings(
     s:dict, # From `make_settings`
@@ -198,6 +219,8 @@ def check_settings(
     pick_device(s['device'])
     pick(s['resize'], RESIZES, '--resize')
     pick(s['on_bad_image'], BAD_IMAGE, '--on-bad-image')
+    if s['views'] > 1 and not (s['frozen'] or s['cache_features']):
+        raise ConfigError('--views', s['views'], 'a backbone that stays as it is', 'pass --frozen or --cache-features too')
     _check_fit(**s['fit'])
     _check_files(s)
 

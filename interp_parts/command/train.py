@@ -7,6 +7,7 @@ __all__ = ['make_learner', 'train_run']
 
 # %% ../../nbs/30_command/02b_train.ipynb #79224c20
 import json, os, shutil, time, warnings
+from contextlib import nullcontext
 from pathlib import Path
 
 import pandas as pd, timm
@@ -19,6 +20,8 @@ from ..data.table import bad_image_line
 from ..files import claim, occupied, read_json, save_tensors, write_json
 from ..models.backbones import backbone_stats
 from ..replace import remove_unfinished, replaceable, start_folder
+from ..training.cached import frozen_backbone
+from ..training.distributed import joined, on_first, this_process
 from ..training.fit import fit_run
 from ..training.optim import seed_everything
 from ..training.runs import fingerprint, run_config, save_run
@@ -45,7 +48,7 @@ def make_learner(
     seed_everything(s['seed'], s['deterministic'])
     dls = part_dls(df, s['size'], s['resize'], s['bs'], flip=s['flip'], brightness=s['brightness'],
                    stats=backbone_stats(s['backbone']), workers=_workers(s), seed=s['seed'],
-                   device=pick_device(s['device']), extra=get_method(method).extra)
+                   device=pick_device(s['device']), extra=get_method(method).extra, fast_decode=s['fast_decode'])
     names = option_kinds(get_method(method).learner, get_method(method).model)
     if s['init'] and 'init' not in names:
         raise ConfigError('--init', f'{method} starts from no other run', 'a training without it')
@@ -53,11 +56,12 @@ def make_learner(
     return create_learner(method, dls, **common, **s['model'])
 
 # %% ../../nbs/30_command/02b_train.ipynb #57b06d5a
-_no_matter = {'workers','device','save_every'}
+_no_matter = {'workers','device','save_every','cache_features','cache_gb'}
 
 def _identity(method, s):
     "The settings that make the weights what they are, as JSON gives them back"
     kept = {k:v for k,v in s.items() if k not in _no_matter}
+    kept['frozen'] = s['frozen'] or s['cache_features'] # the same weights, with and without the file
     return json.loads(json.dumps(dict(method=method, **kept), default=str))
 
 _paths = 'path','init','weights','masks'
@@ -141,7 +145,7 @@ def _start(method, run, s, say):
     _say_start(method, learn, say)
     config = dict(run_config(learn, method, **{**s, 'path':os.path.realpath(s['path'])}),
                   weights=_weights_about(s['backbone'], s['pretrained'], s['weights']))
-    if read_state(run) is None:
+    if this_process()[0] == 0 and read_state(run) is None:
         save_tensors(run/'state'/'initial.safetensors', learn.model)
         write_json(run/'settings.json', _identity(method, s))
         write_json(run/'config.json', config)
@@ -149,8 +153,14 @@ def _start(method, run, s, say):
     return learn,config
 
 # %% ../../nbs/30_command/02b_train.ipynb #3bb0556f
+def _backbone(learn, s):
+    "A block in which the backbone stays as it is, if the settings say so"
+    if not (s['frozen'] or s['cache_features']): return nullcontext()
+    return frozen_backbone(learn, s['cache_features'], s['views'], s['cache_gb'], s['cache_half'])
+
 def _train(learn, run, s, config, resume, start):
-    fit_run(learn, s['epochs'], run, resume, save_every=s['save_every'], **s['fit'])
+    with _backbone(learn, s): fit_run(learn, s['epochs'], run, resume, save_every=s['save_every'], **s['fit'])
+    if this_process()[0]: return
     save_run(learn, run, dict(config, model=learn.model.config, seconds=round(time.time()-start, 1)))
 
 def train_run(
@@ -165,17 +175,21 @@ def train_run(
     check_settings(settings)
     run,s,model = Path(out),_absolute(settings),get_method(method).model
     check_kind('--epochs', s['epochs'], 0, getattr(model, 'least_epochs', 1))
-    if _prepare(run, method, s, resume, overwrite):
-        say(f'{run}: finished already')
-        return run
-    fresh,start = overwrite or not run.exists(),time.time()
-    with start_folder(run, 'run', _inputs(s), overwrite) as begun:
+    with joined(s['device']):
+        if on_first(_prepare, run, method, s, resume, overwrite): say(f'{run}: finished already')
+        else: _train_new(method, run, s, resume, overwrite, say)
+    return run
+
+def _train_new(method, run, s, resume, overwrite, say):
+    "Start, train and finish; of several processes the first one alone writes"
+    first,start = this_process()[0] == 0,time.time()
+    fresh = first and (overwrite or not run.exists())
+    with start_folder(run, 'run', _inputs(s), overwrite) if first else nullcontext(lambda: None) as begun:
         learn,config = _start(method, run, s, say)
         begun()
         try: _train(learn, run, s, config, resume, start)
         except BaseException:
             if fresh and read_state(run) is None: shutil.rmtree(run, ignore_errors=True)
             raise
-        write_model_card(run)
+        if first: write_model_card(run)
     if line := bad_image_line(learn.dls.table, learn.dls): say(line)
-    return run

@@ -61,6 +61,8 @@ def losses(self:Views,
 class Reconstruction(LossTerms):
     "Adds the four losses to a step, and makes the random views that they need"
     names,keeps = ('equivariance','semantic','visual','contrast'),('mass',)
+    networks = ('phi',) # may compute in half precision
+    needs_images = 'every image is warped and recoloured anew'
     def __init__(self,
         phi:nn.Module, # Frozen network, from `perceptual`
         equivariance:float=5.7e3, # Weight

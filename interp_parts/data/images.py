@@ -10,6 +10,7 @@ __all__ = ['MAX_ASPECT', 'FORMATS', 'IMAGE_SUFFIXES', 'imagenet_stats', 'load_im
 import os, stat
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
+from functools import partial
 from threading import Lock
 
 import numpy as np, torch
@@ -50,11 +51,20 @@ def _to_rgb(im):
     if im.mode.startswith('I'): im = Image.fromarray((np.asarray(im) >> 8).clip(0, 255).astype('uint8'))
     return im.convert('RGB')
 
+def _reduced(im, least):
+    "Upright 8-bit RGB of an opened JPEG, decoded at 1/2, 1/4 or 1/8 if its shorter side keeps `least` pixels"
+    full = im.size[::-1] if im.getexif().get(0x0112, 1) >= 5 else im.size
+    if least: im.draft(None, [-(-s*least//min(im.size)) for s in im.size]) # other formats do nothing
+    out = _to_rgb(im)
+    out.full_size = full
+    return out
+
 def load_image(
     path, # Image file of one of `FORMATS`, or an opened PIL image
+    least:int=None, # A JPEG may come smaller, with a shorter side of at least this; `full_size` says how large it is
 )->Image.Image:
     "The image as upright 8-bit RGB; a file that cannot be read is named"
-    if not isinstance(path, Image.Image): return _decode(path, _to_rgb)
+    if not isinstance(path, Image.Image): return _decode(path, partial(_reduced, least=least))
     try: return _to_rgb(path)
     except Exception as e: raise DataError('image', f'unreadable ({_one_line(e)})', 'a complete image') from None
 

@@ -45,9 +45,11 @@ class PartDataset:
         train:bool=False, # Random crop, flip and brightness?
         flip:float=0.5, # Probability of a mirror image in training
         brightness:float=0.1, # Brightness factor is 1 +- this in training (torchvision's ColorJitter)
+        fast_decode:bool=False, # Decode a large JPEG at 1/2, 1/4 or 1/8, not below the size of the view?
     ):
         self.extra = [pick(e, EXTRAS, 'extra') for e in extra]
         self.view,self.train,self.flip,self.brightness = view,train,flip*train,brightness*train
+        self.least = view.size if fast_decode else None
         self.target,self.kind = _targets(df)
         self.cols = {c:df[c].tolist() for c in ['image', self.target, *self.extra] if c in df}
         self.rows,self.attrs = df.index.tolist(),df.attrs
@@ -59,9 +61,9 @@ class PartDataset:
         "The image of item `i` and whose it is; where bad ones are replaced, the next good one of its class"
         n,files = len(self),self.cols['image']
         for j in (j%n for j in range(i, i + (n if self.bad is not None else 0)) if self.like[j%n] == self.like[i]):
-            try: return load_image(files[j]),j
+            try: return load_image(files[j], self.least),j
             except DataError: self.bad[j] = True
-        return load_image(files[i]),i
+        return load_image(files[i], self.least),i
 
     def __len__(self): return len(self.rows)
 
@@ -72,12 +74,17 @@ def __getitem__(self:PartDataset, i):
     im,i = self._load(i)
     self.row = i
     where = (chance.random(),chance.random()) if self.train else (.5,.5)
-    place = self.view.place(*im.size, where, chance.random() < self.flip)
-    x = place.image(im)
-    if self.brightness: x = ImageEnhance.Brightness(x).enhance(chance.uniform(1-self.brightness, 1+self.brightness))
-    x = TensorImage(torch.from_numpy(np.asarray(x).copy()).permute(2,0,1).contiguous())
+    place = self.view.place(*getattr(im, 'full_size', im.size), where, chance.random() < self.flip)
+    x = self._tensor(im, place)
     y = self.kind(torch.tensor(self.cols[self.target][i] if self.target else -1))
     return (x, y, *self._points(i, place), *self._mask(i, place), *self._index(i, place))
+
+@patch
+def _tensor(self:PartDataset, im, place):
+    "The image on the canvas (3,H,W), 0 to 255"
+    x,b = place.image(im),self.brightness
+    if b: x = ImageEnhance.Brightness(x).enhance(self.chance.uniform(1-b, 1+b))
+    return TensorImage(torch.from_numpy(np.asarray(x).copy()).permute(2,0,1).contiguous())
 
 # %% ../../nbs/01_data/04_loaders.ipynb #88c0399d
 def _swap_pairs(n, pairs):
@@ -139,9 +146,11 @@ def _split_rows(df, n=128):
 # %% ../../nbs/01_data/04_loaders.ipynb #5fd1b5e3
 class PartDL(TfmdDL):
     "A DataLoader that draws the key of its dataset's crops for each pass"
+    views = None # Number of fixed views that a pass chooses from; None: any
     def before_iter(self):
         super().before_iter()
-        self.dataset.key = self.rng.getrandbits(64)
+        key = self.rng.getrandbits(64)
+        self.dataset.key = key % self.views if self.views else key
 
 # %% ../../nbs/01_data/04_loaders.ipynb #174b5024
 def part_dls(
@@ -156,12 +165,14 @@ def part_dls(
     workers:int=0, # Processes that decode images
     seed:int=0, # Of the order of the images
     device=None, # Where batches go; None: a GPU if there is one
+    fast_decode:bool=False, # Decode large JPEGs at 1/2, 1/4 or 1/8, not below `size`?
 )->DataLoaders:
     "fastai DataLoaders of a table's training rows"
     train,valid,same = _split_rows(df)
     if not 0 < bs <= len(train): raise ConfigError('--bs', bs, f'1 to {len(train)}, the number of training images')
     view = View(size, resize)
-    dss = PartDataset(train, view, extra, train=True, flip=flip, brightness=brightness),PartDataset(valid, view, extra)
+    dss = (PartDataset(train, view, extra, train=True, flip=flip, brightness=brightness, fast_decode=fast_decode),
+           PartDataset(valid, view, extra, fast_decode=fast_decode))
     dls = DataLoaders.from_dsets(*dss, bs=bs, num_workers=workers, after_batch=[NormalizeImages(stats)],
                                  device=device or default_device(), dl_type=PartDL)
     dls.train.rng,dls.valid.rng = random.Random(seed),random.Random(seed+1)

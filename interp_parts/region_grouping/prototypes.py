@@ -47,6 +47,7 @@ def init_prototypes(self:RegionGrouping,
 class Regroup(Callback):
     "Start the prototypes from k-means again, once the features of a random backbone mean something"
     order = 85 # after a resumed state is back
+    no_average = 'regroup, which starts prototypes again'
     def __init__(self,
         epoch:int, # Before this epoch, counted from 0
     ): self.at = epoch

@@ -7,15 +7,16 @@ __all__ = []
 
 # %% ../../nbs/40_testing/03_steps.ipynb #02d36b6c
 import ctypes, gc
-from contextlib import nullcontext
 
 import torch
 from fastai.callback.core import Callback, CancelFitException
 from torch import nn
 
 from ..part_discovery.equivariance import Move
-from ..training.distributed import ShareBatches, in_processes
+from ..training.distributed import in_processes
 from ..training.optim import seed_everything
+from ..training.precision import Precision
+from ..training.shared import ShareBatches
 
 # %% ../../nbs/40_testing/03_steps.ipynb #528913c7
 class _Rest(Callback):
@@ -87,16 +88,18 @@ def _process_difference(learn, n=2):
                 gradient=(off/largest).item(), parameters=len(grads))
 
 # %% ../../nbs/40_testing/03_steps.ipynb #74f7eb13
-def _half_difference(learn, dtype=torch.bfloat16):
-    "Largest difference of logits and of the loss between autocast and float32, as shares of the largest value"
-    full,half = [in_processes(_cast_step, 1, learn, d)[0] for d in (None, dtype)]
-    off = (half['out'].float()-full['out']).abs().max()/full['out'].abs().max()
-    return dict(logits=off.item(), loss=abs(half['loss']/full['loss']-1),
-                finite=all(g.isfinite().all().item() for g in half['grads'].values()))
+def _half_difference(learn, precision='bf16'):
+    "How far a step in half precision is from float32: logits, loss, its farthest term, and the direction of the gradient"
+    full,half = [in_processes(_cast_step, 1, learn, p)[0] for p in ('32', precision)]
+    off = (half['out']-full['out']).abs().max()/full['out'].abs().max()
+    a,b = (torch.cat([r['grads'][k].flatten() for k in sorted(r['grads'])]) for r in (full, half))
+    terms = {k:abs(v-full['terms'][k])/abs(full['loss']) for k,v in half['terms'].items()}
+    far = max(terms, key=terms.get)
+    return dict(logits=off.item(), loss=abs(half['loss']/full['loss']-1), term=terms[far], farthest=far,
+                gradient=((a-b).norm()/a.norm()).item(), finite=b.isfinite().all().item())
 
-def _cast_step(rank, learn, dtype):
-    with torch.autocast('cpu', dtype=dtype) if dtype else nullcontext():
-        return _first_step(learn, cbs=[_at_rest(learn, False)])
+def _cast_step(rank, learn, precision):
+    return _first_step(learn, cbs=[_at_rest(learn, False), Precision(precision)])
 
 # %% ../../nbs/40_testing/03_steps.ipynb #8ba4559f
 def _small_batches(learn, sizes=(1,2,3)):

@@ -5,22 +5,27 @@
 # %% auto #0
 __all__ = ['defaults', 'read_history', 'fit_run']
 
-# %% ../../nbs/04_training/05_fit.ipynb #d82cc958
+# %% ../../nbs/04_training/05_fit.ipynb #a4fc595e
+from contextlib import nullcontext
 from math import ceil
 from pathlib import Path
 
 import pandas as pd
 from fastai.callback.core import Callback, CancelTrainException
 from fastai.callback.schedule import ParamScheduler
-from fastai.callback.training import GradientClip
+from fastai.callback.training import GradientAccumulation, GradientClip
 from fastcore.foundation import L
 
 from ..core import CheckpointError, ConfigError, pick
 from ..files import claim, load_tensors, reading, save_tensors, write_csv, write_text
 from ..lock import locked
+from .average import WeightAverage
+from .distributed import this_process
 from .guards import StopNonFinite, WatchParts
 from .optim import keep_memory, schedules, torch_opt
+from .precision import Precision
 from .runs import keep_split
+from .shared import ShareBatches
 from .state import SaveState, say_unsaved
 
 # %% ../../nbs/04_training/05_fit.ipynb #fdfa89bc
@@ -126,7 +131,17 @@ def _finish(learn):
     for c in learn.cbs:
         if hasattr(type(c), 'finish'): c.finish()
 
-# %% ../../nbs/04_training/05_fit.ipynb #832bcca4
+# %% ../../nbs/04_training/05_fit.ipynb #2d8f4ac0
+def _check_accumulate(n):
+    if type(n) is not int or n < 1: raise ConfigError('--accumulate', repr(n), 'a whole number from 1', 'pass --accumulate 4')
+
+def _extras(learn, clip, accumulate, ema):
+    "Callbacks that change what a step does"
+    _check_accumulate(accumulate)
+    many = [GradientAccumulation(accumulate*learn.dls.bs//this_process()[1])] if accumulate > 1 else []
+    return [*many, *([GradientClip(clip)] if clip else []), *([WeightAverage(ema)] if ema is not None else [])]
+
+# %% ../../nbs/04_training/05_fit.ipynb #679080fd
 def fit_run(
     learn, # A `PartLearner`
     epochs:int=12, # Passes over the training images
@@ -141,21 +156,33 @@ def fit_run(
     save_every:int|None=None, # Save the state after so many steps, not only after each epoch
     steps:int|None=None, # Train for so many steps instead of `epochs`; the last epoch may be cut
     keep_best:str|None=None, # End with the weights of the epoch that is best by this column of the history, such as accuracy
+    precision:str='32', # '32', 'tf32', 'bf16' or 'fp16'
+    channels_last:bool=False, # Images in channels-last memory, as the weights always are?
+    compile:bool=False, # Compile the model?
+    accumulate:int=1, # Batches that share a step
+    ema:float|None=None, # Decay of a moving average of the weights, such as 0.9999; it is what the training leaves
+    sync_bn:bool=False, # Of several processes: statistics of batch norms over all of them?
 ):
     "Train a learner with PyTorch's optimiser and a schedule per step; returns the learner"
     keep_memory()
     learn.run_dir = run and Path(run)
     _use_optimizer(learn, optimizer, options)
     lrs = _rates(lr, len(learn.splitter(learn.model)))
+    rounded = Precision(precision, channels_last, compile)
     epochs,stretch = _as_epochs(learn, steps) if steps else (epochs,1.)
-    more = [GradientClip(clip)]*bool(clip) + [_LastStep(steps)]*bool(steps)
-    cbs = [_scheduled(schedule, lrs, stretch), StopNonFinite(), WatchParts(), *L(cbs), *more]
+    more = [*_extras(learn, clip, accumulate, ema), *[_LastStep(steps)]*bool(steps)]
+    cbs = [_scheduled(schedule, lrs, stretch), StopNonFinite(), WatchParts(), *L(cbs), rounded, *more]
+    if this_process()[1] > 1: cbs.append(ShareBatches(sync_bn))
     if keep_best and run is None: raise ConfigError('keep_best', 'no folder', 'a folder for the weights', 'pass run=FOLDER')
-    if run is None: learn.fit(epochs, lrs, cbs=cbs)
-    else:
-        with locked(claim(run, 'run')): _fit_into(learn, epochs, lrs, cbs, run, save_every, resume, keep_best)
+    try: _fit(learn, epochs, lrs, cbs, run, save_every, resume, keep_best)
+    finally: rounded.undo()
     _finish(learn)
     return learn
+
+def _fit(learn, epochs, lrs, cbs, run, save_every, resume, keep_best):
+    if run is None: return learn.fit(epochs, lrs, cbs=cbs)
+    with locked(claim(run, 'run')) if this_process()[0] == 0 else nullcontext():
+        _fit_into(learn, epochs, lrs, cbs, run, save_every, resume, keep_best)
 
 def _fit_into(learn, epochs, lrs, cbs, run, save_every, resume, keep_best=None):
     "Fit with a history and a state in the run"
@@ -167,7 +194,7 @@ def _fit_into(learn, epochs, lrs, cbs, run, save_every, resume, keep_best=None):
     keep = [_History(run, save.start), *([_KeepBest(run, keep_best, save.start)] if keep_best else [])]
     if save.start < epochs:
         with save.stops_gently():
-            learn.fit(epochs, lrs, cbs=[*cbs, *keep, save], start_epoch=save.start)
+            log = keep if this_process()[0] == 0 else []
+            learn.fit(epochs, lrs, cbs=[*cbs, *log, save], start_epoch=save.start)
     elif state: load_tensors(Path(run)/'state'/state['files']['model'], learn.model)
-    if keep_best: _take_best(learn, run, keep_best)
-
+    if keep_best and this_process()[0] == 0: _take_best(learn, run, keep_best)

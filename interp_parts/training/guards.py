@@ -18,12 +18,33 @@ from ..data.table import first_few
 class StopNonFinite(Callback):
     "Stop when the loss is not a finite number, naming the step and the terms"
     order = 7
+    def __init__(self,
+        every:int=None, # Losses that are looked at together; default 1 on the CPU, 10 on a GPU, which never waits for them
+    ): self.every,self.seen = every,[]
+
+    def before_fit(self):
+        self.seen,cpu = [],torch.device(self.dls.device).type == 'cpu'
+        self.together = self.every or (1 if cpu else 10)
+
     def after_loss(self):
-        if torch.isfinite(self.loss).all(): return
+        terms = getattr(self.learn, 'loss_terms', {})
+        self.seen.append((torch.isfinite(self.loss.detach()).all(), self.iter, self.loss.detach(), dict(terms)))
+        if len(self.seen) >= self.together: self.settle()
+
+    def settle(self):
+        "Look at the losses since the last time"
+        seen,self.seen = self.seen,[]
+        if not seen or torch.stack([s[0] for s in seen]).all(): return
+        self._stop(*next(s[1:] for s in seen if not s[0]))
+
+    def after_train(self): self.settle()
+    def after_validate(self): self.settle()
+
+    def _stop(self, i, loss, terms):
         step = 'step' if self.training else 'validation batch'
-        terms = {k:f'{v.item():.3g}' for k,v in getattr(self.learn, 'loss_terms', {}).items()}
-        files = _batch_files(self.dl, self.iter)
-        raise TrainingError(f'epoch {self.epoch} {step} {self.iter}', f'loss {self.loss.item()} {terms}', 'a finite loss',
+        terms = {k:f'{v.item():.3g}' for k,v in terms.items()}
+        files = _batch_files(self.dl, i)
+        raise TrainingError(f'epoch {self.epoch} {step} {i}', f'loss {loss.item()} {terms}', 'a finite loss',
                             'lower the learning rate (--set lr=...) or look at the images of this batch' +
                             (f': {first_few(files)}' if files else ''))
 
@@ -71,7 +92,8 @@ class WatchParts(Callback):
         if not self.training and self.iter == 0: self.images = self.xb[0][:self.n]
 
     def after_epoch(self):
-        if self.images is None or not getattr(self.learn.model, 'ready', True): return
+        ready = getattr(self.learn.model, 'ready', None) # a method whose parts need images, once they are found
+        if self.images is None or ready is not None and (not ready or self.images.ndim < 4): return
         try: found = _collapsed(self.learn.model.parts(self.images).cpu())
         except (NotImplementedError, AttributeError): found = []
         for text in found:

@@ -10,13 +10,14 @@ import os, random, signal, threading
 from contextlib import contextmanager
 from pathlib import Path
 
-import numpy as np, torch, torch.distributed as dist
+import numpy as np, torch
 from fastai.callback.core import Callback
 from fastcore.basics import patch
 from fastcore.foundation import L
 
 from ..core import CheckpointError, ConfigError
 from ..files import load_tensors, read_json, reading, save_tensors, write_json
+from .distributed import any_process, gather_plain, this_process
 from .runs import fingerprint, versions
 
 # %% ../../nbs/04_training/04_state.ipynb #24470058
@@ -123,9 +124,8 @@ def _facts(learn):
     "What a training depends on outside of its state"
     table = vars(learn.dls).get('table')
     rows = [r for dl in learn.dls.loaders for r in getattr(dl.dataset, 'rows', ())]
-    n = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
     return dict(data=fingerprint(table.loc[rows], contents=True) if table is not None else None,
-                versions=versions(), processes=n, threads=torch.get_num_threads())
+                versions=versions(), processes=this_process()[1], threads=torch.get_num_threads())
 
 def _compare(run, old, new):
     "Raise an error for other data, print a line for other libraries or another number of processes or threads"
@@ -161,12 +161,14 @@ class SaveState(Callback):
 
     def after_batch(self):
         due = self.training and self.every and self.learn.train_iter % self.every == 0
+        if not self.training and this_process()[1] > 1: return # processes meet again after the validation
+        self.asked = any_process(self.asked)
         if due or self.asked: self.save(self.epoch, 'train' if self.training else 'valid', self.iter+1)
         if self.asked: raise KeyboardInterrupt
 
     def after_epoch(self):
         if self.epoch >= self.start: self.save(self.epoch+1)
-        if self.asked: raise KeyboardInterrupt
+        if any_process(self.asked): raise KeyboardInterrupt
 
 # %% ../../nbs/04_training/04_state.ipynb #e083104f
 @patch
@@ -176,10 +178,18 @@ def save(self:SaveState,
     batch:int=0, # Batches of that part which are done
 ):
     "Write the state; if that cannot be, the one before stays"
+    for cb in self.learn.cbs:
+        if hasattr(type(cb), 'settle'): cb.settle() # the losses that lead here are finite
     name = f'{epoch}' + f'-{phase}-{batch}'*(phase != 'epoch')
     files = dict(model=f'model-{name}.safetensors', loop=f'loop-{name}.pt')
     at = lambda dl: self.begin if phase != 'epoch' and dl is self.learn.dl else dl.rng.getstate()
     loop = dict(_loop_state(self.learn), dls=[at(dl)[1] for dl in self.dls.loaders])
+    loop['others'] = gather_plain({k:v for k,v in loop.items() if k not in ('opt','dls')})[1:]
+    if this_process()[0] == 0: self._write(epoch, phase, batch, files, loop)
+
+@patch
+def _write(self:SaveState, epoch, phase, batch, files, loop):
+    "The files of a state; only then is the one before removed"
     try:
         save_tensors(self.dir/files['model'], self.learn.model)
         save_tensors(self.dir/files['loop'], loop)
@@ -196,13 +206,25 @@ def before_epoch(self:SaveState):
     "Put a state back where the training goes on: before an epoch, or before one of its batches"
     s = self.state
     if s is None or self.epoch != s['epoch']: return
-    self.loop = _read_loop(self.dir/s['files']['loop'], s, self.dls.device)
+    self.loop = _of_process(_read_loop(self.dir/s['files']['loop'], s, self.dls.device))
     with reading(self.dir/s['files']['loop'], 'the state of this training', _anew, CheckpointError):
         for dl,r in zip(self.dls.loaders, self.loop['dls']): dl.rng.setstate((3, tuple(r), None))
     if s['phase'] == 'epoch':
         self.loop['log'] = self.learn.recorder.log # a new row of the table
         self.put_back()
+    elif s['phase'] == 'valid' and this_process()[1] > 1: self.learn.at = 'valid',0,self._validate_all
     else: self.learn.at = s['phase'],s['batch'],self.put_back
+
+@patch
+def _validate_all(self:SaveState):
+    "A single process was stopped within the validation; several begin it again"
+    self.put_back()
+    for m in self.learn.recorder._valid_mets: m.reset()
+
+def _of_process(loop):
+    "What this process knew of a state of as many processes"
+    (i,n),others = this_process(),loop.get('others', [])
+    return {**loop, **(others[i-1] if i and len(others) == n-1 else {})}
 
 def _read_loop(f, s, device):
     try: loop = torch.load(f, map_location={f'cuda:{i}':str(device) for i in range(16)}, weights_only=True)

@@ -70,4 +70,5 @@ def _attention(self:WordLoss, o, m):
     if not self.attending or not self.learn.extra: return o.logits.new_zeros(())
     a = self.learn.extra[-1].as_subclass(torch.Tensor)
     maps = o.distances.nearest_maps(o.z, m.words, self.top)
-    return self.attend*attention_loss(maps, a, self.learn.xb[0].shape[2:], self.compat)
+    size = getattr(self.learn, 'input_size', self.learn.xb[0].shape[2:]) # of the images, if the batch holds their maps
+    return self.attend*attention_loss(maps, a, size, self.compat)

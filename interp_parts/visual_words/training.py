@@ -59,6 +59,7 @@ def plan(self:Phases,
 class WordPhases(Callback):
     "Warm and joint epochs, projections, and the fit of the last layer after them"
     order = 62 # after the schedule has set the learning rates
+    no_average = 'visual words, which have to stay patches of training images'
     def __init__(self,
         phases:Phases=None, # The plan
         train_last:bool=False, # Train the last layer in the other phases too?
