@@ -37,7 +37,7 @@ moved = dict(
     reconstruction_losses='contrastive_reconstruction.losses',
     reconstruction_pictures='contrastive_reconstruction.pictures', reliability='testing.bad_inputs testing.bad_runs',
     report='visualization.report', runs='command.runs data.rows',
-    saliency='classification_specific_parts.saliency_maps',
+    saliency='classification_specific_parts.saliency_maps networks',
     selection_pictures='classification_specific_parts.pictures',
     sparse_svm='classification_specific_parts.svm classification_specific_parts.l2_svm',
     synthetic_faces='synthetic.faces', table='command.comparison', unsupervised='contrastive_reconstruction',

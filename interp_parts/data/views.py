@@ -37,6 +37,12 @@ class Placement:
         if self.flip: pts[:,0] = self.canvas[0] - pts[:,0]
         return pts.astype(np.float32)
 
+    def back(self, pts):
+        "Points (N,2) in pixels of the canvas, moved to the file's image"
+        pts = np.array(pts, dtype=np.float32)
+        if self.flip: pts[:,0] = self.canvas[0] - pts[:,0]
+        return ((pts - self.offset)*(np.array(self.original)/self.scaled)).astype(np.float32)
+
 # %% ../../nbs/01_data/03_views.ipynb #6c395a1c
 RESIZES = ('short', 'squash', 'pad')
 

@@ -26,9 +26,7 @@ BASELINES = {'keypoint_error':('mean_predictor','constant_parts'), 'pointing':('
 def _keypoint_unit(attrs):
     "Arguments `norm` and `eyes` of `KeypointError` for the `attrs` of a table"
     eyes = [i for i,n in enumerate(attrs.get('keypoints', ())) if 'eye' in str(n).lower()][:2]
-    faces = str(attrs.get('name', '')).lower().startswith('celeba') and len(eyes) == 2
-    norm = attrs.get('keypoint_norm', 'eyes' if faces else 'box')
-    return dict(norm=norm, eyes=tuple(eyes) if len(eyes) == 2 else (0,1))
+    return dict(norm=attrs.get('keypoint_norm', 'box'), eyes=tuple(eyes) if len(eyes) == 2 else (0,1))
 
 # %% ../../nbs/20_evaluation/04_parts.ipynb #a7c2909a
 def _suite(k, xy, use_mask, seed):

@@ -11,7 +11,7 @@ from PIL import Image
 
 from ...core import DataError, pick
 from .citations import ABOUT
-from .classification import hold_out_classes, official_table, validation_split
+from .classification import check_counts, hold_out_classes, official_table, validation_split
 from .files import DataFolder, save_png, readers
 from .folders import random_split
 from ..table import check_table, first_few, part_table, use_split
@@ -138,6 +138,7 @@ def _read_inaturalist(
                     supercategories=[c.get('supercategory', '') for c in cats],
                     keypoints=[], pairs=[], protocol='train2017 / val2017' + ', images with a box'*boxed,
                     **ABOUT['inaturalist'])
-    return check_table(df.drop(columns='box') if df.box.isna().any() else df)
+    df = check_table(df.drop(columns='box') if df.box.isna().any() else df)
+    return df if boxed else check_counts(df, 'inaturalist')
 
 readers['inaturalist'] = _read_inaturalist

@@ -12,8 +12,8 @@ import numpy as np, pandas as pd
 
 from ...core import DataError
 from ..images import find_broken
-from .citations import ABOUT
-from .classification import official_table
+from .citations import about
+from .classification import check_counts, official_table
 from .files import DataFolder, read_list, readers
 from .folders import left_right_pairs
 from ..table import check_table, first_few, part_table
@@ -75,16 +75,8 @@ def read_cub(
     masks,more = _mask_columns(root, files.values())
     names = list(parts.values())
     df = part_table(rows | masks, classes=list(classes.values()), keypoints=names, pairs=left_right_pairs(names),
-                    protocol='official split', **more, **ABOUT['cub'])
-    return _check_cub(check_table(df))
-
-def _check_cub(df):
-    "The complete set has 5994 training and 5794 test images"
-    counts = {s:int((df.split==s).sum()) for s in ('train','test')}
-    if len(df) == 11788 and len(df.attrs['classes']) == 200 and counts != dict(train=5994, test=5794):
-        raise DataError(df.attrs['name'], f'{counts}', '5994 train and 5794 test images',
-                        'restore train_test_split.txt')
-    return df
+                    protocol='official split', **more, **about('cub', root.path))
+    return check_counts(check_table(df), 'cub')
 
 readers['cub'] = read_cub
 

@@ -13,6 +13,7 @@ import pandas as pd
 from ...core import DataError, pick
 from ..masks import add_masks, check_masks
 from .citations import ABOUT
+from .classification import check_counts
 from .files import DataFolder, save_png, readers
 from .parts import fashion_names, load_part_mask
 from ..table import check_table, part_table
@@ -65,9 +66,9 @@ def _read_deepfashion(
     root = DataFolder(path, 'DeepFashion_segmentation_train.json', 'Anno/segmentation', 'segmentation', shop,
                       f'DeepFashion/{shop}', do='unpack img_highres_seg.zip there')
     table,classes = _fashion_rows(root)
-    df = check_table(part_table(table, classes=classes, parts=[*fashion_names[1:], '15th'], keypoints=[], pairs=[],
+    df = check_counts(check_table(part_table(table, classes=classes, parts=[*fashion_names[1:], '15th'], keypoints=[], pairs=[],
                                 masks='ground truth', protocol='official lists, test = query + gallery',
-                                **ABOUT['deepfashion']))
+                                **ABOUT['deepfashion'])), 'deepfashion')
     if protocol == 'official': return check_masks(df, empty=False)
     return add_masks(df, root.need(*(f'{"../"*n}supervisedlabels' for n in range(5)),
                                    do='unpack deepfashion_supervisedlabels.tar.gz there'))

@@ -10,7 +10,8 @@ import numpy as np, pandas as pd
 
 from ...core import DataError, pick
 from ..images import image_size
-from .citations import ABOUT
+from .citations import about
+from .classification import check_counts
 from .files import DataFolder, read_list, readers
 from .folders import left_right_pairs
 from ..table import check_table, part_table
@@ -132,7 +133,9 @@ def read_celeba(
     targets,attributes = _face_columns(folder, pd.Index(rows.pop('name')))
     attrs = dict(attributes=attributes) if attributes else {}
     points = celeba_keypoints if 'keypoints' in rows else []
-    return check_table(part_table(rows | targets, **attrs, keypoints=points, pairs=left_right_pairs(points),
-                                  protocol=protocol, **ABOUT['celeba']))
+    if points: attrs['keypoint_norm'] = 'eyes'
+    df = check_table(part_table(rows | targets, **attrs, keypoints=points, pairs=left_right_pairs(points),
+                                protocol=protocol, **about('celeba', folder.path)))
+    return check_counts(df, 'celeba') if protocol == 'accuracy' else df
 
 readers['celeba'] = read_celeba
