@@ -36,10 +36,11 @@ def _write_arrays(out, res):
 
 def _is_text(out): return Path(out).suffix == '.txt'
 
-def _check_text(out, learn, res):
-    if _is_text(out) and 'embedding' not in res:
-        name = learn.config['method']
-        raise ConfigError('--out', Path(out).name, 'a name ending in .npz', f'{name} has no embedding to write as text')
+def _embedding_alone(out, learn, res):
+    "What a text file holds"
+    if 'embedding' in res: return dict(embedding=res['embedding'])
+    raise ConfigError('--out', Path(out).name, 'a name ending in .npz',
+                      f"{learn.config['method']} has no embedding to write as text")
 
 # %% ../../nbs/30_command/02e_features.ipynb #19c05da8
 def features_run(
@@ -64,7 +65,7 @@ def features_run(
     cols = [np.stack(c) for c in zip(*(got[i].values() for i in rows.index))]
     res = dict(image=rows.image.to_numpy(str), split=rows.split.to_numpy(str), **dict(zip(got[rows.index[0]], cols)))
     if 'label' in rows: res['label'] = rows.label.to_numpy(int)
-    _check_text(out, learn, res)
+    if _is_text(out): res = _embedding_alone(out, learn, res)
     _write_arrays(out, res)
     return res
 
