@@ -63,6 +63,7 @@ class _Alias:
         there = [importlib.import_module(o) for o in new]
         module.__all__ = [k for o in there for k in o.__all__]
         module.__dict__.update({k:getattr(o, k) for o in there for k in o.__all__})
+        if hasattr(there[0], '__getattr__'): module.__getattr__ = there[0].__getattr__
         for old,now in renamed.get(name.removeprefix('interp_parts.'), {}).items():
             setattr(module, old, getattr(module, now))
 

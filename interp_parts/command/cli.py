@@ -122,7 +122,7 @@ def _train(
     protocol:str=None, # The data's own, such as accuracy or interpretability for celeba
     recipe:str=None, # Published settings by name: see `interp-parts recipes`
     config:str=None, # JSON file with settings
-    init:str=None, # RUN of a base model or trunk to start from, for methods that have one
+    init:str=None, # RUN, or weights, of a base model or trunk to start from, for methods that have one
     backbone:str=None, # timm's name; default: the method's own, such as resnet50
     weights:str=None, # Backbone weights: a .safetensors file, or a plain state dict, with timm's or torchvision's names
     pretrained:bool=None, # Download timm's weights? Default: yes

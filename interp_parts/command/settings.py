@@ -203,7 +203,7 @@ def check_settings(
     _check_files(s)
 
 def _check_files(s):
-    if s['init'] and not (Path(s['init'])/'model.safetensors').is_file():
-        raise ConfigError('--init', s['init'], 'the folder of a finished run')
+    if s['init'] and not any(o.is_file() for o in (Path(s['init'])/'model.safetensors', Path(s['init']))):
+        raise ConfigError('--init', s['init'], 'the folder of a finished run, or a file of weights')
     if s['weights'] and not Path(s['weights']).is_file():
         raise CheckpointError(s['weights'], 'no such file', 'a .safetensors or .pth file', 'check --weights')

@@ -6,6 +6,7 @@
 __all__ = ['BaseModel', 'read_attention']
 
 # %% ../../nbs/12_visual_words/05_base.ipynb #bc2efb76
+import copy
 from pathlib import Path
 
 import numpy as np, torch
@@ -15,7 +16,7 @@ from torch import nn
 from ..core import CheckpointError, ConfigError, DataError, pick
 from ..files import reading
 from ..models.backbones import load_network
-from ..networks import as_map, plain_network
+from ..networks import LayerMap, as_map, plain_network
 from ..training.runs import load_run
 from .maps import resize_maps, to_unit
 
@@ -118,6 +119,14 @@ def of_file(cls:BaseModel,
     stages = getattr(net, 'feature_info', None)
     if layer is None and not stages: raise ConfigError('layer', 'none given', 'the name of a layer', 'pass --set layer=NAME')
     return cls(net, layer or list(stages)[-1]['module'])
+
+# %% ../../nbs/12_visual_words/05_base.ipynb #89b5e47f
+@patch
+def trunk(self:BaseModel,
+    size:int, # Side of the images in pixels
+)->LayerMap:
+    "A copy of the network up to the layer, for the words to stand on"
+    return LayerMap(copy.deepcopy(self.model).requires_grad_(True), self.layer, size)
 
 # %% ../../nbs/12_visual_words/05_base.ipynb #413a63da
 def _alike(a, b):

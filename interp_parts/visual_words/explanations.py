@@ -43,18 +43,18 @@ def _word_table(model, parts, classes, n=8):
     return pd.DataFrame(rows)
 
 # %% ../../nbs/12_visual_words/18_explanations.ipynb #80a8c660
-def _cell_box(y, x, grid, size):
-    "Pixels of a cell: top, bottom, left, right"
-    (gh,gw),(h,w) = grid,size
-    return y*h//gh, -(-(y+1)*h//gh), x*w//gw, -(-(x+1)*w//gw)
+def _cell_box(y, x, grid, size, k=1):
+    "Pixels of a patch of `k` x `k` cells: top, bottom, left, right"
+    (gh,gw),(h,w) = (g+k-1 for g in grid),size
+    return y*h//gh, -(-(y+k)*h//gh), x*w//gw, -(-(x+k)*w//gw)
 
-def _column(ax, r, row, sim, source, images):
+def _column(ax, r, row, sim, source, images, k=1):
     "Axes of one word `r` of the table: place, heat, patch"
     size,(at,y,x,_) = images[row].shape[:2],source
     ax[0].imshow(images.boxed(row, activation_boxes(sim[None], size)[0], 112))
     ax[1].imshow(heat(resize_maps(sim[None], size, 'bicubic')[0], images[row]))
     ax[0].set_title(f'word {r.word}\n{r.similarity:.1f} x {r.weight:+.2f} = {r.contribution:+.2f}', fontsize=8)
-    if at in images.df.index: ax[2].imshow(images.boxed(at, _cell_box(y, x, sim.shape, size), 112))
+    if at in images.df.index: ax[2].imshow(images.boxed(at, _cell_box(y, x, sim.shape, size, k), 112))
     text = f'from {r.source}' + (f'\nalso {r.also}' if r.also else '')
     ax[2].text(.5, -.04, clip_lines(text), transform=ax[2].transAxes, ha='center', va='top', fontsize=7, wrap=True)
 
@@ -66,7 +66,7 @@ def _explain(learn, row, parts, images, n=4):
     for a in axs.flat: a.set_axis_off()
     axs[0,0].imshow(images[row])
     for ax,r in zip(axs[:,1:].T, t.itertuples()):
-        _column(ax, r, row, parts.maps[0,r.word]*MOST_SIMILAR, learn.model.sources[r.word].tolist(), images)
+        _column(ax, r, row, parts.maps[0,r.word]*MOST_SIMILAR, learn.model.sources[r.word].tolist(), images, learn.model.kernel)
     for ax,text in zip(axs[1:,0], ('where the word\nis in this image', 'the patch\nthat the word is')):
         ax.text(.95, .5, text, transform=ax.transAxes, ha='right', va='center', fontsize=8)
     k,here = parts.target[0].item(),t.contribution.sum()
@@ -109,7 +109,7 @@ def _patch_of(learn, table, j, grid):
     row,y,x,label = learn.model.sources[j].tolist()
     if table is None or row not in table.index: return None
     place = learn.dls.view.place(*load_image(table.image[row]).size)
-    box = _in_file(_cell_box(y, x, grid, place.canvas[::-1]), place)
+    box = _in_file(_cell_box(y, x, grid, place.canvas[::-1], learn.model.kernel), place)
     return {'image':str(table.image[row]), 'class':learn.dls.vocab[label] if label >= 0 else None, 'box':box}
 
 def _word_lines(learn, parts, table, place, grid, n):

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from ..core import ConfigError, PartLearner, pick, register
+from ..core import ConfigError, PartLearner, PartModel, pick, register
 from ..training.losses import few_rows, part_learner
 from .attended import attended_dls
 from .base import BaseModel, read_attention
@@ -70,9 +70,17 @@ def _lists(*classes):
     return add
 
 # %% ../../nbs/12_visual_words/14_model.ipynb #9615de7c
-def _first_base(init, base, backbone, dls):
+def _base_of_file(file, backbone, dls, layer):
+    "Your own classifier, from its weights"
+    base = BaseModel.of_file(backbone, file, layer)
+    with torch.no_grad(): n = base(torch.zeros(1, 3, dls.view.size, dls.view.size)).shape[1]
+    if n == dls.c: return base
+    raise ConfigError('init', f'{file} has {n} classes', f'{dls.c} as here, in the same order', 'pass its data')
+
+def _first_base(init, base, backbone, dls, layer):
     "The base model, checked against what the words will see"
     if init is None: return base
+    if Path(init).is_file(): return _base_of_file(init, backbone, dls, layer)
     base,c = BaseModel.of_run(init, dls.device)
     want = dict(backbone=backbone, size=dls.view.size, resize=dls.view.resize, classes=len(dls.vocab))
     have = dict(backbone=c['model']['backbone'], **c['view'], classes=len(c['vocab']))
@@ -82,6 +90,10 @@ def _first_base(init, base, backbone, dls):
     raise ConfigError('init', f'{init} has {k} {have[k]}', f'{want[k]} as here', do)
 
 # %% ../../nbs/12_visual_words/14_model.ipynb #938aecca
+def _is_foreign(base):
+    "Is it a classifier from elsewhere?"
+    return base is not None and not isinstance(base.model, PartModel)
+
 def _same_shapes(a, b):
     "Do two modules have the same tensors?"
     return {k:v.shape for k,v in a.state_dict().items()} == {k:v.shape for k,v in b.state_dict().items()}
@@ -135,7 +147,8 @@ def visual_words_learner(
     dls, # From `part_dls`
     backbone:str='resnet34', # timm's name
     n_parts:int=None, # Words P; default 5 a class
-    init:str=None, # Run of the plain classifier that is to be explained
+    init:str=None, # What is to be explained: a run of the plain classifier, or the weights of your own
+    layer:str=None, # With weights of your own: whose output is the map; None: the last stage that timm names
     base:BaseModel=None, # Or any classifier
     attention=None, # Or .npy file(s) with the attention of the training (and validation) images
     words:Words=None, # Where words start
@@ -151,8 +164,9 @@ def visual_words_learner(
     "A learner for visual words (Xiao et al., 2022) or ProtoPNet (Chen et al., NeurIPS 2019)"
     words,phases,losses,options = _settings(words, phases, losses, options)
     if losses.class_specific and dls.multi: raise ConfigError('class_specific', 'attributes', 'one class an image')
-    base = _first_base(init, base, backbone, dls)
+    base = _first_base(init, base, backbone, dls, layer)
     base = base and base.to(dls.device)
+    if _is_foreign(base) and 'features' not in options: options['features'] = base.trunk(dls.view.size)
     model = _model(dls, base, backbone, words.trunk, pretrained, weights, freeze_early, {'n_parts':n_parts, **options})
     if losses.top is not None: nearest_words(model.words[:,:1].T, losses.top) # says so if there are not as many
     sees = (base is not None or attention is not None) and not losses.class_specific and losses.attend > 0

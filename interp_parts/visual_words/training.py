@@ -129,8 +129,9 @@ def images(self:WordPhases):
 @patch
 def push_images(self:WordPhases):
     "The images whose patches words become: those of the split `push`, if there are any, or the training images"
-    t = self.dls.table
-    return self.learn.batches(t[t.split == 'push'], whole=False) if (t.split == 'push').any() else self.images()
+    table = getattr(self.dls, 'table', None) # images of your own loaders have none
+    if table is None or not (table.split == 'push').any(): return self.images()
+    return self.learn.batches(table[table.split == 'push'], whole=False)
 
 @patch
 def project(self:WordPhases):
