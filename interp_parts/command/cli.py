@@ -129,6 +129,7 @@ def _train(
     freeze_bn:bool=None, # Keep the backbone's batch norm statistics?
     n_parts:int=None, # Parts, the background included; default: the method's own
     epochs:int=None, # Passes over the training images
+    steps:int=None, # Steps of the training, instead of --epochs
     bs:int=None, # Images in a batch
     size:int=None, # Side, or shorter side, of the network input in pixels
     resize:str=None, # short, squash or pad
@@ -163,7 +164,7 @@ def _evaluate(
     baselines:bool=True, # Also the untrained model and Lab-colour clusters?
     device:str='auto', # auto, cpu, cuda or cuda:N
     workers:int=2, # Processes that decode images
-    set_:list[str]=[], # data.key=value: of the reader, as data.masks=DIR; key=value: ridge, flip, seed, fit, classes ...
+    set_:list[str]=[], # data.key=value: of the reader, as data.masks=DIR; key=value: ridge, flip, use_mask, seed, fit, or of the method's scores
 ):
     "Score a run and its baselines; writes RUN/metrics.json"
     from interp_parts.command.evaluate import evaluate_run
@@ -263,6 +264,39 @@ def _import(
     "Make a run of a checkpoint of a method's authors; nothing is unpickled"
     from interp_parts.command.features import import_run
     import_run(method, file, out, data, data_path=path, protocol=protocol, size=size)
+
+# %% ../../nbs/30_command/01_cli.ipynb #5da44662
+@_command()
+def _prune(
+    run:str, # Folder of a run of visual_words
+    out:str='pruned', # Folder of the run that is made
+    rule:str=None, # shared or protopnet; default: as its words were trained
+    k:int=6, # Nearest images of a word that count, under protopnet
+    least:int=3, # Of these, how many must have the word's class
+    epochs:int=100, # Passes over the training images in which the last layer is fitted again
+    lr:float=1e-4, # Its learning rate
+    path:str=None, # Another folder of the same data
+    device:str='auto', # auto, cpu, cuda or cuda:N
+    workers:int=2, # Processes that decode images
+):
+    "Make a run without needless words"
+    from interp_parts.command.settings import pick_device
+    from interp_parts.visual_words.prune import prune_run
+    out = prune_run(run, out, rule, k, least, epochs, lr, path, pick_device(device), workers)
+    print(f'{out}: next, interp-parts evaluate {out}; interp-parts visualize {out}')
+
+# %% ../../nbs/30_command/01_cli.ipynb #e8c2b44d
+@_command()
+def _combine(
+    runs:list[str], # Folders of two or more runs
+    path:str=None, # Another folder of the same data
+    split:str='test', # Split to score
+    device:str='auto', # auto, cpu, cuda or cuda:N
+    workers:int=2, # Processes that decode images
+):
+    "Add the logits of several runs; prints the accuracy of each and of their sum"
+    from interp_parts.command.combine import combine_runs
+    for name,v in combine_runs(runs, path, split, device, workers).items(): print(f'{v:.4f} {name}')
 
 # %% ../../nbs/30_command/01_cli.ipynb #6dc7a2db
 @_command()

@@ -22,10 +22,10 @@ from ..training.runs import load_run
 from ..visualization.report import write_model_card
 
 # %% ../../nbs/30_command/02e_features.ipynb #1b1bad1c
-def _of_batch(p, b):
+def _of_batch(p, b, more):
     "For each image of a batch what is kept; centres as shares of width and height"
     centers = part_centers(p.maps, b.size[0])/b.size[0].flip(0)
-    cols = dict(presence=p.presence, centers=centers, embedding=p.embedding, logits=p.logits)
+    cols = dict(presence=p.presence, centers=centers, embedding=p.embedding, logits=p.logits, **more)
     return [{k:v[i].float().numpy() for k,v in cols.items() if v is not None} for i in range(len(b))]
 
 def _write_arrays(out, res):
@@ -57,7 +57,11 @@ def features_run(
     df = run_rows(learn.config, path)
     rows = split_rows(df, (split,)) if split else df
     got = {}
-    for p,b in learn.parts(rows): got.update(zip(b.index.tolist(), _of_batch(p, b)))
+    own = get_method(learn.config['method']).features
+    more = own(learn) if own else lambda x,p,b: {}
+    for x,b in learn.batches(rows):
+        p = learn.model.parts(x.to(learn.dls.device)).cpu()
+        got.update(zip(b.index.tolist(), _of_batch(p, b, more(x, p, b))))
     cols = [np.stack(c) for c in zip(*(got[i].values() for i in rows.index))]
     res = dict(image=rows.image.to_numpy(str), split=rows.split.to_numpy(str), **dict(zip(got[rows.index[0]], cols)))
     if 'label' in rows: res['label'] = rows.label.to_numpy(int)

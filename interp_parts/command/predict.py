@@ -158,14 +158,15 @@ def _picture_files(files, out):
     return [claim_file(out/f'{name}.png', do=do) for name in _picture_names(files)]
 
 # %% ../../nbs/30_command/02d_predict.ipynb #efc7f4a3
-def _predict_one(learn, df, file, picture):
+def _predict_one(learn, df, file, picture, more=None):
     "Answer for a table of one image, and draw its explanation"
     (x,p,b), = learn.items(df, bs=1)
     if b.mask is not None and p.background is not None:
         raise ConfigError('--masks', f"{learn.config['method']} finds the background itself", 'no masks')
+    own,fig = more(file, p) if more and b.mask is None else ({},None)
     if b.mask is not None: p = _on_foreground(p, b.mask)
-    explain(x, p, learn.dls.vocab, multi=learn.dls.multi).save(picture)
-    return dict(_answer(learn, p, file), picture=str(picture))
+    (fig or explain(x, p, learn.dls.vocab, multi=learn.dls.multi)).save(picture)
+    return dict(_answer(learn, p, file), **own, picture=str(picture))
 
 def predict_run(
     run, # Folder of a run
@@ -180,10 +181,12 @@ def predict_run(
     learn = load_run(run, pick_device(device))
     files,out = _image_files(images),Path(out or Path(run)/'predictions')
     bad = _check_images(files, on_bad_image)
+    answer = get_method(learn.config['method']).answer
+    more = answer and answer(learn)
     for f,picture,df in zip(files, _picture_files(files, out), _with_masks(files, masks)):
         try:
             if f in bad: raise DataError(f, bad[f])
-            yield _predict_one(learn, df, f, picture)
+            yield _predict_one(learn, df, f, picture, more)
         except DataError as e:
             if on_bad_image == 'error': raise
             yield dict(image=str(f), skipped=e.got)

@@ -61,6 +61,7 @@ def check_kind(
 def _place(settings, method, key, value):
     "Put one option where it belongs"
     model,fit = _known_options(method)
+    if key == 'epochs': settings['fit'].pop('steps', None)
     flat,optim = set(settings) - {'model','fit','reader'},{'weight_decay','momentum','betas'}
     if key.startswith('data.'): settings['reader'][key[5:]] = value
     elif key in flat: settings[key] = value
@@ -108,7 +109,8 @@ def all_recipes(
 
 def _recipe_line(name, method, model, fit, bs, data='any data', size='any', **rest):
     net,k = model.get('backbone', 'any backbone'),model.get('n_parts', 'default')
-    return f'{name:22} {method:30} {net}, {k} parts, {data} at {size} px, {fit["epochs"]} epochs of {bs}'
+    long = f'{fit["epochs"]} epochs' if 'epochs' in fit else f'{fit["steps"]:,} steps'
+    return f'{name:22} {method:30} {net}, {k} parts, {data} at {size} px, {long} of {bs}'
 
 # %% ../../nbs/30_command/02a_settings.ipynb #282478ba
 def _recipe_page(method, note='', **settings):
@@ -171,11 +173,12 @@ def pick_device(
     except RuntimeError: raise ConfigError('--device', repr(name), known) from None
 
 # %% ../../nbs/30_command/02a_settings.ipynb #7c4c48cd
-def _check_fit(lr=0., schedule='constant', optimizer='sgd', clip=None, options=None, **rest):
+def _check_fit(lr=0., schedule='constant', optimizer='sgd', clip=None, options=None, steps=None, **rest):
     "Raise for settings of the fit that cannot be"
     pick(schedule, schedules, 'schedule')
     pick(optimizer, optimizers, 'optimizer')
     if clip is not None: check_kind('clip', clip, 0., 0.)
+    if steps is not None: check_kind('--steps', steps, 1, 1)
     for k,v in dict(lr=lr, **(options or {})).items():
         for x in v if isinstance(v, (list,tuple)) and (v or k != 'lr') else [v]: check_kind(k, x, 0., 0., 1e6)
 
@@ -203,4 +206,4 @@ def _check_files(s):
     if s['init'] and not any(o.is_file() for o in (Path(s['init'])/'model.safetensors', Path(s['init']))):
         raise ConfigError('--init', s['init'], 'the folder of a finished run, or a file of weights')
     if s['weights'] and not Path(s['weights']).is_file():
-        raise CheckpointError(s['weights'], 'no such file', 'a .safetensors file', 'check --weights')
+        raise CheckpointError(s['weights'], 'no such file', 'a .safetensors or .pth file', 'check --weights')

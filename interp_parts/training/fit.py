@@ -6,10 +6,11 @@
 __all__ = ['defaults', 'read_history', 'fit_run']
 
 # %% ../../nbs/04_training/05_fit.ipynb #d82cc958
+from math import ceil
 from pathlib import Path
 
 import pandas as pd
-from fastai.callback.core import Callback
+from fastai.callback.core import Callback, CancelTrainException
 from fastai.callback.schedule import ParamScheduler
 from fastai.callback.training import GradientClip
 from fastcore.foundation import L
@@ -83,6 +84,20 @@ def _take_best(learn, run, metric):
     learn.best_epoch = epoch
     print(f'{run}: weights of epoch {epoch}, the best by {metric}')
 
+# %% ../../nbs/04_training/05_fit.ipynb #fffaa3a4
+class _LastStep(Callback):
+    "Ends the last epoch's training after so many steps"
+    order = -20
+    def __init__(self, steps): self.steps = steps
+    def before_batch(self):
+        if self.training and self.train_iter >= self.steps: raise CancelTrainException
+
+def _as_epochs(learn, steps):
+    "Epochs that hold so many steps, and the steps of these epochs over the steps"
+    n = len(learn.dls.train)
+    epochs = ceil(steps/n)
+    return epochs,epochs*n/steps
+
 # %% ../../nbs/04_training/05_fit.ipynb #7581cbeb
 defaults = dict(optimizer='adamw', lr=(2e-4,2e-3), schedule='one_cycle', options=dict(weight_decay=1e-2))
 
@@ -95,10 +110,10 @@ def _rates(lr, n):
                           'pass lr=1e-3 or lr=(2e-4,2e-3); --set lr=0.001 or --set lr=[0.0002,0.002]')
     return rates[-n:]
 
-def _scheduled(name, lrs):
-    "Callback that sets each group's learning rate to its base rate times the schedule"
+def _scheduled(name, lrs, stretch=1.):
+    "Callback that sets each group's learning rate to its base rate times the schedule, which ends `stretch` times earlier"
     f = pick(name, schedules, 'schedule')
-    return ParamScheduler({'lr': lambda p: [lr*f(p) for lr in lrs]})
+    return ParamScheduler({'lr': lambda p: [lr*f(min(p*stretch, 1.)) for lr in lrs]})
 
 def _use_optimizer(learn, optimizer, options):
     "Let the learner use PyTorch's optimiser"
@@ -124,13 +139,16 @@ def fit_run(
     clip:float|None=None, # Largest norm of the gradient
     save_every:int|None=None, # Save the state after so many steps, not only after each epoch
     keep_best:str|None=None, # End with the weights of the epoch that is best by this column of the history, such as accuracy
+    steps:int|None=None, # Train for so many steps instead of `epochs`; the last epoch may be cut
 ):
     "Train a learner with PyTorch's optimiser and a schedule per step; returns the learner"
     keep_memory()
     learn.run_dir = run and Path(run)
     _use_optimizer(learn, optimizer, options)
     lrs = _rates(lr, len(learn.splitter(learn.model)))
-    cbs = [_scheduled(schedule, lrs), StopNonFinite(), WatchParts(), *L(cbs), *([GradientClip(clip)] if clip else [])]
+    epochs,stretch = _as_epochs(learn, steps) if steps else (epochs,1.)
+    more = [GradientClip(clip)]*bool(clip) + [_LastStep(steps)]*bool(steps)
+    cbs = [_scheduled(schedule, lrs, stretch), StopNonFinite(), WatchParts(), *L(cbs), *more]
     if keep_best and run is None: raise ConfigError('keep_best', 'no folder', 'a folder for the weights', 'pass run=FOLDER')
     if run is None: learn.fit(epochs, lrs, cbs=cbs)
     else:

@@ -17,7 +17,7 @@ from ..core import ConfigError, PartLearner, PartModel, pick, register
 from ..training.losses import few_rows, part_learner
 from .attended import attended_dls
 from .base import BaseModel, read_attention
-from .explanations import word_pictures
+from .explanations import local_words, word_pictures
 from .layer import nearest_words
 from .losses import WordLoss, WordLosses
 from .network import VisualWords
@@ -191,6 +191,14 @@ _guess = f'settings of Pets; the number of words is our extrapolation; {_state}'
 _others = dict(dogs=120, awa2=50, flowers=102, stl10=10, food101=101)
 
 # %% ../../nbs/12_visual_words/14_model.ipynb #610307e1
+_protopnet = dict(data='folder', size=224, resize='squash', bs=80, brightness=0.,
+    model=dict(backbone='vgg19.tv_in1k', n_parts=2000, class_specific=True, words_from='uniform', trunk=False,
+               freeze_early=False, warm=5, start=10, every=10, last_epochs=20, last_lr=1e-4, step=5, gamma=.1,
+               early=True, weight_decay=1e-3, reset=True, distinct=False),
+    fit=dict(optimizer='adam', epochs=1000, lr=(1e-4,3e-3), schedule='constant'),
+    note='ProtoPNet on CUB, transcribed, full scale not run; expects its folders train_cropped_augmented, train_cropped '
+         '(whose patches words become) and test_cropped, of images cropped to their boxes')
+
 _own = dict(bs=32, freeze_bn=True, note='ours, not published; measured on CUB classes 1 to 40; needs --init RUN',
             model=dict(depth=0, start_gain=.3, nearest=9, cluster=.3, attend_warm=True, warm=2, start=2, every=3,
                        last_epochs=20, last_lr=3e-4),
@@ -199,8 +207,10 @@ _own = dict(bs=32, freeze_bn=True, note='ours, not published; measured on CUB cl
 visual_words_recipes = dict(
     pets_res34=_recipe('pets', 37, f'{_state}; published: 86.21 %, from the name of a checkpoint'),
     **{f'{name}_res34':_recipe(name, k, _guess) for name,k in _others.items()},
+    protopnet_cub_vgg19=_protopnet,
     own_classifier=_own)
 
 _method = register(visual_words_learner, VisualWords, visual_words_recipes,
                    'similarities to patches of training images (LVW; ProtoPNet)',
                    scores=word_scores, base='classifier', pictures=word_pictures)
+_method.answer = local_words
