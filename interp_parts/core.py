@@ -309,7 +309,7 @@ class _Method:
 
 methods = {}
 method_names = ['classifier', 'region_grouping', 'contrastive_reconstruction', 'visual_words', 'activation_diversity',
-                'classification_specific_parts']
+                'classification_specific_parts', 'part_discovery', 'nonparametric_prototypes']
 
 # %% ../nbs/00_core.ipynb #ec44d22d
 def register(
