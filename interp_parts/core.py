@@ -294,11 +294,11 @@ class _Method:
     pictures:object
     importer:object
     renamed_recipes:dict=field(default_factory=dict) # Names of recipes now, by their earlier names
-    convert:object=None # `config -> config`: our settings for those of a JSON file of its authors
-    protocols:dict=field(default_factory=dict) # `(learner, path, **options) -> dict` by name: benchmarks of its own
     reading:object=None # `(config, protocol) -> dict`: options of the reader that an evaluation asks for
     features:object=None # `learner -> f(images, Parts, Batch) -> dict`: arrays that `features` adds, images first
     answer:object=None # `learner -> f(file, Parts) -> (dict, picture)`: what `predict` adds for an image
+    convert:object=None # `config -> config`: our settings for those of a JSON file of its authors
+    protocols:dict=field(default_factory=dict) # `(learner, path, **options) -> dict` by name: benchmarks of its own
 
     def recipe_name(self, name):
         "The name of a recipe now; an earlier name gives a warning"

@@ -138,8 +138,8 @@ def fit_run(
     cbs=(), # Further callbacks, or one
     clip:float|None=None, # Largest norm of the gradient
     save_every:int|None=None, # Save the state after so many steps, not only after each epoch
-    keep_best:str|None=None, # End with the weights of the epoch that is best by this column of the history, such as accuracy
     steps:int|None=None, # Train for so many steps instead of `epochs`; the last epoch may be cut
+    keep_best:str|None=None, # End with the weights of the epoch that is best by this column of the history, such as accuracy
 ):
     "Train a learner with PyTorch's optimiser and a schedule per step; returns the learner"
     keep_memory()
