@@ -113,7 +113,8 @@ def all_recipes(
 
 def _recipe_line(name, method, model, fit, bs, data='any data', size='any', **rest):
     net,k = model.get('backbone', 'any backbone'),model.get('n_parts', 'default')
-    return f'{name:22} {method:30} {net}, {k} parts, {data} at {size} px, {fit["epochs"]} epochs of {bs}'
+    long = f'{fit["epochs"]} epochs' if 'epochs' in fit else f'{fit["steps"]:,} steps'
+    return f'{name:22} {method:30} {net}, {k} parts, {data} at {size} px, {long} of {bs}'
 
 # %% ../../nbs/30_command/02a_settings.ipynb #282478ba
 def _recipe_page(method, note='', **settings):

@@ -111,7 +111,7 @@ def _checkpoint_cases(run, folder):
 def _bad_settings():
     "Text of a JSON file for `--config`, or a word for `--set`, and the message, by name"
     return {'torn JSON':('{', 'not JSON'), 'a list':('[1]', 'a dictionary'),
-            'unknown key':('{"n_part": 5}', 'did you mean n_parts'),
+            'unknown key':('{"frezze_bn": 5}', 'did you mean freeze_bn'),
             'a word for a number':('{"epochs": "ten"}', "--epochs: 'ten'; expected a whole number"),
             'no part':('{"n_parts": 0}', 'at least 1'), 'half a part':('{"n_parts": 2.5}', 'a whole number'),
             'half a batch':('{"bs": 0.5}', '--bs'), 'enormous images':('{"size": 99999999}', '--size'),
