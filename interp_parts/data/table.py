@@ -285,8 +285,7 @@ def _read_split(path):
     bad = [l for l in lines if len(l) != 2 or l[0] not in SPLITS]
     if bad:
         raise DataError(path, repr('\t'.join(bad[0])), f'lines such as `train<tab>owl/1.jpg`, of {", ".join(SPLITS)}')
-    out = {}
-    for s,f in lines: out.setdefault(f, []).append(s)
+    out = {f:[s for s,_ in ls] for f,ls in _by(lambda l: l[1], lines).items()}
     both = [f for f,s in out.items() if 'train' in s and {'test','eval'} & set(s)]
     if both: raise DataError(path, f'{first_few(both)} in several splits', 'one split an image')
     return out
