@@ -294,6 +294,11 @@ class _Method:
     pictures:object
     importer:object
     renamed_recipes:dict=field(default_factory=dict) # Names of recipes now, by their earlier names
+    reading:object=None # `(config, protocol) -> dict`: options of the reader that an evaluation asks for
+    features:object=None # `learner -> f(images, Parts, Batch) -> dict`: arrays that `features` adds, images first
+    answer:object=None # `learner -> f(file, Parts) -> (dict, picture)`: what `predict` adds for an image
+    convert:object=None # `config -> config`: our settings for those of a JSON file of its authors
+    protocols:dict=field(default_factory=dict) # `(learner, path, **options) -> dict` by name: benchmarks of its own
 
     def recipe_name(self, name):
         "The name of a recipe now; an earlier name gives a warning"
@@ -304,7 +309,7 @@ class _Method:
 
 methods = {}
 method_names = ['classifier', 'region_grouping', 'contrastive_reconstruction', 'visual_words', 'activation_diversity',
-                'classification_specific_parts', 'nonparametric_prototypes']
+                'classification_specific_parts', 'part_discovery', 'nonparametric_prototypes']
 
 # %% ../nbs/00_core.ipynb #ec44d22d
 def register(

@@ -245,6 +245,7 @@ def _check_claim(p, kind, data, new):
 # %% ../nbs/00a_files.ipynb #c2ef5d35
 _run_files = (MARK, LOCK, 'config.json', 'settings.json', 'model.safetensors', 'README.md', 'history.csv', 'metrics.json',
               'report.html', 'split.txt', 'state/state.json', 'state/initial.json', 'state/initial.safetensors',
+              'state/best.safetensors',
               'state/model-*.safetensors', 'state/loop-*.pt', 'visualization/*.csv', 'visualization/words/word_*.jpg',
               'visualization/projection/*', 'visualization/nearest/*', 'cs_parts/*.npz', 'cs_parts/*.json',
               'cs_parts/*.txt')

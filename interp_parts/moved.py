@@ -37,7 +37,7 @@ moved = dict(
     reconstruction_losses='contrastive_reconstruction.losses',
     reconstruction_pictures='contrastive_reconstruction.pictures', reliability='testing.bad_inputs testing.bad_runs',
     report='visualization.report', runs='command.runs data.rows',
-    saliency='classification_specific_parts.saliency_maps',
+    saliency='classification_specific_parts.saliency_maps networks',
     selection_pictures='classification_specific_parts.pictures',
     sparse_svm='classification_specific_parts.svm classification_specific_parts.l2_svm',
     synthetic_faces='synthetic.faces', table='command.comparison', unsupervised='contrastive_reconstruction',
@@ -63,6 +63,7 @@ class _Alias:
         there = [importlib.import_module(o) for o in new]
         module.__all__ = [k for o in there for k in o.__all__]
         module.__dict__.update({k:getattr(o, k) for o in there for k in o.__all__})
+        if hasattr(there[0], '__getattr__'): module.__getattr__ = there[0].__getattr__
         for old,now in renamed.get(name.removeprefix('interp_parts.'), {}).items():
             setattr(module, old, getattr(module, now))
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np, torch
 
 METHODS = ('region_grouping', 'contrastive_reconstruction', 'visual_words', 'activation_diversity',
-           'classification_specific_parts', 'nonparametric_prototypes')
+           'classification_specific_parts', 'part_discovery', 'nonparametric_prototypes')
 
 def as_array(
     v, # Tensor, array, list or number

@@ -353,7 +353,7 @@ def boxes(r):
     r.near('bbox_perturbed_test', wide, 1e-9)
     r.near('bbox_square', np.stack([square_box(b) for b in wide]), 1e-9)
     r.near('crop_out', crop_box(r['crop_image'], r['crop_bbox'], 1), 1e-9)
-    r.near('crop_resized24', scale_longest(r['crop_out'], 24), 1)
+    r.near('crop_resized24', scale_longest(r['crop_out'].astype(float), 24), 1)
     mask = crop_box(r['crop_mask'][...,0], r['crop_bbox'])
     r.near('crop_mask_resized24', scale_longest(mask, 24, nearest=True), 0)
 

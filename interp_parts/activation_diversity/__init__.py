@@ -7,11 +7,12 @@ __all__ = []
 
 # %% ../../nbs/13_activation_diversity/00_activation_diversity.ipynb #f3fb8e7a
 from . import (network, losses, identity, mesh, occlusion, peaks, model, groups, training,
-                                               learner, pictures, published)
+                                               learner, pictures, published, protocols, scores)
 
 # %% ../../nbs/13_activation_diversity/00_activation_diversity.ipynb #f3db53a0
 __all__ = [*network.__all__, *losses.__all__, *identity.__all__, *mesh.__all__, *occlusion.__all__, *peaks.__all__,
            *model.__all__, *groups.__all__, *training.__all__, *learner.__all__, *pictures.__all__, *published.__all__,
+           *protocols.__all__, *scores.__all__,
            'PartLearner', 'create_learner', 'part_table', 'check_table', 'part_dls', 'PartBatches', 'load_image',
            'fit_run', 'seed_everything', 'run_config', 'save_run', 'load_run', 'Templates', 'Verification',
            'Identification', 'repeated_eer', 'embeddings', 'occlusion_scores', 'save_features']
@@ -29,6 +30,8 @@ from .training import *
 from .learner import *
 from .pictures import *
 from .published import *
+from .protocols import *
+from .scores import *
 from ..core import PartLearner, create_learner
 from ..data.table import part_table, check_table
 from ..data.loaders import part_dls, PartBatches

@@ -84,6 +84,13 @@ class _GroupFilters(Callback):
     order = 70
     def after_epoch(self):
         if hasattr(self.learn, 'lr_finder') or self.epoch < self.n_epoch-1 or not hasattr(self.dls, 'table'): return
+        self.group()
+
+    def finish(self):
+        "Group them again if the weights are those of an earlier epoch"
+        if hasattr(self.learn, 'best_epoch'): self.group()
+
+    def group(self):
         model = getattr(self.learn.model, 'module', self.learn.model)
         model.group_filters(list(self.learn.batches(few_rows(self.dls), whole=False)))
 
@@ -142,7 +149,8 @@ def activation_diversity_learner(
 _casia = dict(
     data='casia', size=110, resize='short', bs=64, flip=0., brightness=0., pretrained=False, epochs=1000,
     fit=dict(optimizer='adam_hat', lr=(1e-3,1e-3), schedule='constant', options=dict(betas=(.5,.999)), epochs=1000),
-    note='epochs is the published upper bound; when the published model was stopped is not known')
+    note='transcribed from the original program; epochs is the published upper bound, when the published model was '
+         'stopped is not known; never run at full scale')
 _model = dict(backbone='casia_net', n_parts=8, crop=96)
 activation_diversity_recipes = dict(
     casia_96_base=dict(_casia, model=dict(_model, mode='base')),

@@ -100,9 +100,10 @@ class OccludedBatches:
         window:tuple=WINDOW, # Width and height on a face of 96 pixels
         at=None, # Name in `windows` or corner on a face of 96 pixels, instead of random
         stats:tuple=imagenet_stats, # Mean and standard deviation of the images
+        mesh:FaceMesh=None, # Over the mean face: windows that follow the keypoints of each face
     ):
         self.batches,self.seed = batches,seed
-        self.occluder = Occluder(tuple(window), stats=stats)
+        self.occluder = Occluder(tuple(window), mesh=mesh, stats=stats)
         self.at = pick(at, windows, 'window') if isinstance(at, str) else at
 
     def corners(self, index, size):
@@ -113,7 +114,9 @@ class OccludedBatches:
         return np.concatenate([_random_windows(1, size, self.occluder.window, g) for g in seeds])
 
     def __iter__(self):
-        for x,b in self.batches: yield self.occluder(x, at=self.corners(b.index.tolist(), x.shape[2:])),b
+        for x,b in self.batches:
+            points = None if b.keypoints is None else b.keypoints.numpy()
+            yield self.occluder(x, points, at=self.corners(b.index.tolist(), x.shape[2:])),b
 
     def area(self, size):
         "Share of an image of `size` that a window covers"

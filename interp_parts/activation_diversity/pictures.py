@@ -7,12 +7,16 @@ __all__ = ['mean_face', 'location_figure', 'response_figure', 'explain_pair', 'p
 
 # %% ../../nbs/13_activation_diversity/11_pictures.ipynb #31678862
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np, torch, torch.nn.functional as F
 from matplotlib import colormaps
 
-from .peaks import Locations, spreadness
-from ..core import ConfigError, DataError, PartModel, eval_mode
+from .peaks import Locations, average_locations, spreadness
+from .groups import find_peaks
+from .learner import activation_diversity_learner
+from ..core import ConfigError, DataError, PartModel, eval_mode, get_method
+from ..files import claim_file
 from ..data.images import denormalize, imagenet_stats
 from ..evaluation.pixels import upsample
 from ..visualization.overlays import Picture, to_rgb
@@ -143,3 +147,24 @@ def pair_figure(
         for k,c in zip(order, colors): ax.scatter(*xy[k], s=70, facecolors='none', edgecolors=[c], linewidths=2)
     _shares(axs[2], pair, order, colors)
     return fig
+
+# %% ../../nbs/13_activation_diversity/11_pictures.ipynb #ac436713
+def _save(fig, folder, name, title): return fig.save(claim_file(Path(folder)/name), title, title)
+
+def _pictures(learn, df, rows, folder, beside=None):
+    "Locations of the filters, of runs beside this one too; responses of some filters; a pair of faces"
+    at = lambda l: find_peaks(l.model, l.batches(rows))
+    found = {name:at(l) for name,l in {'this run':learn, **(beside or {})}.items()}
+    locs = {name:average_locations(p, p.size) for name,p in found.items()}
+    x = torch.cat([b[0] for b in learn.batches(rows[:4])])
+    x,ims = x.to(learn.dls.device),denormalize(x, learn.dls.stats)
+    face = mean_face(((learn.model.middle(b[0]),) for b in learn.batches(rows)), learn.dls.stats)
+    with eval_mode(learn.model), torch.no_grad(): maps = learn.model(x).maps.float().cpu()
+    chosen = locs['this run'].strongest(6)
+    files = [_save(location_figure(locs, face), folder, 'locations.png', 'Where the filters look'),
+             _save(response_figure(learn.model.middle(ims), maps, chosen), folder, 'filters.png', 'Responses of filters')]
+    if len(x) < 2: return files
+    pair = pair_figure(ims[:2], explain_pair(learn.model, x[:2]))
+    return [*files, _save(pair, folder, 'pair.png', 'Which filters agree on two faces')]
+
+get_method('activation_diversity').pictures = _pictures

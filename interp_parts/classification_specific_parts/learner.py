@@ -108,8 +108,8 @@ def _published(data, backbone, size, **model):
                 model=dict(n_parts=4, backbone=backbone, compat=True, label_smoothing=.1, **model),
                 fit=dict(epochs=60, optimizer='sgd', lr=(1e-2,1e-2), schedule='cosine',
                          options=dict(momentum=.9, weight_decay=5e-4)),
-                note='rates of 2019 not recorded: generic trainer defaults, SGD for RMSProp; '
-                     'ImageNet instead of iNaturalist weights')
+                note='transcribed: network, size and parts; inferred: the rates of 2019 are not recorded, these are generic '
+                     'trainer defaults with SGD for RMSProp; ImageNet instead of iNaturalist weights; full scale not run')
 
 classification_specific_parts_recipes = dict(
     cub200_inception=_published('cub', 'inception_v3.tv_in1k', 427),
@@ -118,7 +118,7 @@ classification_specific_parts_recipes = dict(
     cars_resnet50=_published('cars', 'resnet50.tv_in1k', 448),
     cub200_exact=dict(
         _published('cub', 'inception_v3.tv_in1k', 427, mode='exact', crops='squash', solver='torch', cross_fit=3),
-        note='the published data and network with our box search, crops and cross-fitted predictions'))
+        note='ours: the published data and network with our box search, crops and cross-fitted predictions; full scale not run'))
 register(classification_specific_parts_learner, ClassificationSpecificParts, classification_specific_parts_recipes,
          'boxes around what matters to the predicted class, and a linear classifier on them (Korsch et al., GCPR 2019)',
          scores=part_scores, pictures=part_pictures)

@@ -201,12 +201,31 @@ def _classification_specific_parts_cases(size=299):
     return {f'InceptionV3, B=2, {size} px, saliency': dict(limit=3.5, original=12.7, **steps),
             f'{len(maps)} maps of {size} px, one by one: boxes': dict(limit=.1, original=1., plain=plain, ours=ours)}
 
+# %% ../../nbs/30_command/04_benchmark.ipynb #95fc7cb6
+def _part_discovery_cases(n=8, size=128, k=8):
+    "A step of part discovery beside a plain step of its network, without and with the second look"
+    from interp_parts import part_discovery as pd
+    x,y = torch.randn(n,3,size,size),torch.randint(0, 200, (n,))
+    weights = {k:v for k,v in pd.prior_weights('tv').items() if k not in ('prediction','equivariance')}
+    def step(look):
+        net = pd.PartDiscovery(200, k, 'resnet50', design='paper')
+        def loss(o, y):
+            terms = pd.map_terms(o, 'tv')
+            total = nn.functional.cross_entropy(o.logits, y) + sum(w*terms[t]() for t,w in weights.items())
+            return total + look(net, x, o.maps) if look else total
+        return _train_step(net, loss, x, y)
+    plain = _train_step(timm.create_model('resnet50', num_classes=200), nn.functional.cross_entropy, x, y)
+    case = f'R50, N={n}, {size} px, K={k}'
+    return {case: dict(limit=1.25, original=None, plain=plain, ours=step(None)),
+            f'{case}, second look': dict(limit=2.2, original=None, plain=plain, ours=step(pd.SecondLook()))}
+
 # %% ../../nbs/30_command/04_benchmark.ipynb #b3a023c8
 _cost_cases = dict(region_grouping=_region_grouping_cases,
                   contrastive_reconstruction=_contrastive_reconstruction_cases,
                   visual_words=_visual_words_cases,
                   activation_diversity=_activation_diversity_cases,
-                  classification_specific_parts=_classification_specific_parts_cases)
+                  classification_specific_parts=_classification_specific_parts_cases,
+                  part_discovery=_part_discovery_cases)
 
 def benchmark_cost(
     method:str, # Registered name, but for the classifier

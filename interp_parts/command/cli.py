@@ -122,13 +122,14 @@ def _train(
     protocol:str=None, # The data's own, such as accuracy or interpretability for celeba
     recipe:str=None, # Published settings by name: see `interp-parts recipes`
     config:str=None, # JSON file with settings
-    init:str=None, # RUN of a base model or trunk to start from, for methods that have one
+    init:str=None, # RUN, or weights, of a base model or trunk to start from, for methods that have one
     backbone:str=None, # timm's name; default: the method's own, such as resnet50
     weights:str=None, # Backbone weights: a .safetensors file, or a plain state dict, with timm's or torchvision's names
     pretrained:bool=None, # Download timm's weights? Default: yes
     freeze_bn:bool=None, # Keep the backbone's batch norm statistics?
     n_parts:int=None, # Parts, the background included; default: the method's own
     epochs:int=None, # Passes over the training images
+    steps:int=None, # Steps of the training, instead of --epochs
     bs:int=None, # Images in a batch
     size:int=None, # Side, or shorter side, of the network input in pixels
     resize:str=None, # short, squash or pad
@@ -145,10 +146,11 @@ def _train(
 ):
     "Train a method; writes the folder --out"
     options = _given(locals(), 'method', 'out', 'recipe', 'config', 'resume', 'overwrite', 'set_')
-    from interp_parts.command.settings import make_settings
+    from interp_parts.command.settings import make_settings, recipe_note
     from interp_parts.command.train import train_run
     from interp_parts.files import read_json
     settings = make_settings(method, recipe, read_json(config) if config else None, options, _parse_set(set_))
+    if recipe: print(recipe_note(method, recipe))
     run = train_run(method, out, settings, resume, overwrite)
     print(f'{run}: next, interp-parts evaluate {run}; interp-parts visualize {run}')
 
@@ -158,11 +160,11 @@ def _evaluate(
     run:str, # Folder of a run
     path:str=None, # Another folder of the same data
     split:str=None, # Split to score; default test, or what the protocol says
-    protocol:str='fixed', # paper, fixed, accuracy or interpretability
+    protocol:str='fixed', # paper, fixed, accuracy or interpretability; faces: lfw, pairs, ijba, ijba-occluded, ijbc or ar
     baselines:bool=True, # Also the untrained model and Lab-colour clusters?
     device:str='auto', # auto, cpu, cuda or cuda:N
     workers:int=2, # Processes that decode images
-    set_:list[str]=[], # data.key=value: of the reader, as data.masks=DIR; key=value: ridge, flip, use_mask, seed, fit
+    set_:list[str]=[], # data.key=value: of the reader, as data.masks=DIR; key=value: ridge, flip, use_mask, seed, fit, classes, or of the method's scores
 ):
     "Score a run and its baselines; writes RUN/metrics.json"
     from interp_parts.command.evaluate import evaluate_run
@@ -177,10 +179,12 @@ def _visualize(
     path:str=None, # Another folder of the same data
     seed:int=0, # Of the choice of images
     device:str='auto', # auto, cpu, cuda or cuda:N
+    target:str=None, # Class or attribute to explain, such as Smiling; default: the predicted one
+    beside:list[str]=[], # Another RUN, for methods whose pictures compare models; may be repeated
 ):
     "Draw test images with their parts; writes RUN/visualization and RUN/report.html"
     from interp_parts.command.predict import visualize_run
-    print(visualize_run(run, n, path, seed, device))
+    print(visualize_run(run, n, path, seed, device, target, beside))
 
 # %% ../../nbs/30_command/01_cli.ipynb #2dd52ee2
 @_command()
@@ -208,6 +212,17 @@ def _features(
     "Write embeddings, logits, presence and centres of the parts of each image as .npz"
     from interp_parts.command.features import features_run
     print(f"{out}: {', '.join(f'{k} {v.shape}' for k,v in features_run(run, out, path, split, device).items())}")
+
+# %% ../../nbs/30_command/01_cli.ipynb #0bd19bc6
+@_command()
+def _export(
+    run:str, # Folder of a finished training
+    file:str, # model.onnx or model.pt2
+):
+    "Write the model of a run for other programs"
+    from interp_parts.serving.exporting import export_run
+    about = export_run(run, file)
+    print(f"{file}: from {about['input']['size']} px images to {', '.join(about['outputs'])}; batch {about['batch']}")
 
 # %% ../../nbs/30_command/01_cli.ipynb #23e51dc1
 @_command()
@@ -241,32 +256,57 @@ def _import(
     method:str, # Such as contrastive_reconstruction
     file:str, # Checkpoint of its authors, such as model_60000.pth
     out:str='run', # Folder of the run
-    data:str='cub_parts', # Data it was trained on: a reader's name, such as deepfashion or pascal_part
-    path:str='.', # Folder of the data
+    data:str=None, # Data it was trained on: a reader's name; default the method's own, such as cub_parts
+    path:str=None, # Folder of the data
     protocol:str=None, # The data's own; default paper, for CUB and DeepFashion; for pascal_part the class
-    size:int=256, # Shorter side of the network input in pixels
+    size:int=None, # Shorter side of the network input in pixels; default the published one
 ):
     "Make a run of a checkpoint of a method's authors; nothing is unpickled"
     from interp_parts.command.features import import_run
     import_run(method, file, out, data, data_path=path, protocol=protocol, size=size)
 
+# %% ../../nbs/30_command/01_cli.ipynb #5da44662
+@_command()
+def _prune(
+    run:str, # Folder of a run of visual_words
+    out:str='pruned', # Folder of the run that is made
+    rule:str=None, # shared or protopnet; default: as its words were trained
+    k:int=6, # Nearest images of a word that count, under protopnet
+    least:int=3, # Of these, how many must have the word's class
+    epochs:int=100, # Passes over the training images in which the last layer is fitted again
+    lr:float=1e-4, # Its learning rate
+    path:str=None, # Another folder of the same data
+    device:str='auto', # auto, cpu, cuda or cuda:N
+    workers:int=2, # Processes that decode images
+):
+    "Make a run without needless words"
+    from interp_parts.command.settings import pick_device
+    from interp_parts.visual_words.prune import prune_run
+    out = prune_run(run, out, rule, k, least, epochs, lr, path, pick_device(device), workers)
+    print(f'{out}: next, interp-parts evaluate {out}; interp-parts visualize {out}')
+
+# %% ../../nbs/30_command/01_cli.ipynb #e8c2b44d
+@_command()
+def _combine(
+    runs:list[str], # Folders of two or more runs
+    path:str=None, # Another folder of the same data
+    split:str='test', # Split to score
+    device:str='auto', # auto, cpu, cuda or cuda:N
+    workers:int=2, # Processes that decode images
+):
+    "Add the logits of several runs; prints the accuracy of each and of their sum"
+    from interp_parts.command.combine import combine_runs
+    for name,v in combine_runs(runs, path, split, device, workers).items(): print(f'{v:.4f} {name}')
+
 # %% ../../nbs/30_command/01_cli.ipynb #6dc7a2db
 @_command()
 def _recipes(
-    name:str=typer.Argument(None, help='Show this one only'), # Show this one only
+    name:str=typer.Argument(None, help='Show this one only, with all its settings'), # Show this one only
     json_:bool=False, # As JSON?
 ):
     "List the published settings"
-    from interp_parts.core import get_method, method_names, pick
-    all_ = {k:dict(method=m, **r) for m in method_names for k,r in get_method(m).recipes.items()}
-    for m in method_names: name = get_method(m).recipe_name(name)
-    shown = {name:pick(name, all_, 'recipe')} if name else all_
-    if json_: print(json.dumps(shown, indent=1))
-    else: print('\n'.join(_recipe_line(k, **r) for k,r in shown.items()))
-
-def _recipe_line(name, method, model, fit, bs, data='any data', size='any', **rest):
-    net,k = model.get('backbone', 'any backbone'),model.get('n_parts', 'default')
-    return f'{name:22} {method:30} {net}, {k} parts, {data} at {size} px, {fit["epochs"]} epochs of {bs}'
+    from interp_parts.command.settings import all_recipes, recipe_lines
+    print(json.dumps(all_recipes(name), indent=1) if json_ else '\n'.join(recipe_lines(name)))
 
 # %% ../../nbs/30_command/01_cli.ipynb #c009874d
 @_command()

@@ -9,21 +9,39 @@ __all__ = ['evaluate_run']
 from pathlib import Path
 
 from .settings import check_kind, option_kinds, pick_device
-from ..core import get_method, pick
+from ..core import DataError, get_method, pick
 from ..data.rows import run_rows
 from ..evaluation.baselines import LabKMeans
-from ..evaluation.scoring import evaluate
+from ..evaluation.scoring import PROTOCOLS, evaluate
 from ..files import claim, load_tensors, read_json, write_json
 from ..training.runs import fingerprint, load_run
 from ..visualization.report import write_model_card, write_report
 
 # %% ../../nbs/30_command/02c_evaluate.ipynb #57244940
-def _evaluation_options(options):
-    "Options of the reader, and of `evaluate`"
-    own = {k:v for k,v in (options or {}).items() if not k.startswith('data.')}
-    kinds = {k:option_kinds(evaluate)[k] for k in ('fit','flip','use_mask','seed','ridge')}
-    for k,v in own.items(): check_kind(f'--set {k}', v, pick(k, kinds, '--set')())
-    return {k[5:]:v for k,v in (options or {}).items() if k not in own},own
+_ours = {k:option_kinds(evaluate)[k] for k in ('fit','flip','use_mask','seed','ridge','classes')}
+
+def _evaluation_options(options, scores=None):
+    "Options of the reader, of `evaluate`, and of the method's `scores`"
+    reader = {k[5:]:v for k,v in (options or {}).items() if k.startswith('data.')}
+    rest = {k:v for k,v in (options or {}).items() if not k.startswith('data.')}
+    known = {**(dict(list(option_kinds(scores).items())[3:]) if scores else {}), **_ours}
+    for k,v in rest.items():
+        kind = pick(k, known, '--set')
+        if kind in (bool,int,float,str): check_kind(f'--set {k}', v, kind())
+    return reader,{k:v for k,v in rest.items() if k in _ours},{k:v for k,v in rest.items() if k not in _ours}
+
+# %% ../../nbs/30_command/02c_evaluate.ipynb #241119c7
+def _rows(config, path, run, reader, protocol):
+    "The table that is scored, and the reader's options: typed, or those that the method asks for under `protocol`"
+    ask = get_method(config['method']).reading
+    asked = {} if ask is None or {'protocol','masks'} & reader.keys() else ask(config, protocol)
+    reader = {**asked, **reader}
+    try: return run_rows(config, path, run, reader),reader
+    except DataError as e:
+        if not asked: raise
+        was = config['training'].get('protocol') or 'official'
+        do = f'{e.do}; pass --set data.protocol={was} to score on the data of the training'
+        raise DataError(e.where, e.got, e.expected, do) from None
 
 # %% ../../nbs/30_command/02c_evaluate.ipynb #91d66d30
 def _untrained(learn, run):
@@ -46,6 +64,22 @@ def _baselines(learn, df, run, res, score, protocol, mine):
     if _untrained(learn, run): out['untrained'] = beside(score())
     return out
 
+# %% ../../nbs/30_command/02c_evaluate.ipynb #acecc16c
+def _benchmark(run, protocol):
+    "The method's own benchmark of that name; None if it has none"
+    if protocol in PROTOCOLS or not (Path(run)/'config.json').exists(): return None
+    own = get_method(read_json(Path(run)/'config.json').get('method')).protocols
+    return own[pick(protocol, [*PROTOCOLS, *own], '--protocol')]
+
+def _score_benchmark(run, path, benchmark, device, workers, options):
+    "Score a run on a benchmark with data of its own; kept in RUN/metrics.json under its name"
+    learn = load_run(run, pick_device(device), workers=workers)
+    claim(run, 'run')
+    res,f = benchmark(learn, path, **(options or {})),Path(run)/'metrics.json'
+    old = read_json(f) if f.exists() else {}
+    write_json(f, dict(old, benchmarks={**old.get('benchmarks', {}), res['protocol']:res}))
+    return res
+
 # %% ../../nbs/30_command/02c_evaluate.ipynb #ee783689
 def evaluate_run(
     run, # Folder of a run
@@ -58,25 +92,29 @@ def evaluate_run(
     options:dict=None, # Options of `evaluate`, and with `data.` before their names of the reader
 )->dict:
     "Score a run, write RUN/metrics.json and return it"
-    reader,opts = _evaluation_options(options)
+    own = _benchmark(run, protocol)
+    if own: return _score_benchmark(run, path, own, device, workers, options)
     learn = load_run(run, pick_device(device), workers=workers)
-    claim(run, 'run')
-    df = run_rows(learn.config, path, run, reader)
-    score = lambda: evaluate(learn, df, protocol, test=split, **opts)
     own = get_method(learn.config['method']).scores
-    mine = own(learn, df, protocol) if own else {}
+    reader,opts,more = _evaluation_options(options, own)
+    claim(run, 'run')
+    df,reader = _rows(learn.config, path, run, reader, protocol)
+    score = lambda: evaluate(learn, df, protocol, test=split, **opts)
+    mine = own(learn, df, protocol, **more) if own else {}
     res = {**score(), **mine}
     if baselines: res |= _baselines(learn, df, run, res, score, protocol, mine)
+    marks = learn.config.get('published', {}) if protocol == 'paper' else {}
+    if marks: res['published'] = {k:v for k,v in marks.items() if k in res}
     if reader: res['reader'] = ', '.join(f'{k}={v}' for k,v in reader.items())
     res |= dict(seed=learn.config['training'].get('seed'),
                 same_data=fingerprint(df) == learn.config['data']['fingerprint'])
     return _write_metrics(run, res)
 
 def _write_metrics(run, res):
-    "Write the metrics into a run's files; those of a plain classifier beside it stay"
+    "Write the metrics into a run's files; those of a plain classifier and of benchmarks stay"
     f = Path(run)/'metrics.json'
     old = read_json(f) if f.exists() else {}
-    res |= {k:v for k,v in old.items() if k == 'plain_classifier'}
+    res |= {k:v for k,v in old.items() if k in ('plain_classifier','benchmarks')}
     write_json(f, res)
     write_model_card(run)
     if (Path(run)/'report.html').exists(): write_report(run)

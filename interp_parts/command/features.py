@@ -6,12 +6,13 @@
 __all__ = ['features_run', 'import_run']
 
 # %% ../../nbs/30_command/02e_features.ipynb #419d6884
+import inspect
 from pathlib import Path
 
 import numpy as np
 
 from .settings import pick_device
-from ..core import ConfigError, get_method, method_names, pick
+from ..core import ConfigError, DataError, get_method, method_names, pick
 from ..data.readers.registry import readers
 from ..data.rows import run_rows
 from ..evaluation.landmarks import part_centers
@@ -21,21 +22,30 @@ from ..training.runs import load_run
 from ..visualization.report import write_model_card
 
 # %% ../../nbs/30_command/02e_features.ipynb #1b1bad1c
-def _of_batch(p, b):
+def _of_batch(p, b, more):
     "For each image of a batch what is kept; centres as shares of width and height"
     centers = part_centers(p.maps, b.size[0])/b.size[0].flip(0)
-    cols = dict(presence=p.presence, centers=centers, embedding=p.embedding, logits=p.logits)
+    cols = dict(presence=p.presence, centers=centers, embedding=p.embedding, logits=p.logits, **more)
     return [{k:v[i].float().numpy() for k,v in cols.items() if v is not None} for i in range(len(b))]
 
 def _write_arrays(out, res):
     with atomic_path(out) as tmp:
+        if _is_text(out): return np.savetxt(tmp, res['embedding'], fmt='%.8g')
         with open(tmp, 'wb') as f: np.savez(f, **res)
         mark_npz(tmp)
+
+def _is_text(out): return Path(out).suffix == '.txt'
+
+def _embedding_alone(out, learn, res):
+    "What a text file holds"
+    if 'embedding' in res: return dict(embedding=res['embedding'])
+    raise ConfigError('--out', Path(out).name, 'a name ending in .npz',
+                      f"{learn.config['method']} has no embedding to write as text")
 
 # %% ../../nbs/30_command/02e_features.ipynb #19c05da8
 def features_run(
     run, # Folder of a run
-    out, # The .npz file to be written
+    out, # The .npz file to be written; a name ending in .txt: rows of the embedding as text
     path=None, # Another folder of the same data
     split:str=None, # Rows of this split only
     device:str='auto', # Where the model goes
@@ -47,10 +57,15 @@ def features_run(
     df = run_rows(learn.config, path)
     rows = split_rows(df, (split,)) if split else df
     got = {}
-    for p,b in learn.parts(rows): got.update(zip(b.index.tolist(), _of_batch(p, b)))
+    own = get_method(learn.config['method']).features
+    more = own(learn) if own else lambda x,p,b: {}
+    for x,b in learn.batches(rows):
+        p = learn.model.parts(x.to(learn.dls.device)).cpu()
+        got.update(zip(b.index.tolist(), _of_batch(p, b, more(x, p, b))))
     cols = [np.stack(c) for c in zip(*(got[i].values() for i in rows.index))]
     res = dict(image=rows.image.to_numpy(str), split=rows.split.to_numpy(str), **dict(zip(got[rows.index[0]], cols)))
     if 'label' in rows: res['label'] = rows.label.to_numpy(int)
+    if _is_text(out): res = _embedding_alone(out, learn, res)
     _write_arrays(out, res)
     return res
 
@@ -61,19 +76,31 @@ def _importer(method):
     can = [m for m in method_names if get_method(m).importer]
     raise ConfigError('import', f'{method} reads no checkpoint of its authors', ' or '.join(can))
 
+def _check_path(make, path):
+    "Raise for data that an importer needs and does not find"
+    want = 'the data that the checkpoint was trained on'
+    if 'data_path' not in inspect.signature(make).parameters: return
+    if path is None: raise ConfigError('--path', 'missing', want, 'pass --path DIR')
+    p = Path(path)
+    if not p.exists(): raise DataError(p, 'no such file or folder', want, 'check --path')
+    if p.is_dir() and not any(p.iterdir()): raise DataError(p, 'an empty folder', want, 'check --path')
+
+# %% ../../nbs/30_command/02e_features.ipynb #6795b96f
 def import_run(
     method:str, # Registered name
     file, # Checkpoint of its authors
     out, # Folder of the run
-    data:str='cub_parts', # Data it was trained on: a reader's name
+    data:str=None, # Data it was trained on: a reader's name; default the importer's
     say=print, # Function that takes each line of text
     **options # Of the method's importer, such as data_path, protocol and size
 )->Path:
     "Make a run of a checkpoint of a method's authors, and say what they scored with it"
     make = _importer(method)
-    pick(data, readers, '--data')
+    if data is not None: options['data'] = pick(data, list(readers), '--data')
+    _check_path(make, options.get('data_path'))
     claim(out, 'run', [file, options.get('data_path')], new=True, mark=False)
-    run = claim(make(file, out, data=data, **options), 'run')
+    options = {k:v for k,v in options.items() if v is not None}
+    run = claim(make(file, out, **options), 'run')
     write_model_card(run)
     marks = ', '.join(f'{k} {v:.4f}' for k,v in read_json(run/'config.json').get('published', {}).items())
     say(f'{run}: next, interp-parts evaluate {run} --protocol paper')

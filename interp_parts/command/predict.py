@@ -6,7 +6,7 @@
 __all__ = ['visualize_run', 'predict_run']
 
 # %% ../../nbs/30_command/02d_predict.ipynb #0fcbb8db
-import os, re, warnings
+import inspect, os, re, warnings
 from dataclasses import replace
 from pathlib import Path
 
@@ -33,6 +33,26 @@ def _remove_unfinished(folder):
         finished = name and f.with_name(name[1] + name[2])
         if finished and finished.exists() and not f.is_symlink(): f.unlink()
 
+# %% ../../nbs/30_command/02d_predict.ipynb #878baf94
+def _target(learn, name):
+    "Number of a class or attribute; None for the predicted one"
+    if name is None: return None
+    vocab = list(learn.dls.vocab)
+    if not vocab: raise ConfigError('--target', name, 'a method with classes', f"{learn.config['method']} has none")
+    return vocab.index(pick(name, vocab, '--target'))
+
+def _beside(own, runs, learn):
+    "Learners by the name of their run, for a method whose pictures take them"
+    if not runs: return {}
+    method = learn.config['method']
+    if own is None or 'beside' not in inspect.signature(own).parameters:
+        raise ConfigError('--beside', runs[0], 'a method whose pictures compare runs', f'{method} draws one run at a time')
+    learners = {Path(r).name if len({Path(o).name for o in runs}) == len(runs) else str(r):load_run(r, learn.dls.device)
+                for r in runs}
+    other = [l.config['method'] for l in learners.values() if l.config['method'] != method]
+    if other: raise ConfigError('--beside', f'a run of {other[0]}', f'runs of {method}')
+    return dict(beside=learners)
+
 # %% ../../nbs/30_command/02d_predict.ipynb #9ec9ae50
 def visualize_run(
     run, # Folder of a run
@@ -40,17 +60,20 @@ def visualize_run(
     path=None, # Another folder of the same data
     seed:int=0, # Of the choice of images
     device:str='auto', # Where the model goes
+    target:str=None, # Class or attribute to explain, by name; default: the predicted one
+    beside=(), # Folders of runs to show beside this one, for methods whose pictures compare models
 )->Path:
     "Write RUN/visualization and RUN/report.html; returns the page"
     if n < 1: raise ConfigError('--n', n, 'at least 1')
     learn = load_run(run, pick_device(device))
+    target,own = _target(learn, target),get_method(learn.config['method']).pictures
+    more = _beside(own, beside, learn)
     df = run_rows(learn.config, path, run)
     rows = split_rows(df, ('test','eval','valid','train'))
     rows = rows.sample(min(n, len(rows)), random_state=seed).sort_index()
-    save_visualization(run, learn.items(rows), learn.dls.vocab, n, learn.dls.multi)
+    save_visualization(run, learn.items(rows, target), learn.dls.vocab, n, learn.dls.multi)
     _remove_unfinished(Path(run)/'visualization')
-    own = get_method(learn.config['method']).pictures
-    if own: own(learn, df, rows, Path(run)/'visualization')
+    if own: own(learn, df, rows, Path(run)/'visualization', **more)
     return write_report(run)
 
 # %% ../../nbs/30_command/02d_predict.ipynb #6053f9b8
@@ -135,14 +158,15 @@ def _picture_files(files, out):
     return [claim_file(out/f'{name}.png', do=do) for name in _picture_names(files)]
 
 # %% ../../nbs/30_command/02d_predict.ipynb #efc7f4a3
-def _predict_one(learn, df, file, picture):
+def _predict_one(learn, df, file, picture, more=None):
     "Answer for a table of one image, and draw its explanation"
     (x,p,b), = learn.items(df, bs=1)
     if b.mask is not None and p.background is not None:
         raise ConfigError('--masks', f"{learn.config['method']} finds the background itself", 'no masks')
+    own,fig = more(file, p) if more and b.mask is None else ({},None)
     if b.mask is not None: p = _on_foreground(p, b.mask)
-    explain(x, p, learn.dls.vocab, multi=learn.dls.multi).save(picture)
-    return dict(_answer(learn, p, file), picture=str(picture))
+    (fig or explain(x, p, learn.dls.vocab, multi=learn.dls.multi)).save(picture)
+    return dict(_answer(learn, p, file), **own, picture=str(picture))
 
 def predict_run(
     run, # Folder of a run
@@ -157,10 +181,12 @@ def predict_run(
     learn = load_run(run, pick_device(device))
     files,out = _image_files(images),Path(out or Path(run)/'predictions')
     bad = _check_images(files, on_bad_image)
+    answer = get_method(learn.config['method']).answer
+    more = answer and answer(learn)
     for f,picture,df in zip(files, _picture_files(files, out), _with_masks(files, masks)):
         try:
             if f in bad: raise DataError(f, bad[f])
-            yield _predict_one(learn, df, f, picture)
+            yield _predict_one(learn, df, f, picture, more)
         except DataError as e:
             if on_bad_image == 'error': raise
             yield dict(image=str(f), skipped=e.got)

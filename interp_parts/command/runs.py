@@ -6,7 +6,7 @@
 __all__ = []
 
 # %% ../../nbs/30_command/02_runs.ipynb #f03707b2
-from . import evaluate, features, foreground, predict, settings, train
+from . import combine, evaluate, features, foreground, predict, settings, train
 
 # %% ../../nbs/30_command/02_runs.ipynb #da395967
 from .settings import *
@@ -15,7 +15,8 @@ from .evaluate import *
 from .predict import *
 from .features import *
 from .foreground import *
+from .combine import *
 
 # %% ../../nbs/30_command/02_runs.ipynb #d8aeaa94
 __all__ = [*settings.__all__, *train.__all__, *evaluate.__all__, *predict.__all__, *features.__all__,
-           *foreground.__all__]
+           *foreground.__all__, *combine.__all__]

@@ -86,7 +86,7 @@ def _check_same(run, method, s, again):
 
 # %% ../../nbs/30_command/02b_train.ipynb #2cc6b9c1
 _run_names = re.compile(r'\.interp_parts\.json|(config|settings|metrics|state|initial)\.json|README\.md|report\.html|'
-                        r'(model|initial|model-\d+)\.safetensors|loop-\d+\.pt|history\.csv|split\.txt|'
+                        r'(model|initial|best|model-\d+)\.safetensors|loop-\d+\.pt|history\.csv|split\.txt|'
                         r'[0-9a-f]{32}\.png')
 
 def _remove_unfinished(run):

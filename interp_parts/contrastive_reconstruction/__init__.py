@@ -7,12 +7,12 @@ __all__ = []
 
 # %% ../../nbs/11_contrastive_reconstruction/00_contrastive_reconstruction.ipynb #a6dd27cf
 from . import warps, frozen, networks, losses, step, crops, clusters
-from . import model, recipes, scores, keypoint_scores, pixel_scores
+from . import model, background, recipes, scores, keypoint_scores, pixel_scores
 from . import pictures, published
 
 # %% ../../nbs/11_contrastive_reconstruction/00_contrastive_reconstruction.ipynb #e115912e
 __all__ = [*warps.__all__, *frozen.__all__, *networks.__all__, *losses.__all__, *step.__all__, *crops.__all__,
-           *clusters.__all__, *model.__all__, *recipes.__all__, *scores.__all__, *keypoint_scores.__all__,
+           *clusters.__all__, *model.__all__, *background.__all__, *recipes.__all__, *scores.__all__, *keypoint_scores.__all__,
            *pixel_scores.__all__, *pictures.__all__, *published.__all__,
            'PartLearner', 'create_learner', 'part_table', 'check_table', 'part_dls', 'PartBatches', 'load_image',
            'fit_run', 'seed_everything', 'run_config', 'save_run', 'load_run', 'add_grabcut_masks',
@@ -27,6 +27,7 @@ from .step import *
 from .crops import *
 from .clusters import *
 from .model import *
+from .background import *
 from .recipes import *
 from .scores import *
 from .keypoint_scores import *

@@ -46,6 +46,13 @@ def _name_points(p, b, full=False, compat=False):
     else: s = torch.cat([s[:,:1]*0-1, s], 1)
     return seen.nonzero()[:,0],s.argmax(1)
 
+# %% ../../nbs/11_contrastive_reconstruction/08a_keypoint_scores.ipynb #d019c999
+def _box_inside(box, size):
+    "A box in whole pixels, cut at the borders of an image of that width and height; a pixel at least"
+    low = [min(max(0, int(v)), s-1) for v,s in zip(box[:2], size)]
+    high = [max(min(int(v)+int(e), s), l+1) for v,e,s,l in zip(box[:2], box[2:], size, low)]
+    return *low,*(b-a for a,b in zip(low, high))
+
 # %% ../../nbs/11_contrastive_reconstruction/08a_keypoint_scores.ipynb #86f83953
 class _KeypointBatches:
     "Iterates `(image, Batch)` of rows with keypoints and boxes, one image at a time, cropped to its box or whole"
@@ -66,10 +73,7 @@ class _KeypointBatches:
         if 'mask' in row: mask = load_image(row['mask']).convert('L').point(lambda v: 255*(v>0))
         pts,(x,y,w,h) = np.array(row.keypoints, dtype=float),row.box
         if self.crop:
-            x = int(x)
-            y = int(y)
-            w = max(1, int(w))
-            h = max(1, int(h))
+            x,y,w,h = _box_inside((x,y,w,h), im.size)
             im,mask = (None if o is None else o.crop((x, y, x+w, y+h)) for o in (im, mask))
             pts[:,:2] = np.maximum(pts[:,:2]-[x,y], 0)
             x,y = 0,0
@@ -77,7 +81,7 @@ class _KeypointBatches:
 
     def _item(self, i, im, mask, pts, box):
         f = self.size/min(im.size)
-        size = tuple(int(s*f) for s in im.size)
+        size = tuple(self.size*s//min(im.size) for s in im.size)
         (W,H),pts[:,:2] = size,pts[:,:2]*f
         pts[pts[:,2] <= 0] = 0
         (t,l,h,w),k,b = trim_to_stride(H, W, pts, box*f, 16) if self.compat else ((0,0,H,W),torch.tensor(pts),box*f)

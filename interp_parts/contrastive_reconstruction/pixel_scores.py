@@ -20,10 +20,10 @@ from ..evaluation.clustering import Contingency, ari, nmi
 
 # %% ../../nbs/11_contrastive_reconstruction/08b_pixel_scores.ipynb #49ec9feb
 def _scale_longest(a, size, nearest=False):
-    "The image scaled by OpenCV, bilinear in float64"
+    "The image scaled by OpenCV, bilinear in its own type: whole numbers are rounded"
     h,w = (int(np.round(s*(size/max(a.shape[:2])))) for s in a.shape[:2])
     how = cv2.INTER_NEAREST if nearest else cv2.INTER_LINEAR
-    return cv2.resize(a if nearest else a.astype(np.float64), (max(1,w),max(1,h)), interpolation=how)
+    return cv2.resize(a, (max(1,w),max(1,h)), interpolation=how)
 
 # %% ../../nbs/11_contrastive_reconstruction/08b_pixel_scores.ipynb #b093ee65
 def _pad_square(a, size):
@@ -33,7 +33,7 @@ def _pad_square(a, size):
     h,w = a.shape[:2]
     top,left = (size-h)//2,(size-w)//2
     pad = [(top,size-h-top),(left,size-w-left)] + [(0,0)]*(a.ndim-2)
-    return np.pad(a, pad, mode='constant' if labels else 'edge').astype(np.uint8)
+    return np.pad(a, pad, mode='constant' if labels else 'edge')
 
 # %% ../../nbs/11_contrastive_reconstruction/08b_pixel_scores.ipynb #6c9f2f1b
 def _resize_labels(labels, size, how='nearest'):
@@ -53,7 +53,7 @@ def _pixel_item(row, view, size=256, how='nearest'):
         c = instance_crop(row.get('box'), im.size, size)
         return np.asarray(c.image(im)),np.asarray(c.image(Image.fromarray(labels))),None
     wh = tuple(int(s*size/min(im.size)) for s in im.size)
-    m = None if mask is None else np.asarray(mask.resize(wh, Image.Resampling.NEAREST)) > 0
+    m = None if mask is None else _resize_labels(np.asarray(mask), wh, how) >= 128
     return np.asarray(im.resize(wh, Image.Resampling.BILINEAR)),_resize_labels(labels, wh, how),m
 
 # %% ../../nbs/11_contrastive_reconstruction/08b_pixel_scores.ipynb #5a914f19

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from .model import ContrastiveReconstruction
-from .scores import PUBLISHED
+from .scores import PUBLISHED, paper_reading
 from ..core import CheckpointError, ConfigError, get_method
 from ..files import SCHEMA, reading, save_tensors, write_json
 from ..models.backbones import backbone_stats
@@ -44,11 +44,14 @@ def _published_scores(
     return {k:round(v/100, 4) for k,v in marks.items()}
 
 # %% ../../nbs/11_contrastive_reconstruction/10_published.ipynb #e180afdc
+_files = 'https://www.robots.ox.ac.uk/~vgg/research/unsup-parts/files/checkpoints'
+_checkpoints = f'{_files}/CUB/model_60000.pth or {_files}/DeepFashion/model_100000.pth (181 MB each)'
+
 def _original_state(path):
     "Tensors by name of a checkpoint; nothing is unpickled"
     try:
         with warnings.catch_warnings(action='ignore'): ckpt = torch.load(path, map_location='cpu', weights_only=True)
-    except FileNotFoundError: raise CheckpointError(path, 'no such file') from None
+    except FileNotFoundError: raise CheckpointError(path, 'no such file', 'a checkpoint', f'get one from {_checkpoints}') from None
     except Exception as e:
         got = f'cannot be read without unpickling ({type(e).__name__})'
         raise CheckpointError(path, got, 'a file of tensors') from None
@@ -57,8 +60,6 @@ def _original_state(path):
     return state
 
 # %% ../../nbs/11_contrastive_reconstruction/10_published.ipynb #37101c88
-_readers_protocol = dict(cub_parts='paper', deepfashion='paper')
-
 def import_original(
     path, # A checkpoint of the authors, such as model_60000.pth
     out, # Folder of the run that is made
@@ -73,8 +74,8 @@ def import_original(
     with reading(path, 'tensors by name', error=CheckpointError):
         state = _original_state(path)
         model = ContrastiveReconstruction(**original_net(state, path), compat=True).load_original(state, path)
-    training = dict(data=data, path=str(Path(data_path).resolve()), protocol=protocol or _readers_protocol.get(data),
-                    imported=Path(path).name)
+    protocol = protocol or paper_reading(dict(training=dict(data=data)), 'paper').get('protocol')
+    training = dict(data=data, path=str(Path(data_path).resolve()), protocol=protocol, imported=Path(path).name)
     config = dict(schema=SCHEMA, method='contrastive_reconstruction', model=model.config, vocab=[], multi=False,
                   view=dict(size=size, resize='short'), stats=backbone_stats(model.config['backbone']),
                   data=dict(name=data, fingerprint=''), citation='', n_train=0, valid_is_train=False,

@@ -8,12 +8,13 @@ __all__ = ['contrastive_reconstruction_recipes']
 # %% ../../nbs/11_contrastive_reconstruction/07a_recipes.ipynb #e42aee74
 from .model import ContrastiveReconstruction, contrastive_reconstruction_learner
 from .pictures import reconstruction_pictures
-from .scores import reconstruction_scores
+from .scores import paper_reading, descriptor_features, reconstruction_scores
 from ..core import register
 from ..data.readers.parts import pascal_parts
 
 # %% ../../nbs/11_contrastive_reconstruction/07a_recipes.ipynb #7edfd0c7
-_fit = dict(optimizer='sgd', lr=(1e-5,1e-4), schedule='poly', clip=5., options=dict(momentum=.9, weight_decay=5e-4))
+_fit = dict(optimizer='sgd', lr=(1e-5,1e-4), schedule='poly', clip=5., steps=100_000,
+            options=dict(momentum=.9, weight_decay=5e-4))
 _model = dict(n_parts=4, net='DeepLab50_2branch', backbone='resnet50.tv_in1k', crop='box')
 _common = dict(size=256, resize='squash', bs=6, brightness=0.)
 _note = 'transcribed, full scale not run; weights of torchvision instead of Caffe'
@@ -32,12 +33,9 @@ _real = dict(n_parts=4, backbone='mobilenetv2_100', stride=16, dilations=(1,2,4)
 
 # %% ../../nbs/11_contrastive_reconstruction/07a_recipes.ipynb #9eb1e473
 contrastive_reconstruction_recipes = dict(
-    cr_cub_k4=dict(_common, data='cub_parts', protocol='cachedir', model=_model, fit=dict(_fit, epochs=100),
-                   note=_note),
-    cr_deepfashion_k4=dict(_common, data='deepfashion', model=dict(_model, crop='random'), fit=dict(_fit, epochs=24),
-                           note=_note + '; 100,000 steps, '
-                                        'the number of epochs depends on the number of training images'),
-    **{f'pascal_{c}':dict(_common, data='pascal_part', protocol=c, model=_model, fit=dict(_fit, epochs=100),
+    cr_cub_k4=dict(_common, data='cub_parts', protocol='cachedir', model=_model, fit=_fit, note=_note),
+    cr_deepfashion_k4=dict(_common, data='deepfashion', model=dict(_model, crop='random'), fit=_fit, note=_note),
+    **{f'pascal_{c}':dict(_common, data='pascal_part', protocol=c, model=_model, fit=_fit,
                           note=_note + '; the settings of CUB, since those of PASCAL are in an unseen supplement')
        for c in pascal_parts},
     synthetic_birds=dict(data='cub', size=96, resize='squash', bs=24, brightness=0., model=_synthetic,
@@ -48,7 +46,8 @@ contrastive_reconstruction_recipes = dict(
                     note='ours, for real birds on a CPU, masks made from boxes; nothing published'))
 
 # %% ../../nbs/11_contrastive_reconstruction/07a_recipes.ipynb #f41082f9
-register(contrastive_reconstruction_learner, ContrastiveReconstruction, contrastive_reconstruction_recipes,
-         'parts reconstruct features and colours, without labels (Choudhury et al., NeurIPS 2021)',
-         extra=('mask',), scores=reconstruction_scores,
-         pictures=reconstruction_pictures).renamed_recipes = dict(drawn_birds='synthetic_birds')
+_method = register(contrastive_reconstruction_learner, ContrastiveReconstruction, contrastive_reconstruction_recipes,
+                   'parts reconstruct features and colours, without labels (Choudhury et al., NeurIPS 2021)',
+                   extra=('mask',), scores=reconstruction_scores, pictures=reconstruction_pictures)
+_method.renamed_recipes = dict(drawn_birds='synthetic_birds')
+_method.reading,_method.features = paper_reading,descriptor_features

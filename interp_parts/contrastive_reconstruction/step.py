@@ -147,3 +147,17 @@ def after_epoch(self:Reconstruction):
     noun = 'parts' if len(lost) > 1 else 'part'
     if lost: warnings.warn(f"epoch {self.epoch}: {noun} {', '.join(map(str, lost))} of {len(share)} "
                            'have less than 1 % of the foreground: lower the learning rate, or --n-parts')
+
+# %% ../../nbs/11_contrastive_reconstruction/04a_step.ipynb #6615c7c2
+_published_names = dict(lambda_eqv=('equivariance',1.), lambda_sc=('semantic',6.), lambda_rgb=('visual',1.),
+                        lambda_contrastive=('contrast',1.), temperature=('tau',1.))
+
+@patch(cls_method=True)
+def published_weights(cls:Reconstruction,
+    **given # Weights by their published names, such as `lambda_sc`; None is not given
+)->dict:
+    "Options of `Reconstruction` for weights under the original's names"
+    given = {k:v for k,v in given.items() if v is not None}
+    for k,v in given.items():
+        if not v >= 0 or k == 'temperature' and v == 0: raise ConfigError(f'--set {k}', v, 'a number above 0')
+    return {name:by*given[k] for k,(name,by) in _published_names.items() if k in given}

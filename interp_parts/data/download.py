@@ -83,7 +83,13 @@ sources = dict(
         _from('https://thor.robots.ox.ac.uk/pascal/VOC/voc2010/VOCtrainval_03-May-2010.tar', 'VOCdevkit',
               'da459979d0c395079b5c75ee67908abb')]))
 
-sources['cub_parts'] = dict(sources['cub'], files=[dict(f, need=True) for f in sources['cub']['files']])
+_cr = 'https://www.robots.ox.ac.uk/~vgg/research/unsup-parts'
+
+def _masks_of(name): return dict(_from(f'{_cr}/files/{name}_supervisedlabels.tar.gz', 'supervisedlabels', None), need=False, page=f'{_cr}/')
+
+_cleaned = dict(_hand('cachedir.tar.gz', 'cachedir'), page='https://www.dropbox.com/sh/ea3yprgrcjuzse5/AAB476Nn0Lwbrt3iuedB9yzIa?dl=0')
+sources['cub_parts'] = dict(sources['cub'], files=[*(dict(f, need=True) for f in sources['cub']['files']), _masks_of('cub'), _cleaned])
+sources['deepfashion']['files'].append(_masks_of('deepfashion'))
 
 # %% ../../nbs/01_data/08_download.ipynb #019827b8
 def _all_parts(f):
@@ -140,7 +146,7 @@ def get_data(
         raise DataError(src['page'], f'no direct link to {", ".join(hand)}', f'them in {dest}',
                         'download them there by hand and type the same again')
     for f in missing:
-        try: _get_file(f, dest, src['page'])
+        try: _get_file(f, dest, f.get('page', src['page']))
         except DataError as e:
             if f['need']: raise
             warnings.warn(f'left out {e}')

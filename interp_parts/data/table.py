@@ -21,7 +21,7 @@ from .images import find_broken
 from ..files import write_text
 
 # %% ../../nbs/01_data/01_table.ipynb #2e70b646
-SPLITS = ('train', 'valid', 'test', 'fit', 'eval')
+SPLITS = ('train', 'valid', 'test', 'fit', 'eval', 'push')
 
 def part_table(
     rows, # Anything `pandas.DataFrame` takes, with the columns above

@@ -6,11 +6,11 @@
 __all__ = []
 
 # %% ../../nbs/20_evaluation/00_evaluation.ipynb #f8c5e0d3
-from . import clustering, regression, landmarks, baselines, pixels, areas, parts, explanations
+from . import clustering, regression, landmarks, active_parts, baselines, pixels, areas, parts, explanations
 from . import recognition, face_templates, faces, scoring
 
 # %% ../../nbs/20_evaluation/00_evaluation.ipynb #d8acac6b
-__all__ = [*clustering.__all__, *regression.__all__, *landmarks.__all__, *baselines.__all__, *pixels.__all__,
+__all__ = [*clustering.__all__, *regression.__all__, *landmarks.__all__, *active_parts.__all__, *baselines.__all__, *pixels.__all__,
            *areas.__all__, *parts.__all__, *explanations.__all__, *recognition.__all__, *face_templates.__all__, *faces.__all__,
            *scoring.__all__]
 
@@ -18,6 +18,7 @@ __all__ = [*clustering.__all__, *regression.__all__, *landmarks.__all__, *baseli
 from .clustering import *
 from .regression import *
 from .landmarks import *
+from .active_parts import *
 from .baselines import *
 from .pixels import *
 from .areas import *

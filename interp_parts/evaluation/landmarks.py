@@ -9,7 +9,7 @@ __all__ = ['part_centers', 'to_frame', 'eye_frame', 'trim_to_stride', 'KeypointE
 import torch
 from fastcore.basics import patch
 
-from ..core import pick
+from ..core import DataError, pick
 from .regression import KeypointRegression, keypoint_error
 
 # %% ../../nbs/20_evaluation/02_landmarks.ipynb #32ac2a41
@@ -110,7 +110,9 @@ class KeypointError:
         xy = part_centers(parts.maps, batch.size, parts.presence, self.compat)
         if not self.compat: xy = xy[:,[j for j in range(parts.n_parts) if j != parts.background]]
         middle = batch.size.flip(1)[:,None].double()/2
-        data = *[to_frame(v, frame) for v in (xy, middle, batch.keypoints)],batch.visible.bool() & ok[:,None]
+        label = batch.label if batch.label is not None and batch.label.ndim == 1 else torch.full((len(ok),), -1)
+        seen = batch.visible.bool() & ok[:,None]
+        data = *[to_frame(v, frame) for v in (xy, middle, batch.keypoints)],seen,label
         self.rows[fit].update(zip(batch.index.tolist(), zip(*data)))
         return self
 
@@ -122,13 +124,15 @@ class KeypointError:
         return self
 
 # %% ../../nbs/20_evaluation/02_landmarks.ipynb #1280499f
-def _arrays(rows):
-    "Centres, middles, keypoints and visibility of one set, in the order of the table"
-    return [torch.stack(v).numpy() for v in zip(*[rows[i] for i in sorted(rows)])]
+def _arrays(rows, label=None):
+    "Centres, middles, keypoints and visibility of one set, or of one class of it, in the order of the table"
+    kept = [rows[i] for i in sorted(rows) if label is None or int(rows[i][-1]) == label]
+    if not kept: raise DataError(f'class {label+1}', 'no test image', 'an image with keypoints', 'score fewer classes')
+    return [torch.stack(v).numpy() for v in list(zip(*kept))[:4]]
 
-def _predicted(self):
+def _predicted(self, label=None):
     "Predicted keypoints of the model and of the two baselines by name, and the true ones with their visibility"
-    (x0,m0,y0,v0),(x,m,y,v) = _arrays(self.rows[True]),_arrays(self.rows[False])
+    (x0,m0,y0,v0),(x,m,y,v) = _arrays(self.rows[True]),_arrays(self.rows[False], label)
     reg = KeypointRegression().fit(x0, y0, v0)
     preds = dict(keypoint_error=reg.predict(x), keypoint_error_mean_predictor=reg.mean(len(x)),
                  keypoint_error_constant_parts=KeypointRegression().fit(m0, y0, v0).predict(m))
@@ -142,9 +146,12 @@ def errors(self:KeypointError):
     return {k: keypoint_error(p, *true, each=True) for k,p in preds.items()}
 
 @patch
-def result(self:KeypointError):
+def result(self:KeypointError,
+    label:int=None, # Only test images of this class, and names such as keypoint_error_001 for class 0
+):
     "keypoint_error, _mean_predictor, _constant_parts as fractions of the unit; with `ridge` also predictors"
     if not all(self.rows): return {}
-    preds,true = _predicted(self)
+    preds,true = _predicted(self, label)
     res = {k: e for k,p in preds.items() if (e := keypoint_error(p, *true)) == e}
+    if label is not None: return {k.replace('error', f'error_{label+1:03}'):v for k,v in res.items()}
     return dict(res, predictors=_arrays(self.rows[True])[0][0].size) if self.ridge else res

@@ -46,13 +46,14 @@ def evaluate_parts(
     fit, # Yields `(Parts, Batch)` of the images that the regression and the position clusters are fitted on
     test, # Yields `(Parts, Batch)` of the test images
     attrs:dict=None, # The table's `attrs`: name, keypoints, keypoint_norm
-    protocol:str='fixed', # 'paper': centres and boxes as published
+    protocol:str='fixed', # 'paper' and 'interpretability': centres and boxes as published
     use_mask:bool=False, # See `PartClustering`
     seed:int=0, # Of the k-means baseline
     ridge:bool=False, # Also ridge_keypoint_error and the number of its predictors?
+    classes:int=0, # Also the keypoint error on images of each of so many classes, the first ones
 )->dict:
     "Every localisation number that the annotations allow, each with its baselines"
-    points = KeypointError(**_keypoint_unit(attrs or {}), compat=protocol == 'paper', ridge=ridge)
+    points = KeypointError(**_keypoint_unit(attrs or {}), compat=protocol in ('paper','interpretability'), ridge=ridge)
     xy,suite,n = XYKMeans(),{},0
     for p,b in fit:
         points.update(p, b, fit=True)
@@ -65,4 +66,6 @@ def evaluate_parts(
             for m in metrics: m.update(made, b)
     scores = {k+end:v for end,(_,metrics) in suite.items() for m in metrics for k,v in m.result().items()}
     unit = points.norm if points.norm == 'eyes' or n and b.box is not None else 'image'
-    return {**points.result(), **scores, 'keypoint_norm':unit, 'n_images_parts':n, 'n_images_fit':len(xy.rows)}
+    by_class = {k:v for c in range(classes) for k,v in points.result(c).items()}
+    found = {**points.result(), **by_class, **scores}
+    return {**found, 'keypoint_norm':unit, 'n_images_parts':n, 'n_images_fit':len(xy.rows)}

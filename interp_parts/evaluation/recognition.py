@@ -68,6 +68,18 @@ def eer(self:Verification)->float:
     return float(far[i-1]+(far[i]-far[i-1])*gap[0]/sum(gap))
 
 
+# %% ../../nbs/20_evaluation/05b_recognition.ipynb #55340a5f
+@patch
+def rates(self:Verification,
+    far=(1e-2,1e-3), # False accept rates
+)->dict:
+    "EER, and TAR at the false accept rates by the standard rule and by the original's"
+    out = dict(eer=self.eer())
+    for rule,end in (('standard',''), ('original','_original_rule')):
+        tars = Verification(self.dist, self.same, rule).tar_at_far(far)
+        out |= {f'tar@far={t}{end}':v for t,v in zip(far, tars)}
+    return out
+
 # %% ../../nbs/20_evaluation/05b_recognition.ipynb #77990dae
 @patch(cls_method=True)
 def all_pairs(cls:Verification,

@@ -6,6 +6,8 @@
 __all__ = ['PROTOCOLS', 'accuracy', 'split_rows', 'evaluate', 'format_metrics']
 
 # %% ../../nbs/20_evaluation/07_scoring.ipynb #62f7ca23
+import re
+
 import numpy as np, torch
 from fastcore.basics import patch
 
@@ -38,6 +40,9 @@ def _majority_accuracy(train, test):
 # %% ../../nbs/20_evaluation/07_scoring.ipynb #2e138549
 def _accuracies(logits, target, train=None, protocol='fixed', names=()):
     "accuracy, mean_class_accuracy and, for attributes, the accuracy of each; `train`: labels for the majority baseline"
+    if target.ndim == 1 and not (known := target < logits.shape[1]).all(): # people whom the classifier never saw
+        if not known.any(): return {}
+        logits,target = logits[known],target[known]
     base = {} if train is None else dict(accuracy_majority=_majority_accuracy(train, target))
     if target.ndim == 1:
         return dict(accuracy=accuracy(logits, target), mean_class_accuracy=_mean_class_accuracy(logits, target), **base)
@@ -85,6 +90,7 @@ def evaluate(
     use_mask:bool=False, # See `PartClustering`
     seed:int=0, # Of the k-means baseline
     ridge:bool=False, # Also `ridge_keypoint_error`, fair for any number of parts?
+    classes:int=0, # Also the keypoint error on images of each of so many classes, the first ones
 )->dict:
     "All numbers that the annotations of the table allow"
     pick(protocol, PROTOCOLS, '--protocol')
@@ -94,9 +100,10 @@ def evaluate(
     seen = {} if learner.dls.view.resize != 'short' and not flip else None # whole images are the view of the training
     if protocol != 'accuracy' and {'keypoints','box','mask'} & set(df):
         sets = [split_rows(df, s) for s in ((fit,) if fit else ('fit','train'), own)]
-        view = dict(trim=16) if protocol == 'paper' else {}
+        view = dict(trim=16) if protocol in ('paper','interpretability') else {}
         items = [learner.parts(s, **view) for s in sets]
-        parted = evaluate_parts(items[0], _watch(items[1], seen), df.attrs, protocol, use_mask, seed, ridge)
+        parted = evaluate_parts(items[0], _watch(items[1], seen), df.attrs, protocol, use_mask, seed, ridge,
+                                classes)
     if protocol != 'interpretability' and learner.model.classifies and {'label','labels'} & set(df):
         train = df[df.split == 'train']
         answers = _seen_logits(seen, rows) or learner.logits(rows, flip=flip)
@@ -118,9 +125,11 @@ def scores(self:LabKMeans,
 
 
 # %% ../../nbs/20_evaluation/07_scoring.ipynb #9c46adf9
+def _plain(k): return re.sub(r'_\d{3}$', '', k) # keypoint_error_001 has the baselines of keypoint_error
+
 def _baselines(metrics, k):
     "Baselines of the score `k` by name: its own, then those of other models kept in `metrics` as dicts"
-    own = {b.replace('_', ' '): metrics.get(f'{k}_{b}') for b in BASELINES.get(k, ('majority',))}
+    own = {b.replace('_', ' '): metrics.get(f'{k}_{b}') for b in BASELINES.get(_plain(k), ('majority',))}
     if f'{k}_feature_kmeans' in metrics: own['feature kmeans'] = metrics[f'{k}_feature_kmeans']
     return {**own, **{n.replace('_', ' '): v[k] for n,v in metrics.items() if isinstance(v, dict) and k in v}}
 
@@ -128,9 +137,18 @@ def _baselines(metrics, k):
 def _row(metrics, k):
     "One line of the table"
     value,base = f'{metrics[k]:.3f}',_baselines(metrics, k)
-    if k in BASELINES and None in base.values(): value,base = 'not shown: no baselines to compare with',{}
+    if _plain(k) in BASELINES and None in base.values(): value,base = 'not shown: no baselines to compare with',{}
     if k == 'keypoint_error': k += f" / {metrics.get('keypoint_norm', 'box')}"
     return f'{k:22}{value:>8}   {", ".join(f"{b} {v:.3f}" for b,v in base.items() if v is not None)}'.rstrip()
+
+# %% ../../nbs/20_evaluation/07_scoring.ipynb #e263ae6a
+def _recognition(metrics):
+    "Table of a face benchmark"
+    base = metrics.get('recognition_base', {})
+    said = lambda v: f'{v[0]:8.4f} +- {v[1]:.4f}'
+    row = lambda k,v: f'{k:32}{said(v)}' + (f'   base {said(base[k])}' if k in base else '')
+    last = f"protocol {metrics['protocol']}, folds {metrics['folds']}, images {metrics['n_images']}"
+    return '\n'.join([*(row(k, v) for k,v in metrics['recognition'].items()), last])
 
 # %% ../../nbs/20_evaluation/07_scoring.ipynb #d9084846
 def _own_table(rows):
@@ -145,7 +163,9 @@ def format_metrics(
     metrics:dict, # From `evaluate` or metrics.json; other models' scores and a method's own `table` may be in it as dicts
 )->str:
     "A table for people: value, and beside it what its baselines get"
+    if 'recognition' in metrics: return _recognition(metrics)
     known = [k for k in ('accuracy','mean_class_accuracy', *BASELINES) if k in metrics]
+    known += [k for k in metrics if _plain(k) != k or k.startswith(('eer','tar@far','tar_lost','spreadness'))]
     ends = {f'{k}_{b}' for k in BASELINES for b in BASELINES[k]} | {'accuracy_majority','keypoint_norm'}
     rest = {k: v for k,v in metrics.items() if k not in {*ends, *known} and isinstance(v, (str,int))}
     settings = ', '.join(f"{k.replace('_', ' ')} {v}" for k,v in rest.items())

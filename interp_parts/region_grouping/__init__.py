@@ -6,11 +6,11 @@
 __all__ = []
 
 # %% ../../nbs/10_region_grouping/00_region_grouping.ipynb #5420f954
-from . import grouping, prior, stacked, model, prototypes, learner, published
+from . import grouping, prior, stacked, model, prototypes, learner, published, original
 
 # %% ../../nbs/10_region_grouping/00_region_grouping.ipynb #5dcd70f0
 __all__ = [*grouping.__all__, *prior.__all__, *stacked.__all__, *model.__all__, *prototypes.__all__,
-           *learner.__all__, *published.__all__,
+           *learner.__all__, *published.__all__, *original.__all__,
            'PartLearner', 'create_learner', 'part_table', 'check_table', 'part_dls', 'PartBatches', 'load_image',
            'fit_run', 'seed_everything', 'run_config', 'save_run', 'load_run']
 
@@ -22,6 +22,7 @@ from .model import *
 from .prototypes import *
 from .learner import *
 from .published import *
+from .original import *
 from ..core import PartLearner, create_learner
 from ..data.table import part_table, check_table
 from ..data.loaders import part_dls, PartBatches

@@ -52,7 +52,8 @@ _sgd = dict(optimizer='sgd', options=dict(momentum=.9, weight_decay=1e-4))
 _celeba = dict(
     data='celeba', protocol='interpretability', size=256, resize='squash', bs=32,
     model=dict(n_parts=9, coeff=.1, published=True),
-    fit=dict(_sgd, epochs=10, lr=(5e-3,.1), schedule='half_step'))
+    fit=dict(_sgd, epochs=10, lr=(5e-3,.1), schedule='half_step'),
+    note='transcribed from the JSON file of the original; never run at full scale')
 region_grouping_recipes = dict(
     celeba_res50_p9=dict(_celeba, model=dict(_celeba['model'], backbone='resnet50.tv_in1k')),
     celeba_res101_p9=dict(_celeba, model=dict(_celeba['model'], backbone='resnet101.tv_in1k')),
@@ -60,13 +61,14 @@ region_grouping_recipes = dict(
         data='cub', size=448, resize='short', bs=16,
         model=dict(n_parts=5, coeff=.5, published=True, backbone='resnet101.tv_in1k'),
         fit=dict(epochs=150, lr=(5e-4,1e-2), schedule='cosine',
-                 optimizer='sgd', options=dict(momentum=.9, weight_decay=5e-4))),
+                 optimizer='sgd', options=dict(momentum=.9, weight_decay=5e-4)),
+        note='transcribed from the JSON file of the original; never run at full scale'),
     inaturalist_res101_p8=dict(
         data='inaturalist', size=448, resize='short', bs=16,
         model=dict(n_parts=8, coeff=.5, alpha=2e-3, beta=1e-3, published=True, backbone='resnet101.tv_in1k'),
         fit=dict(epochs=75, lr=(5e-4,1e-2), schedule='cosine',
                  optimizer='sgd', options=dict(momentum=.9, weight_decay=5e-4)),
-        note='no code was released: only the prior is from the paper, and unverified; '
-             'the other settings are those of CUB'))
+        note='inferred: no code was released, only the prior is from the paper, and unverified; '
+             'the other settings are those of CUB; never run'))
 register(region_grouping_learner, RegionGrouping, region_grouping_recipes,
          'part prototypes group the pixels (Huang & Li, CVPR 2020)')

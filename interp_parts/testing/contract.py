@@ -26,7 +26,8 @@ small_shared = dict(data='cub', backbone='test_resnet', pretrained=False, size=6
 small_own = dict(region_grouping=dict(pad=True),
                  contrastive_reconstruction=dict(phi='test_resnet', phi_taps=(1,2), dilations=(1,2), kmeans=2),
                  visual_words=dict(n_parts=12, last_epochs=2),
-                 activation_diversity=dict(crop=48))
+                 activation_diversity=dict(crop=48),
+                 part_discovery=dict(stride=8))
 
 # %% ../../nbs/40_testing/02_contract.ipynb #1ad26ffb
 def small_settings(

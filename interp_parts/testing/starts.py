@@ -38,7 +38,9 @@ START_RULES = dict(
     fan_in=lambda shape: _Start(0., (2/_fans(shape)[0])**.5),
     fan_out=lambda shape: _Start(0., (2/_fans(shape)[1])**.5),
     half=lambda shape: _half_normal((2/_fans(shape)[0])**.5),
+    normal_01=lambda shape: _Start(0., .01),
     normal_02=lambda shape: _Start(0., .02),
+    uniform=lambda shape: _Start(.5, 12**-.5, 1.),
     cut_02=lambda shape: _Start(0., .02*.8796, .04))
 
 # %% ../../nbs/40_testing/07_starts.ipynb #008f61c2

@@ -13,6 +13,7 @@ import torch
 from fastai.callback.core import Callback, CancelFitException
 from torch import nn
 
+from ..part_discovery.equivariance import Move
 from ..training.distributed import ShareBatches, in_processes
 from ..training.optim import seed_everything
 
@@ -35,7 +36,15 @@ def _at_rest(learn, wide=True):
         one = rec.warp.source(1)
         if wide: one = one.double(); rec.phi.double()
         rec.jitter,rec.warp.source = nn.Identity(),lambda n: one.expand(n, -1, -1)
+    _one_move(learn)
     return _Rest(wide)
+
+def _one_move(learn):
+    "Part discovery: no dropout, one move and no other colours in its second look"
+    terms = getattr(learn, 'discovery_terms', None)
+    if terms is None: return
+    move = Move(torch.tensor([20.]), torch.tensor([1.1]), torch.tensor([[2.,-3.]]))
+    learn.model.dropout,terms.look.move,terms.look.recolour = 0.,lambda x: move,None
 
 # %% ../../nbs/40_testing/03_steps.ipynb #c070891b
 class _First(Callback):

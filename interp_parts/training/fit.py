@@ -6,16 +6,17 @@
 __all__ = ['defaults', 'read_history', 'fit_run']
 
 # %% ../../nbs/04_training/05_fit.ipynb #d82cc958
+from math import ceil
 from pathlib import Path
 
 import pandas as pd
-from fastai.callback.core import Callback
+from fastai.callback.core import Callback, CancelTrainException
 from fastai.callback.schedule import ParamScheduler
 from fastai.callback.training import GradientClip
 from fastcore.foundation import L
 
 from ..core import CheckpointError, ConfigError, pick
-from ..files import claim, load_tensors, reading, write_text
+from ..files import claim, load_tensors, reading, save_tensors, write_text
 from ..lock import locked
 from .guards import StopNonFinite, WatchParts
 from .optim import keep_memory, schedules, torch_opt
@@ -51,6 +52,52 @@ def read_history(
         if df.epoch.dtype != 'int64': raise ValueError(f'epochs {df.epoch.tolist()[:3]}')
         return df
 
+# %% ../../nbs/04_training/05_fit.ipynb #145b0815
+def _best_epoch(run, metric):
+    "Number of the epoch that is best by a column of the history, the first of equal ones; None if no value is a number"
+    rows = read_history(run).set_index('epoch')
+    rows = rows[metric if metric in rows else f'valid_{metric}'].dropna()
+    if not len(rows): return None
+    return int(rows.idxmin() if any(w in metric for w in ('loss','error')) else rows.idxmax())
+
+class _KeepBest(Callback):
+    "Save the weights whenever an epoch is the best so far by a column of the history"
+    order = 76
+    def __init__(self, run, metric, start=0): self.run_dir,self.metric,self.start = Path(run),metric,start
+
+    def before_fit(self):
+        names = [n for n in self.learn.recorder.metric_names if not n.startswith(('train_','epoch','time'))]
+        pick(self.metric, [*names, *(n.removeprefix('valid_') for n in names)], 'keep_best')
+        if getattr(self.learn.dls, 'valid_is_train', False):
+            raise ConfigError('keep_best', 'no validation images', 'a table with the split valid')
+
+    def after_epoch(self):
+        if self.epoch < self.start or _best_epoch(self.run_dir, self.metric) != self.epoch: return
+        save_tensors(self.run_dir/'state'/'best.safetensors', self.learn.model)
+
+# %% ../../nbs/04_training/05_fit.ipynb #ca75ca93
+def _take_best(learn, run, metric):
+    "Put the weights of the best epoch into the model, and say which one it is"
+    epoch,file = _best_epoch(run, metric),Path(run)/'state'/'best.safetensors'
+    if epoch is None or not file.exists(): return
+    load_tensors(file, learn.model)
+    learn.best_epoch = epoch
+    print(f'{run}: weights of epoch {epoch}, the best by {metric}')
+
+# %% ../../nbs/04_training/05_fit.ipynb #fffaa3a4
+class _LastStep(Callback):
+    "Ends the last epoch's training after so many steps"
+    order = -20
+    def __init__(self, steps): self.steps = steps
+    def before_batch(self):
+        if self.training and self.train_iter >= self.steps: raise CancelTrainException
+
+def _as_epochs(learn, steps):
+    "Epochs that hold so many steps, and the steps of these epochs over the steps"
+    n = len(learn.dls.train)
+    epochs = ceil(steps/n)
+    return epochs,epochs*n/steps
+
 # %% ../../nbs/04_training/05_fit.ipynb #7581cbeb
 defaults = dict(optimizer='adamw', lr=(2e-4,2e-3), schedule='one_cycle', options=dict(weight_decay=1e-2))
 
@@ -63,10 +110,10 @@ def _rates(lr, n):
                           'pass lr=1e-3 or lr=(2e-4,2e-3); --set lr=0.001 or --set lr=[0.0002,0.002]')
     return rates[-n:]
 
-def _scheduled(name, lrs):
-    "Callback that sets each group's learning rate to its base rate times the schedule"
+def _scheduled(name, lrs, stretch=1.):
+    "Callback that sets each group's learning rate to its base rate times the schedule, which ends `stretch` times earlier"
     f = pick(name, schedules, 'schedule')
-    return ParamScheduler({'lr': lambda p: [lr*f(p) for lr in lrs]})
+    return ParamScheduler({'lr': lambda p: [lr*f(min(p*stretch, 1.)) for lr in lrs]})
 
 def _use_optimizer(learn, optimizer, options):
     "Let the learner use PyTorch's optimiser"
@@ -91,25 +138,33 @@ def fit_run(
     cbs=(), # Further callbacks, or one
     clip:float|None=None, # Largest norm of the gradient
     save_every:int|None=None, # Save the state after so many steps, not only after each epoch
+    steps:int|None=None, # Train for so many steps instead of `epochs`; the last epoch may be cut
+    keep_best:str|None=None, # End with the weights of the epoch that is best by this column of the history, such as accuracy
 ):
     "Train a learner with PyTorch's optimiser and a schedule per step; returns the learner"
     keep_memory()
     learn.run_dir = run and Path(run)
     _use_optimizer(learn, optimizer, options)
     lrs = _rates(lr, len(learn.splitter(learn.model)))
-    cbs = [_scheduled(schedule, lrs), StopNonFinite(), WatchParts(), *L(cbs), *([GradientClip(clip)] if clip else [])]
+    epochs,stretch = _as_epochs(learn, steps) if steps else (epochs,1.)
+    more = [GradientClip(clip)]*bool(clip) + [_LastStep(steps)]*bool(steps)
+    cbs = [_scheduled(schedule, lrs, stretch), StopNonFinite(), WatchParts(), *L(cbs), *more]
+    if keep_best and run is None: raise ConfigError('keep_best', 'no folder', 'a folder for the weights', 'pass run=FOLDER')
     if run is None: learn.fit(epochs, lrs, cbs=cbs)
     else:
-        with locked(claim(run, 'run')): _fit_into(learn, epochs, lrs, cbs, run, save_every, resume)
+        with locked(claim(run, 'run')): _fit_into(learn, epochs, lrs, cbs, run, save_every, resume, keep_best)
     _finish(learn)
     return learn
 
-def _fit_into(learn, epochs, lrs, cbs, run, save_every, resume):
+def _fit_into(learn, epochs, lrs, cbs, run, save_every, resume, keep_best=None):
     "Fit with a history and a state in the run"
     save = SaveState(run, save_every, resume)
     state = save.state
     if state: print(f"resumed at epoch {save.start} step {state['step']}")
+    keep = [_History(run, save.start), *([_KeepBest(run, keep_best, save.start)] if keep_best else [])]
     if save.start < epochs:
         with save.stops_gently():
-            learn.fit(epochs, lrs, cbs=[*cbs, _History(run, save.start), save], start_epoch=save.start)
+            learn.fit(epochs, lrs, cbs=[*cbs, *keep, save], start_epoch=save.start)
     elif state: load_tensors(Path(run)/'state'/state['files']['model'], learn.model)
+    if keep_best: _take_best(learn, run, keep_best)
+

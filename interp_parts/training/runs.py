@@ -21,6 +21,7 @@ from ..data.loaders import PartDataset, PartDL
 from ..data.rows import run_rows
 from ..data.table import write_split
 from ..data.views import View
+from ..networks import LayerMap, build_network, describe_network
 from ..files import SCHEMA, claim, load_tensors, read_json, reading, save_tensors, write_json
 from .loaded import LoadedLearner
 from .optim import keep_memory
@@ -52,6 +53,10 @@ def versions()->dict:
     return dict(interp_parts=__version__, python=platform.python_version(), **{k:v.__version__ for k,v in libs.items()})
 
 # %% ../../nbs/04_training/06_runs.ipynb #66b3ec41
+def _own_network(model):
+    "The `LayerMap` that a model was given as its backbone; None if it has a timm backbone"
+    return next((m for m in getattr(model, 'backbone', model).modules() if isinstance(m, LayerMap)), None)
+
 def run_config(
     learn, # A `PartLearner` whose `dls` come from `part_dls`
     method:str, # Registered name
@@ -60,7 +65,9 @@ def run_config(
     "Everything needed to rebuild a learner, and to know what it was trained on"
     d = learn.dls
     data = {k:v for k,v in d.table.attrs.items() if k != 'citation'}
-    return dict(schema=SCHEMA, method=method, model=learn.model.config, vocab=list(d.vocab), multi=d.multi,
+    own = _own_network(learn.model)
+    about = {} if own is None else dict(network=describe_network(own))
+    return dict(schema=SCHEMA, method=method, model=learn.model.config, **about, vocab=list(d.vocab), multi=d.multi,
                 view=dict(size=d.view.size, resize=d.view.resize), stats=d.stats,
                 data=dict(data, fingerprint=fingerprint(d.table)),
                 citation=d.table.attrs.get('citation', ''), n_train=len(d.train.dataset),
@@ -118,11 +125,19 @@ def _read_config(file):
     if config['view']['size'] < 1: raise CheckpointError(file, f"view.size: {config['view']['size']}", 'at least 1')
     return config
 
-def _make_model(config, file):
+def _make_model(config, file, features=None):
     "The model of a configuration; weights come from the run, never from elsewhere"
     try: make = get_method(config['method']).model
     except ConfigError as e: raise CheckpointError(f'{file}: method', e.got, 'a method of interp_parts', e.do) from None
-    return make(**{k:v for k,v in config['model'].items() if k not in getattr(make, 'start_only', ())})
+    if features is None and 'network' in config: features = _network(config['network'], file)
+    own = {} if features is None else dict(features=features)
+    return make(**{k:v for k,v in config['model'].items() if k not in getattr(make, 'start_only', ())}, **own)
+
+def _network(about, file):
+    "Your own network, as a run describes it"
+    if about: return build_network(about)
+    raise CheckpointError(file, 'a network of your own that no library builds by name', 'that network',
+                          "load_run(run, features=LayerMap(network, 'LAYER'))")
 
 # %% ../../nbs/04_training/06_runs.ipynb #df818a9f
 def load_run(
@@ -130,6 +145,7 @@ def load_run(
     device='cpu', # Where the model goes
     bs:int=32, # Images in a batch
     workers:int=0, # Processes that decode images
+    features=None, # A `LayerMap` of your own network, if the run cannot build it by itself
 )->PartLearner:
     "A learner that predicts as the one that was saved; nothing is unpickled, nothing is downloaded"
     keep_memory()
@@ -137,7 +153,7 @@ def load_run(
     if not file.exists(): raise CheckpointError(run, 'no config.json', 'a folder written by `interp-parts train`')
     with reading(file, 'what `interp-parts train` wrote', 'train again', CheckpointError):
         config = _read_config(file)
-        model = _make_model(config, file)
+        model = _make_model(config, file, features)
         dls = blank_dls(config, device, bs, workers)
     load_tensors(file.with_name('model.safetensors'), model)
     learn = LoadedLearner(dls, model.to(device).eval(), config)

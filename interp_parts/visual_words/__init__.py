@@ -9,13 +9,14 @@ __all__ = []
 from . import precision, maps, layer, network, base, attended, projection, fields, pruning
 from . import losses, last_layer, start, training, model
 from . import images, pictures, files, explanations
-from . import fidelity, vocabulary, purity, scores, unseen
+from . import fidelity, vocabulary, purity, scores, unseen, published, prune
 
 # %% ../../nbs/12_visual_words/00_visual_words.ipynb #ff9e6df7
 __all__ = [*precision.__all__, *maps.__all__, *layer.__all__, *network.__all__, *base.__all__, *attended.__all__,
            *projection.__all__, *fields.__all__, *pruning.__all__, *losses.__all__, *last_layer.__all__, *start.__all__,
            *training.__all__, *model.__all__, *images.__all__, *pictures.__all__, *files.__all__, *explanations.__all__,
-           *fidelity.__all__, *vocabulary.__all__, *purity.__all__, *scores.__all__, *unseen.__all__,
+           *fidelity.__all__, *vocabulary.__all__, *purity.__all__, *scores.__all__, *unseen.__all__, *published.__all__,
+           *prune.__all__,
            'PartLearner', 'create_learner', 'part_table', 'check_table', 'part_dls', 'PartBatches', 'load_image',
            'fit_run', 'seed_everything', 'run_config', 'save_run', 'load_run']
 
@@ -43,6 +44,8 @@ from .vocabulary import *
 from .purity import *
 from .scores import *
 from .unseen import *
+from .published import *
+from .prune import *
 from ..core import PartLearner, create_learner
 from ..data.table import part_table, check_table
 from ..data.loaders import part_dls, PartBatches

@@ -6,6 +6,7 @@
 __all__ = ['BaseModel', 'read_attention']
 
 # %% ../../nbs/12_visual_words/05_base.ipynb #bc2efb76
+import copy
 from pathlib import Path
 
 import numpy as np, torch
@@ -14,22 +15,14 @@ from torch import nn
 
 from ..core import CheckpointError, ConfigError, DataError, pick
 from ..files import reading
+from ..models.backbones import load_network
+from ..networks import LayerMap, as_map, plain_network
 from ..training.runs import load_run
 from .maps import resize_maps, to_unit
 
-# %% ../../nbs/12_visual_words/05_base.ipynb #5552d7c6
-def _as_map(a, hw):
-    "Activations (B,C,h,w), (B,h,w,C) or (B,N,C) of an image of height and width `hw`, as (B,C,h,w)"
-    fits = lambda h,w: abs(h*hw[1] - w*hw[0]) <= max(hw)
-    if a.ndim == 4: return a.permute(0,3,1,2) if fits(*a.shape[1:3]) and not fits(*a.shape[2:]) else a
-    if a.ndim != 3: raise ConfigError('layer', f'output {tuple(a.shape)}', 'a map or tokens', 'name an earlier layer')
-    for front in range(9): # class and register tokens
-        n = a.shape[1]-front
-        h = max(1, round((n*hw[0]/hw[1])**.5))
-        if n > 0 and n%h == 0 and fits(h, n//h): return a[:,front:].transpose(1,2).unflatten(2, (h,n//h))
-    raise ConfigError('layer', f'{a.shape[1]} tokens', f'a grid like the {hw[0]}x{hw[1]} image', 'name another layer')
-
 # %% ../../nbs/12_visual_words/05_base.ipynb #61193b02
+def _prefix(model, a): return getattr(model, 'num_prefix_tokens', None) if a.ndim == 3 else None
+
 def _grad_cam(model, layer, x, target=None):
     "Grad-CAM (B,h,w) in 0..1 at the layer's own resolution, and the logits"
     seen = []
@@ -45,17 +38,18 @@ def _grad_cam(model, layer, x, target=None):
             target = logits.argmax(1) if target is None else target
             g, = torch.autograd.grad(logits.gather(1, target[:,None]).sum(), seen)
     finally: handle.remove()
-    a,g = _as_map(seen[0].detach(), x.shape[2:]),_as_map(g, x.shape[2:])
+    a,g = [as_map(v, x.shape[2:], _prefix(model, v)) for v in (seen[0].detach(), g)]
     return to_unit((g.mean((2,3), keepdim=True)*a).sum(1).relu()),logits.detach()
 
 # %% ../../nbs/12_visual_words/05_base.ipynb #69624364
 class BaseModel(nn.Module):
     "A frozen classifier and the layer its Grad-CAM is taken from"
     def __init__(self,
-        model:nn.Module, # Any classifier
+        model, # Any classifier: a module, or the fastai `Learner` that trained it
         layer:str='backbone', # Name of a submodule
     ):
         super().__init__()
+        model = plain_network(model)
         self.model = model.eval().requires_grad_(False)
         self.layer = layer
         self.at = [dict(model.named_modules())[pick(layer, [n for n,_ in model.named_modules() if n], 'layer')]]
@@ -76,7 +70,7 @@ def pooled(self:BaseModel,
     handle = self.at[0].register_forward_hook(lambda m,i,o: seen.append(o))
     try: self(x)
     finally: handle.remove()
-    return _as_map(seen[0], x.shape[2:]).mean((2,3))
+    return as_map(seen[0], x.shape[2:], _prefix(self.model, seen[0])).mean((2,3))
 
 @patch
 def cams(self:BaseModel,
@@ -112,6 +106,27 @@ def of_run(cls:BaseModel,
     method = learn.config['method']
     if method == 'classifier': return cls(learn.model),learn.config
     raise CheckpointError(run, f'a run of {method}', 'a run of classifier', 'pass --init RUN')
+
+# %% ../../nbs/12_visual_words/05_base.ipynb #0f61054b
+@patch(cls_method=True)
+def of_file(cls:BaseModel,
+    name:str, # timm's name, or 'torchvision/NAME'
+    file, # .pth or .safetensors file with the state dict of the whole classifier
+    layer:str=None, # Whose output is the map; None: the last stage that timm names
+)->BaseModel:
+    "The base model of a file of weights"
+    net = load_network(name, file)
+    stages = getattr(net, 'feature_info', None)
+    if layer is None and not stages: raise ConfigError('layer', 'none given', 'the name of a layer', 'pass --set layer=NAME')
+    return cls(net, layer or list(stages)[-1]['module'])
+
+# %% ../../nbs/12_visual_words/05_base.ipynb #89b5e47f
+@patch
+def trunk(self:BaseModel,
+    size:int, # Side of the images in pixels
+)->LayerMap:
+    "A copy of the network up to the layer, for the words to stand on"
+    return LayerMap(copy.deepcopy(self.model).requires_grad_(True), self.layer, size)
 
 # %% ../../nbs/12_visual_words/05_base.ipynb #413a63da
 def _alike(a, b):

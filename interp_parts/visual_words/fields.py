@@ -96,5 +96,5 @@ def of_model(cls:ReceptiveField,
     net = model.backbone
     looks_around = any('attn' in n.split('.') for n,_ in net.named_modules())
     x = torch.zeros(1, 3, size, size, device=model.words.device)
-    field = cls.of_chain(cls.chain(net, x), size)
+    field = cls.of_chain(cls.chain(net, x), size, getattr(model, 'kernel', 1))
     return cls(cells, size/cells, 4*size, size/2/cells) if looks_around or field.cells != cells else field

@@ -13,11 +13,11 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from ..core import ConfigError, PartLearner, pick, register
+from ..core import ConfigError, PartLearner, PartModel, pick, register
 from ..training.losses import few_rows, part_learner
 from .attended import attended_dls
 from .base import BaseModel, read_attention
-from .explanations import word_pictures
+from .explanations import local_words, word_pictures
 from .layer import nearest_words
 from .losses import WordLoss, WordLosses
 from .network import VisualWords
@@ -70,9 +70,17 @@ def _lists(*classes):
     return add
 
 # %% ../../nbs/12_visual_words/14_model.ipynb #9615de7c
-def _first_base(init, base, backbone, dls):
+def _base_of_file(file, backbone, dls, layer):
+    "Your own classifier, from its weights"
+    base = BaseModel.of_file(backbone, file, layer)
+    with torch.no_grad(): n = base(torch.zeros(1, 3, dls.view.size, dls.view.size)).shape[1]
+    if n == dls.c: return base
+    raise ConfigError('init', f'{file} has {n} classes', f'{dls.c} as here, in the same order', 'pass its data')
+
+def _first_base(init, base, backbone, dls, layer):
     "The base model, checked against what the words will see"
     if init is None: return base
+    if Path(init).is_file(): return _base_of_file(init, backbone, dls, layer)
     base,c = BaseModel.of_run(init, dls.device)
     want = dict(backbone=backbone, size=dls.view.size, resize=dls.view.resize, classes=len(dls.vocab))
     have = dict(backbone=c['model']['backbone'], **c['view'], classes=len(c['vocab']))
@@ -82,6 +90,10 @@ def _first_base(init, base, backbone, dls):
     raise ConfigError('init', f'{init} has {k} {have[k]}', f'{want[k]} as here', do)
 
 # %% ../../nbs/12_visual_words/14_model.ipynb #938aecca
+def _is_foreign(base):
+    "Is it a classifier from elsewhere?"
+    return base is not None and not isinstance(base.model, PartModel)
+
 def _same_shapes(a, b):
     "Do two modules have the same tensors?"
     return {k:v.shape for k,v in a.state_dict().items()} == {k:v.shape for k,v in b.state_dict().items()}
@@ -135,7 +147,8 @@ def visual_words_learner(
     dls, # From `part_dls`
     backbone:str='resnet34', # timm's name
     n_parts:int=None, # Words P; default 5 a class
-    init:str=None, # Run of the plain classifier that is to be explained
+    init:str=None, # What is to be explained: a run of the plain classifier, or the weights of your own
+    layer:str=None, # With weights of your own: whose output is the map; None: the last stage that timm names
     base:BaseModel=None, # Or any classifier
     attention=None, # Or .npy file(s) with the attention of the training (and validation) images
     words:Words=None, # Where words start
@@ -151,8 +164,9 @@ def visual_words_learner(
     "A learner for visual words (Xiao et al., 2022) or ProtoPNet (Chen et al., NeurIPS 2019)"
     words,phases,losses,options = _settings(words, phases, losses, options)
     if losses.class_specific and dls.multi: raise ConfigError('class_specific', 'attributes', 'one class an image')
-    base = _first_base(init, base, backbone, dls)
+    base = _first_base(init, base, backbone, dls, layer)
     base = base and base.to(dls.device)
+    if _is_foreign(base) and 'features' not in options: options['features'] = base.trunk(dls.view.size)
     model = _model(dls, base, backbone, words.trunk, pretrained, weights, freeze_early, {'n_parts':n_parts, **options})
     if losses.top is not None: nearest_words(model.words[:,:1].T, losses.top) # says so if there are not as many
     sees = (base is not None or attention is not None) and not losses.class_specific and losses.attend > 0
@@ -177,6 +191,14 @@ _guess = f'settings of Pets; the number of words is our extrapolation; {_state}'
 _others = dict(dogs=120, awa2=50, flowers=102, stl10=10, food101=101)
 
 # %% ../../nbs/12_visual_words/14_model.ipynb #610307e1
+_protopnet = dict(data='folder', size=224, resize='squash', bs=80, brightness=0.,
+    model=dict(backbone='vgg19.tv_in1k', n_parts=2000, class_specific=True, words_from='uniform', trunk=False,
+               freeze_early=False, warm=5, start=10, every=10, last_epochs=20, last_lr=1e-4, step=5, gamma=.1,
+               early=True, weight_decay=1e-3, reset=True, distinct=False),
+    fit=dict(optimizer='adam', epochs=1000, lr=(1e-4,3e-3), schedule='constant'),
+    note='ProtoPNet on CUB, transcribed, full scale not run; expects its folders train_cropped_augmented, train_cropped '
+         '(whose patches words become) and test_cropped, of images cropped to their boxes')
+
 _own = dict(bs=32, freeze_bn=True, note='ours, not published; measured on CUB classes 1 to 40; needs --init RUN',
             model=dict(depth=0, start_gain=.3, nearest=9, cluster=.3, attend_warm=True, warm=2, start=2, every=3,
                        last_epochs=20, last_lr=3e-4),
@@ -185,8 +207,10 @@ _own = dict(bs=32, freeze_bn=True, note='ours, not published; measured on CUB cl
 visual_words_recipes = dict(
     pets_res34=_recipe('pets', 37, f'{_state}; published: 86.21 %, from the name of a checkpoint'),
     **{f'{name}_res34':_recipe(name, k, _guess) for name,k in _others.items()},
+    protopnet_cub_vgg19=_protopnet,
     own_classifier=_own)
 
 _method = register(visual_words_learner, VisualWords, visual_words_recipes,
                    'similarities to patches of training images (LVW; ProtoPNet)',
                    scores=word_scores, base='classifier', pictures=word_pictures)
+_method.answer = local_words

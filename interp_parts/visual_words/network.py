@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from fastcore.basics import patch
 from torch import nn
+from torch.nn.functional import unfold
 
 from ..core import ConfigError, PartModel, Parts, eval_mode, pick
 from ..models.backbones import Backbone
@@ -73,6 +74,7 @@ class VisualWords(PartModel):
         depth:int=128, # Length of a word D; 0: a number for each class
         add_on:str='regular', # Layers between backbone and words: 'regular' or 'bottleneck'
         last:str='blocks', # Where the last layer starts: 'blocks', 'uniform' or 'sparse'
+        kernel:int=1, # Side of a word, in cells; 2: a word is a patch of 2x2 cells
         nearest:int=1, # Patches that a word's activation is the mean similarity of
         stride:int=32, # Of the map, in pixels; smaller means dilated
         stage:str='final', # Of the backbone; 'stride': what comes after the map of this stride is left out
@@ -85,14 +87,16 @@ class VisualWords(PartModel):
         n_parts = 5*n_classes if n_parts is None else n_parts
         if n_parts < 1: raise ConfigError('--n-parts', n_parts, 'at least 1')
         if nearest < 1: raise ConfigError('nearest', nearest, 'at least 1')
+        if kernel < 1: raise ConfigError('kernel', kernel, 'at least 1')
         depth = depth or n_classes
         super().__init__(n_classes=n_classes, n_parts=n_parts, backbone=backbone, multi=multi, depth=depth,
-                         add_on=add_on, last=last, nearest=nearest, stride=stride, stage=stage,
+                         add_on=add_on, last=last, kernel=kernel, nearest=nearest, stride=stride, stage=stage,
                          freeze_bn=freeze_bn, freeze_early=freeze_early)
+        self.kernel = kernel
         self.nearest = nearest
         self.backbone = features or Backbone(backbone, stride, stage, pretrained, weights, freeze_bn, freeze_early)
         self.add_on = _add_on(self.backbone.channels, depth, add_on)
-        self.words = nn.Parameter(torch.rand(n_parts, depth))
+        self.words = nn.Parameter(torch.rand(n_parts, depth*kernel**2))
         self.last = nn.Linear(n_parts, n_classes, bias=False)
         self.last.weight.data = _last_weights(n_classes, n_parts, last)
         self.register_buffer('word_class', _word_classes(n_parts, n_classes))
@@ -103,9 +107,13 @@ class VisualWords(PartModel):
 def patches(self:VisualWords,
     x:torch.Tensor, # (B,3,H,W) normalised images
 )->torch.Tensor:
-    "Patches (B,D,h,w) in (0,1)"
+    "Patches (B,D,h,w) in (0,1); with a `kernel` k of several cells their numbers one after the other, (B,D*k*k,h-k+1,w-k+1)"
     f = self.backbone(x)
-    with full_precision(x.device.type): return self.add_on(f if f.dtype == torch.float64 else f.float())
+    with full_precision(x.device.type): z = self.add_on(f if f.dtype == torch.float64 else f.float())
+    k = self.kernel
+    if k == 1: return z
+    if k > min(z.shape[2:]): raise ConfigError('kernel', k, f'at most {min(z.shape[2:])}, the side of the map')
+    return unfold(z, k).unflatten(2, (z.shape[2]-k+1, z.shape[3]-k+1))
 
 # %% ../../nbs/12_visual_words/04_network.ipynb #108b9dda
 @patch
@@ -172,10 +180,10 @@ def original_views(self:VisualWords,
     tensors:dict=None, # Tensors under our names, such as gradients; default the model's state
 )->dict:
     "The tensors under the original code's names, as views into ours"
-    out = {}
-    for k,v in (self.state_dict() if tensors is None else tensors).items():
-        top,*rest = k.split('.')
-        if top not in _theirs: continue
+    out,k = {},self.kernel
+    for name,v in (self.state_dict() if tensors is None else tensors).items():
+        top,*rest = name.split('.')
+        if top not in _theirs or 'pre_logits' in rest: continue # layers of timm's VGG that no map goes through
         if top == 'backbone' and rest[0] == 'net': rest = rest[1:]
-        out['.'.join([_theirs[top], *rest])] = v[...,None,None] if top == 'words' else v
+        out['.'.join([_theirs[top], *rest])] = v.unflatten(1, (-1,k,k)) if top == 'words' else v
     return out

@@ -12,8 +12,9 @@ from pathlib import Path
 import numpy as np, pandas as pd, torch
 from PIL import Image
 
+from ..core import ConfigError
 from ..evaluation.scoring import accuracy, split_rows
-from .base import BaseModel
+from .base import BaseModel, read_attention
 from .fidelity import AttentionFidelity
 from .purity import object_scores
 
@@ -32,13 +33,14 @@ def _mean_attention(maps):
     "Mean (h,w) of maps by row"
     return torch.from_numpy(np.mean(list(maps.values()), axis=0))
 
-def _answers(learn, rows, fidelity=None, base=None):
+def _answers(learn, rows, fidelity=None, base=None, maps=None):
     "Logits, activations, contributions, labels and the base model's logits of all rows, in their order"
     dev,seen = learn.dls.device,[]
     for x,b in learn.batches(rows, whole=False):
         p = learn.model.parts(x.to(dev)).cpu()
         cam,said = (None,None) if base is None else (v.cpu() for v in base.cams(x.to(dev)))
         seen.append((b.index, p.logits, p.embedding, p.contribution, b.label, said))
+        if maps: cam = torch.stack([torch.tensor(maps[r], dtype=torch.float32) for r in b.index.tolist()])
         if fidelity: fidelity.update(p, cam, b.index)
     order = torch.cat([s[0] for s in seen]).argsort()
     return [None if seen[0][i] is None else torch.cat([s[i] for s in seen])[order] for i in range(1, 6)]
@@ -55,18 +57,20 @@ def evaluate_words(
     compat:bool=False, # The original with its quirks: areas below the percentile?
     labels=None, # (H,W) part numbers by row
     n_labels:int=0, # Parts
+    attention:dict=None, # Maps in 0..1 by test row; default the base model's own
 )->dict:
     "Accuracy, fidelity to the base model, and what the words are worth"
     base = base or getattr(learn, 'base', None)
     rows = split_rows(df, (test,) if test else ('test','eval'))
     fidelity,out = None,{}
-    if base is not None:
-        cams = base.attention(learn.batches(df[df.split=='train'], whole=False))[0]
+    if base is not None or attention:
+        cams = base.attention(learn.batches(df[df.split=='train'], whole=False))[0] if base is not None else None
         size = next(iter(learn.batches(rows[:1], whole=False)))[0].shape[2:]
-        fidelity = AttentionFidelity(size, _mean_attention(cams), thresholds, top)
-    logits,activation,contribution,y,base_logits = _answers(learn, rows, fidelity, base)
+        fidelity = AttentionFidelity(size, cams and _mean_attention(cams), thresholds, top)
+    logits,activation,contribution,y,base_logits = _answers(learn, rows, fidelity, base, attention)
     if y is not None and y.ndim == 1: out['accuracy'] = accuracy(logits, y)
-    if base is not None: out |= _agreement(logits, base_logits, y) | fidelity.result(compat)
+    if base is not None: out |= _agreement(logits, base_logits, y)
+    if fidelity: out |= fidelity.result(compat)
     objects = object_scores(learn, rows, labels, n_labels, top=top)
     return dict(out, **learn.model.vocabulary_scores(activation, contribution), **objects, n_images=len(rows))
 
@@ -83,11 +87,28 @@ class _SeenLabels(dict):
             self[row] = np.array(self.view.place(*im.size).image(im, Image.Resampling.NEAREST))
         return self[row]
 
+# %% ../../nbs/12_visual_words/22_scores.ipynb #6de7a98e
+def _percentiles(q):
+    "Percentiles, also of a single one"
+    qs = list(q) if isinstance(q, (list,tuple)) else [q]
+    good = lambda v: isinstance(v, (int,float)) and not isinstance(v, bool) and 0 < v < 100
+    if not qs or not all(map(good, qs)): raise ConfigError('--set thresholds', q, 'percentiles between 0 and 100')
+    return qs
+
+def _stored(learn, file, rows):
+    "Stored maps by row"
+    if learn.dls.view.resize == 'squash': return read_attention(file, rows)
+    raise ConfigError('--set attention', f'--resize {learn.dls.view.resize}', 'a run trained with --resize squash',
+                      'stored maps cover that view')
+
 # %% ../../nbs/12_visual_words/22_scores.ipynb #770e5ab5
 def word_scores(
     learner, # Of a run of visual words
     df, # Its table
     protocol:str='fixed', # As for `evaluate`; 'paper': the original's areas
+    attention:str=None, # .npy file (N,H,W) of the test images' maps, rows in the order of sorted files
+    thresholds=(50,75,90), # Percentiles of the attention areas, or one
+    top:int=10, # Nearest words of an image
 )->dict:
     "`evaluate_words` beside the base model the run was started from; what the method registers as its own measures"
     if protocol == 'accuracy' or learner.dls.multi or not {'train','test'} <= set(df.split): return {}
@@ -96,5 +117,7 @@ def word_scores(
     if run and not base: warnings.warn(f'{run}, which the words explain, is gone: no agreement, no attention')
     true = 'part_mask' in df
     labels = dict(labels=_SeenLabels(df.part_mask, learner.dls.view), n_labels=len(df.attrs['parts'])) if true else {}
-    out = evaluate_words(learner, df, base, compat=protocol == 'paper', **labels)
+    if attention: labels['attention'] = _stored(learner, attention, split_rows(df, ('test',)))
+    qs,top = _percentiles(thresholds),min(top, len(learner.model.words))
+    out = evaluate_words(learner, df, base, thresholds=qs, top=top, compat=protocol == 'paper', **labels)
     return {k:v for k,v in out.items() if k not in ('accuracy','n_images')}

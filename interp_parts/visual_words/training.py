@@ -31,6 +31,7 @@ class Phases:
     last_lr:float=1e-3 # Learning rate of the last layer then
     step:int=None # Joint epochs after which the learning rates fall
     gamma:float=.1 # By this factor
+    early:bool=False # An epoch earlier, as ProtoPNet, which counts before the epoch?
     weight_decay:float=0. # Of backbone and added layers, coupled as in Adam
     reset:bool=False # Fresh optimiser for the joint phase?
     distinct:bool=None # A patch of its own for each word? Default: unless `compat`
@@ -99,7 +100,7 @@ def before_batch(self:WordPhases):
     "Lower the learning rates"
     step,gamma = self.settings.step,self.settings.gamma
     if not (self.training and step and self.phase == 'joint'): return
-    f = gamma**((self.epoch - [p for p,_ in self.plan].index('joint'))//step)
+    f = gamma**((self.epoch - [p for p,_ in self.plan].index('joint') + self.settings.early)//step)
     self.opt.set_hypers(lr=[h['lr']*f for h in self.opt.hypers])
 
 @patch
@@ -126,10 +127,17 @@ def images(self:WordPhases):
     return self.learn.batches(d.table.loc[d.train.dataset.rows], whole=False)
 
 @patch
+def push_images(self:WordPhases):
+    "The images whose patches words become: those of the split `push`, if there are any, or the training images"
+    table = getattr(self.dls, 'table', None) # images of your own loaders have none
+    if table is None or not (table.split == 'push').any(): return self.images()
+    return self.learn.batches(table[table.split == 'push'], whole=False)
+
+@patch
 def project(self:WordPhases):
     "Replace words by patches"
     m = self.learn.model
-    project_words(m, self.images(), self.distinct, self.learn.word_loss.class_specific)
+    project_words(m, self.push_images(), self.distinct, self.learn.word_loss.class_specific)
     n = m.n_patches
     if n >= .9*len(m.words): return
     warnings.warn(f'{len(m.words)} words are {n} different patches; fewer words (--n-parts {n}) would say the same')

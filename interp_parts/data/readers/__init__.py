@@ -38,3 +38,9 @@ from .deepfashion import *
 from .masked_folder import *
 from .file_lists import *
 from .registry import *
+
+# %% ../../../nbs/01_data/readers/00_readers.ipynb #c6bdbaa8
+def __getattr__(name):
+    "A reader under its earlier name"
+    if name.startswith('read_') and name[5:] in readers: return readers[name[5:]]
+    raise AttributeError(f'module {__name__!r} has no attribute {name!r}')

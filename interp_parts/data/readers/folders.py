@@ -26,13 +26,13 @@ def left_right_pairs(
 # %% ../../../nbs/01_data/readers/02_folders.ipynb #58356452
 _split_names = {**dict.fromkeys(('train','training'), 'train'),
                 **dict.fromkeys(('valid','val','validation','dev','development'), 'valid'),
-                **dict.fromkeys(('test','tests','testing'), 'test')}
+                **dict.fromkeys(('test','tests','testing'), 'test'), **dict.fromkeys(('push','projection'), 'push')}
 
 def folder_split(
     name:str, # Name of a folder, or a word in a column
 )->str|None:
-    "The split that it names: 'train', 'valid' or 'test', in any spelling such as `Training_Set`; None for other names"
-    return _split_names.get(re.sub(r'[ _-]*(set|data|images|split)$', '', name.strip().lower()))
+    "The split that it names: 'train', 'valid', 'test' or 'push', in any spelling such as `Training_Set`; None for other names"
+    return _split_names.get(re.sub(r'([ _-]*(set|data|images|split|cropped|augmented))*$', '', name.strip().lower()))
 
 # %% ../../../nbs/01_data/readers/02_folders.ipynb #d50616aa
 def _add_test(order, groups, side, n):
@@ -82,6 +82,8 @@ def _split_layout(root):
     "Folders of the splits, or None if these are class folders"
     subs = DataFolder(root).folders()
     split = {p:folder_split(p.name) for p in subs}
+    augmented = [p for p,s in split.items() if s == 'train' and p.name.lower().endswith('augmented')]
+    if augmented: split = {p:'push' if s == 'train' and p not in augmented else s for p,s in split.items()}
     train = [p for p,s in split.items() if s == 'train']
     named = len(subs) > 1 and all(split.values())
     if not train or not (named or any(DataFolder(p).folders() for p in train)): return None

@@ -12,8 +12,11 @@ from pathlib import Path
 import numpy as np, pandas as pd
 
 from ...core import DataError, pick
+from ..images import load_image
+from .files import DataFolder, readers, save_png
 from .matlab import read_mat
-from ..table import first_few
+from .people import people_table
+from ..table import check_table, first_few, part_table
 
 # %% ../../../nbs/01_data/readers/04c_protocols.ipynb #4e188f00
 def _lfw_line(w):
@@ -173,13 +176,81 @@ def _ar_cover(condition):
     return ('none',0) if c < 0 else (('sun glasses','scarf')[c//3], c%3)
 
 def read_ar(
-    path, # List of file names such as m-001-10.bmp
+    path, # List of file names such as m-001-10.bmp: a file, or the names themselves
 )->pd.DataFrame:
     "Rows file, person, condition, cover ('none', 'sun glasses' or 'scarf') and light of AR images"
-    try: names = Path(path).read_text(encoding='utf-8').split()
+    try: names = path if isinstance(path, list) else Path(path).read_text(encoding='utf-8').split()
     except OSError: raise DataError(path, 'no such file') from None
     got = [re.fullmatch(r'([mwf])-(\d+)-(\d+)\.\w+', n, re.I) for n in names]
     if None in got or not got:
         raise DataError(path, repr(names[got.index(None)]) if names else 'no line', 'names such as m-001-10.bmp')
     rows = [(m[0], f'{m[1].lower()}-{m[2]}', int(m[3]), *_ar_cover(int(m[3]))) for m in got]
     return pd.DataFrame(rows, columns=['file','person','condition','cover','light'])
+
+# %% ../../../nbs/01_data/readers/04c_protocols.ipynb #b3a37c89
+def _named(folder):
+    "Files below a folder by the last two parts of their path, and by their name"
+    files = [p for p in sorted(Path(folder).rglob('*')) if p.is_file()]
+    return {p.name:p for p in files} | {'/'.join(p.parts[-2:]):p for p in files}
+
+def _cut_faces(root, names, boxes, stems, out=None):
+    "Files of the faces in boxes x, y, w, h, made square, of images below a folder"
+    at = _named(root)
+    lost = [f for f in names if f not in at and Path(f).name not in at]
+    if lost: raise DataError(root, f'{len(lost)} images are missing: {first_few(lost)}', 'the images of the protocol',
+                             'check --path')
+    def make(i, f):
+        im,(x,y,w,h) = load_image(at.get(names[i]) or at[Path(names[i]).name]),boxes[i]
+        side,x0,y0 = round(max(w, h)),round(x+w/2-max(w, h)/2),round(y+h/2-max(w, h)/2)
+        save_png(f, np.asarray(im.crop((x0, y0, x0+side, y0+side))))
+    return DataFolder(Path(root)).made('faces', [f'{s}.png' for s in stems], make, out)
+
+def _faces_table(name, images, people, **columns):
+    about = dict(keypoints=[], pairs=[], protocol='all test', licence='research only', citation='')
+    rows = dict(image=images, split='test', identity=people, **columns)
+    return people_table(check_table(part_table(rows, name, **about)))
+
+# %% ../../../nbs/01_data/readers/04c_protocols.ipynb #a2a044b5
+def _read_ar_faces(
+    path, # Folder with images such as m-001-10.bmp
+)->pd.DataFrame:
+    "The table of AR's images, with columns `cover` and `light`"
+    at = _named(path)
+    names = sorted(n for n in at if re.fullmatch(r'[mwf]-\d+-\d+\.\w+', n, re.I))
+    if not names: raise DataError(path, 'no image such as m-001-10.bmp', 'images of AR', 'check --path')
+    rows = read_ar(names)
+    number = {p:i for i,p in enumerate(sorted(set(rows.person)))}
+    return _faces_table('AR', [str(at[n]) for n in rows.file], rows.person.map(number).tolist(),
+                        cover=rows['cover'].tolist(), light=rows.light.tolist())
+
+readers['ar'] = _read_ar_faces
+
+# %% ../../../nbs/01_data/readers/04c_protocols.ipynb #fb49acb8
+def _read_ijba_faces(
+    path, # Folder of the protocol files and the images
+    out=None, # Folder for the faces; default a cache beside the images
+)->pd.DataFrame:
+    "The table of the faces of all splits of IJB-A that are there, one row a sighting"
+    known = sorted(int(p.stem.rpartition('_')[2]) for p in Path(path).rglob('verify_metadata_*.mat'))
+    if not known: raise DataError(path, 'no verify_metadata_1.mat', 'the files of IJB-A', 'check --path')
+    rows = pd.concat([r for k in known for n,r in read_ijba(path, k).items() if n in ('verify','gallery','probe')])
+    rows = rows.drop_duplicates('sighting').sort_values('sighting')
+    files = _cut_faces(path, rows.file.tolist(), rows.box.tolist(), rows.sighting.tolist(), out)
+    return _faces_table('IJB-A', files, rows.subject.tolist(), sighting=rows.sighting.tolist())
+
+readers['ijba'] = _read_ijba_faces
+
+# %% ../../../nbs/01_data/readers/04c_protocols.ipynb #2b1ee6fe
+def _read_ijbc_faces(
+    path, # Folder of ijbc_metadata.csv and the images
+    out=None, # Folder for the faces; default a cache beside the images
+)->pd.DataFrame:
+    "The table of the faces of IJB-C, one row a line of its metadata"
+    file = next(iter(sorted(Path(path).rglob('ijbc_metadata.csv'))), Path(path)/'ijbc_metadata.csv')
+    rows = read_ijbc(file, 'metadata')
+    box = _csv(file, 'FACE_X', 'FACE_Y', 'FACE_WIDTH', 'FACE_HEIGHT')
+    boxes = box[['FACE_X','FACE_Y','FACE_WIDTH','FACE_HEIGHT']].to_numpy(float).tolist()
+    files = _cut_faces(path, rows.file.tolist(), boxes, range(len(rows)), out)
+    return _faces_table('IJB-C', files, rows.subject.tolist(), covered=rows.covered.tolist())
+
+readers['ijbc'] = _read_ijbc_faces
