@@ -219,13 +219,29 @@ def _part_discovery_cases(n=8, size=128, k=8):
     return {case: dict(limit=1.25, original=None, plain=plain, ours=step(None)),
             f'{case}, second look': dict(limit=2.2, original=None, plain=plain, ours=step(pd.SecondLook()))}
 
+# %% ../../nbs/30_command/04_benchmark.ipynb #np0be11d
+def _nonparametric_prototypes_cases(n=4, size=224, name='vit_small_patch14_reg4_dinov2'):
+    "A step of the second stage, through the frozen network, beside a plain step of all of it"
+    from interp_parts.nonparametric_prototypes.assignment import assign_patches
+    from interp_parts.nonparametric_prototypes.losses import patch_contrast
+    from interp_parts.nonparametric_prototypes.model import NonparametricPrototypes
+    x,y = torch.randn(n, 3, size, size),torch.randint(0, 200, (n,))
+    net = NonparametricPrototypes(200, 5, name, foreground='none')
+    def loss(o, y):
+        at = assign_patches(net.bank(o.raw).flatten(0,1), y.repeat_interleave(o.raw.shape[1])).view(n, -1)
+        return nn.functional.cross_entropy(o.logits, y) + .8*patch_contrast(o.similarity, at)[0]
+    plain = timm.create_model(name, num_classes=200, img_size=size)
+    return {f'ViT-S/14, B={n}, {size} px, 200 x 5 prototypes': dict(
+        limit=.8, original=None, plain=_train_step(plain, nn.functional.cross_entropy, x, y), ours=_train_step(net, loss, x, y))}
+
 # %% ../../nbs/30_command/04_benchmark.ipynb #b3a023c8
 _cost_cases = dict(region_grouping=_region_grouping_cases,
                   contrastive_reconstruction=_contrastive_reconstruction_cases,
                   visual_words=_visual_words_cases,
                   activation_diversity=_activation_diversity_cases,
                   classification_specific_parts=_classification_specific_parts_cases,
-                  part_discovery=_part_discovery_cases)
+                  part_discovery=_part_discovery_cases,
+                  nonparametric_prototypes=_nonparametric_prototypes_cases)
 
 def benchmark_cost(
     method:str, # Registered name, but for the classifier
