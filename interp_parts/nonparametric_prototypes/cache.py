@@ -15,7 +15,7 @@ from fastcore.basics import patch
 
 from ..core import ConfigError, eval_mode
 from ..data.loaders import PartBatches, PartDataset
-from ..files import atomic_path
+from ..files import atomic_path, reading
 from ..training.runs import fingerprint
 
 # %% ../../nbs/16_nonparametric_prototypes/08_cache.ipynb #e92b200f
@@ -90,7 +90,8 @@ def token_dls(
     root.mkdir(parents=True, exist_ok=True)
     file = root/f'tokens-{_name(backbone, dls, rows, flips, half)}.npy'
     if not file.exists(): _write(file, backbone, dls, rows, flips, half)
-    tokens,at = np.load(file, mmap_mode='r'),{r:i for i,r in enumerate(rows.index)}
+    with reading(file, 'a .npy file of tokens', 'delete it'): tokens = np.load(file, mmap_mode='r', allow_pickle=False)
+    at = {r:i for i,r in enumerate(rows.index)}
     new = [dl.new(_TokenDataset(dl.dataset, tokens, at), num_workers=0, after_batch=[]) for dl in dls.loaders]
     for a,b in zip(new, dls.loaders): a.rng = b.rng
     out = DataLoaders(*new, device=dls.device)

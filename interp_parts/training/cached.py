@@ -17,7 +17,7 @@ from fastai.torch_core import TensorBase
 from ..core import ConfigError
 from ..data.images import image_size, normalize
 from ..data.loaders import PartDL
-from ..files import atomic_path, claim, read_json, write_json
+from ..files import atomic_path, claim, read_json, reading, write_json
 from .distributed import on_first
 from .runs import fingerprint
 
@@ -131,7 +131,9 @@ def _reading(dl, file):
     "Let a DataLoader read a file of features inside the block, without worker processes"
     ds = dl.dataset
     cached = object.__new__(type(f'Cached{type(ds).__name__}', (_Rows,type(ds)), {}))
-    vars(cached).update(vars(ds), store=np.load(file, mmap_mode='r'), sizes=[image_size(p) for p in ds.cols['image']])
+    with reading(file, 'a .npy file of features', 'delete it'):
+        store = np.load(file, mmap_mode='r', allow_pickle=False)
+    vars(cached).update(vars(ds), store=store, sizes=[image_size(p) for p in ds.cols['image']])
     dl.dataset = cached
     try:
         with dl.fake_l.no_multiproc(): yield
