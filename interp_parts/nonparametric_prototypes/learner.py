@@ -6,6 +6,8 @@
 __all__ = ['nonparametric_prototypes_recipes', 'nonparametric_prototypes_learner']
 
 # %% ../../nbs/16_nonparametric_prototypes/09_learner.ipynb #3c74711a
+from fastcore.foundation import L
+
 from ..core import PartLearner, register
 from .cache import can_cache, token_dls
 from .model import NonparametricPrototypes
@@ -27,7 +29,7 @@ def nonparametric_prototypes_learner(
     pretrained:bool=True, # Download the backbone's weights?
     weights:str=None, # Backbone weights in a local file
     compat:bool=False, # The original's behaviour, quirks included?
-    cbs=None, # Further callbacks
+    cbs=None, # Further callbacks, or one
     **options # Of `NonparametricPrototypes`
 )->PartLearner:
     "A learner for non-parametric part prototypes (Zhu et al., CVPR 2025)"
@@ -35,7 +37,7 @@ def nonparametric_prototypes_learner(
                                     **options)
     gamma = .99 if compat and gamma is None else gamma
     stages = PrototypeStages(cluster_epochs, gamma, ppd, start=not compat, align=not compat)
-    learn = part_learner(dls, model, cbs=[stages, *(cbs or [])])
+    learn = part_learner(dls, model, cbs=[stages, *L(cbs)])
     if can_cache(dls) if cache is None else cache:
         learn.dls = token_dls(dls, model.backbone, None if cache in (None,True) else cache, half)
     return learn

@@ -21,6 +21,7 @@ from ..training.losses import LossTerms, few_rows
 class PrototypeStages(LossTerms):
     "Move prototypes in the first epochs, tune the block in the others"
     names = ('patch',)
+    needs_images = 'the backbone is frozen, and the training keeps its tokens by itself'
     def __init__(self,
         cluster_epochs:int=1, # Epochs without a gradient
         gamma:float=None, # Momentum of the prototypes; None: the mean of their patches
@@ -58,7 +59,7 @@ def _begin(self:PrototypeStages, m):
     "Fit the foreground, and start the prototypes, on a sample of training images"
     if not self.start and m.kind != 'pca': return
     batches = list(self.sample())
-    with eval_mode(m): seen = [(m(x.to(self.dls.device)),y.to(self.dls.device),mask) for x,y,mask in batches]
+    with eval_mode(m): seen = [(m(x.to(next(m.parameters()))),y.to(self.dls.device),mask) for x,y,mask in batches]
     raw = torch.cat([o.raw for o,_,_ in seen])
     if m.kind == 'pca' and not m.foreground.fitted: fit_foreground(m.foreground, raw, seen[0][0].grid)
     if not self.start: return
@@ -94,7 +95,7 @@ def terms(self:PrototypeStages):
     "The contrast of patches"
     o = self.learn.out
     loss,weight = patch_contrast(o.similarity, self._assign(o), background=self.background)
-    return dict(patch=self.ppd*mean_weight(weight.item())*loss)
+    return dict(patch=self.ppd*mean_weight(weight.detach())*loss)
 
 # %% ../../nbs/16_nonparametric_prototypes/07_training.ipynb #ef2bc2bf
 @patch

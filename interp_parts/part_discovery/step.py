@@ -96,6 +96,7 @@ _late = 'concentration','total_variation','entropy','equivariance'
 
 class DiscoveryTerms(LossTerms):
     "Adds the weighted losses of part discovery, each with a column of its own"
+    needs_images = 'the second look moves and recolours every image anew'
     def __init__(self,
         weights:dict, # From `prior_weights`
         prior:str='own', # One of `PRIORS`

@@ -85,7 +85,8 @@ def mean_weight(
 ):
     "Weight that makes the average of the processes' means the mean over all rows; 1 if there is only one"
     if n_processes() == 1: return 1.
-    total = torch.as_tensor(n).float().clone()
+    total = torch.as_tensor(n)
+    total = (total if total.is_floating_point() else total.float()).clone()
     dist.all_reduce(total)
     return n*n_processes()/total.clamp_min(1)
 

@@ -182,10 +182,13 @@ class _Average(Callback):
     def before_train(self):
         ps = [p for p in self.learn.model.parameters() if p.requires_grad]
         overlap = not hasattr(self.learn, 'gradient_accumulation') # whose gradients are sums of several passes
-        self.buckets = _Buckets(ps, overlap)
+        self.buckets = _Buckets(ps, overlap) if ps else None # an epoch without gradients
 
-    def before_step(self): self.buckets.finish()
-    def after_train(self): self.buckets.remove()
+    def before_step(self):
+        if self.buckets: self.buckets.finish()
+
+    def after_train(self):
+        if self.buckets: self.buckets.remove()
 
 # %% ../../nbs/04_training/07a_shared.ipynb #4ce3b135
 def _joint_norm(m, x):

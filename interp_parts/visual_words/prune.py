@@ -97,11 +97,11 @@ def prune_run(
     gone,said = _goners(learn, batches, rule, k, least)
     n,before = len(learn.model.words),_test_accuracy(learn, df)
     if len(gone) == n: raise DataError(run, f'all {n} words go: {said}', 'a word that stays', 'pass another --rule or --least')
-    with start_folder(out, 'run', reads) as folder:
+    with start_folder(out, 'run', reads):
         if gone:
             learn.model.drop_words(gone)
             _refit(learn, batches, epochs, lr, own or rule == 'protopnet')
-        _save(learn, run, folder, dict(run=str(run), rule=rule, words=n, gone=len(gone), epochs=epochs, lr=lr))
+        _save(learn, run, Path(out), dict(run=str(run), rule=rule, words=n, gone=len(gone), epochs=epochs, lr=lr))
     say(f'{len(gone)} of {n} words go' + f' ({said})'*bool(gone))
     if before is not None: say(f'accuracy {before:.4f} with all words, {_test_accuracy(learn, df):.4f} with {n-len(gone)}')
     return Path(out)
