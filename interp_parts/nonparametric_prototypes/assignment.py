@@ -24,14 +24,24 @@ def sinkhorn(
     return q*n
 
 # %% ../../nbs/16_nonparametric_prototypes/01_assignment.ipynb #88f6dd53
+def _sinkhorn_by_class(s, label, n_classes, epsilon, steps=3):
+    "`sinkhorn` of the patches of each class at once: shares (N,K), up to a factor; nothing is read back from the device"
+    total = lambda v: v.new_zeros(n_classes, *v.shape[1:]).index_add_(0, label, v)[label]
+    n = total(torch.ones_like(s[:,:1]))
+    largest = s.new_full((n_classes,), -torch.inf).scatter_reduce(0, label, s.amax(1), 'amax')[label]
+    q = ((s - largest[:,None])/epsilon).exp()
+    q = q/total(q.sum(1, keepdim=True))
+    for _ in range(steps):
+        q = q/(s.shape[1]*total(q).clamp_min(torch.finfo(q.dtype).tiny))
+        q = q/(n*q.sum(1, keepdim=True))
+    return q
+
 def assign_patches(
     similarity:torch.Tensor, # (N,C+1,K) of patches and all prototypes
     label:torch.Tensor, # (N,) class of each patch, C for the background
     epsilon:float=.05, # As for `sinkhorn`
 )->torch.Tensor:
     "Number (N,) of each patch's prototype, counted over all classes: class times K plus prototype"
-    out = torch.empty_like(label)
-    for c in label.unique().tolist():
-        mine = label == c
-        out[mine] = c*similarity.shape[2] + sinkhorn(similarity[mine,c], epsilon).argmax(1)
-    return out
+    k = similarity.shape[2]
+    own = similarity[torch.arange(len(label), device=label.device), label]
+    return label*k + _sinkhorn_by_class(own, label, similarity.shape[1], epsilon).argmax(1)
