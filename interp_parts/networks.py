@@ -134,6 +134,10 @@ def _needed(map_):
     fits = _shapes(map_.net)
     return {k:v for k,v in fits.items() if not k.startswith('1.')} if isinstance(map_.net, nn.Sequential) else fits
 
+def _same(a, b):
+    "Are two maps equal but for rounding? Memory formats and threads round differently, another network is far off"
+    return a.shape == b.shape and bool((a-b).abs().max() <= 1e-4*a.abs().max())
+
 @torch.no_grad()
 def _proven(map_, way):
     "Does a way to build a network give the same map?"
@@ -144,7 +148,7 @@ def _proven(map_, way):
         new.load_state_dict({k:map_.net.state_dict()[k] for k in shapes})
         other = LayerMap(new, map_.layer, map_.size)
         x = torch.randn(1, 3, map_.size, map_.size, generator=torch.Generator().manual_seed(0))
-        with eval_mode(map_.net), eval_mode(new): return torch.equal(map_(x), other(x))
+        with eval_mode(map_.net), eval_mode(new): return _same(map_(x), other(x))
     except (TypeError, ValueError, AssertionError, RuntimeError, ConfigError): return False
 
 def describe_network(
