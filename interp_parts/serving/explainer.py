@@ -47,7 +47,7 @@ def part_names(
 )->list:
     "The name of each part: yours if you gave one, else `background` or `part K`"
     file = Path(run)/'part_names.json'
-    given = read_json(file) if file.exists() else {}
+    given = read_json(file, dict) if file.exists() else {}
     own = lambda k: 'background' if k == background else f'part {k}'
     return [str(given.get(str(k), own(k))) for k in range(n_parts)]
 
@@ -58,9 +58,9 @@ def name_part(
 ):
     "Store the name of a part in its run"
     n = read_json(Path(run)/'config.json')['model'].get('n_parts')
-    if k < 0 or n is not None and k > n: raise ConfigError('part', k, f'a number from 0 to {n}')
+    if type(k) is not int or k < 0 or n is not None and k > n: raise ConfigError('part', repr(k), f'a number from 0 to {n}')
     file = Path(run)/'part_names.json'
-    given = read_json(file) if file.exists() else {}
+    given = read_json(file, dict) if file.exists() else {}
     others = {i:v for i,v in given.items() if i != str(k)}
     if name in others.values(): raise ConfigError('name', repr(name), 'a name that no other part has')
     write_json(file, others | ({str(k):name} if name else {}))
@@ -73,6 +73,7 @@ class Explainer:
         device='cpu', # Where the model goes: 'cpu', 'cuda' or 'cuda:N'
         bs:int=16, # Images that go through the network together, at most
     ):
+        if type(bs) is not int or bs < 1: raise ConfigError('bs', repr(bs), 'at least 1')
         self.run,self.bs = Path(run),bs
         self.learn = load_run(run, torch.device(device))
         view = self.learn.dls.view
@@ -110,6 +111,8 @@ def stream(self:Explainer,
 ):
     "Yield an `Explanation` for each image, `bs` at a time; nothing is kept"
     learn = self.learn
+    if target is not None and not (type(target) is int and 0 <= target < len(self.vocab)):
+        raise ConfigError('target', repr(target), f'a number from 0 to {len(self.vocab)-1}', 'see Explainer.vocab')
     for group in _alike((self._input(f) for o in items for f in _files(o)), self.bs):
         x = torch.stack([o[0] for o in group])
         p = learn.model.parts(x.to(learn.dls.device), target).cpu()

@@ -85,6 +85,7 @@ def prune_run(
     "Make a run without the words that are not needed"
     for name,v,low in (('--k',k,1), ('--least',least,1), ('--epochs',epochs,0)):
         if v < low: raise ConfigError(name, v, f'at least {low}')
+    if not 0 < lr < float('inf'): raise ConfigError('--lr', lr, 'above 0')
     learn = load_run(run, device, workers=workers)
     if (name := learn.config['method']) != 'visual_words':
         raise ConfigError('prune', f'{run} is a run of {name}', 'a run of visual_words')
@@ -92,6 +93,7 @@ def prune_run(
     claim(out, 'run', reads, new=True, mark=False)
     own = _class_specific(learn.config)
     rule = rule or ('protopnet' if own else 'shared')
+    if rule == 'shared' and (k,least) != (6,3): raise ConfigError('--k', f'{k}, and --least {least}', 'the rule protopnet', 'pass --rule protopnet, or leave them out')
     df = run_rows(learn.config, path, run)
     batches = learn.batches(df[df.split == 'train'], whole=False)
     gone,said = _goners(learn, batches, rule, k, least)
