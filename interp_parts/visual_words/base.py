@@ -36,6 +36,9 @@ def _grad_cam(model, layer, x, target=None):
         target = logits.argmax(1) if target is None else target
         g, = torch.autograd.grad(logits.gather(1, target[:,None]).sum(), seen)
     a,g = [as_map(v, x.shape[2:], _prefix(model, v)) for v in (seen[0].detach(), g)]
+    if not g.any():
+        raise ConfigError('layer', 'the logits do not depend on its map', 'a layer whose map they use',
+                          'name an earlier one; where only the class token counts, the last block\'s norm1')
     return to_unit((g.mean((2,3), keepdim=True)*a).sum(1).relu()),logits.detach()
 
 # %% ../../nbs/12_visual_words/05_base.ipynb #69624364
