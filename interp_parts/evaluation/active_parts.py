@@ -9,7 +9,7 @@ __all__ = ['map_centroids', 'active_in_image', 'ActiveRegression', 'ActiveKeypoi
 import numpy as np, torch, torch.nn.functional as F
 from fastcore.basics import patch
 
-from ..core import DataError
+from ..core import DataError, pick
 from .landmarks import eye_frame, to_frame
 from .regression import keypoint_error
 
@@ -78,7 +78,7 @@ class ActiveKeypointError:
         norm:str='box', # Unit: 'box' (the image if there is none) or 'eyes'
         eyes=(0,1), # Numbers of the two keypoints that are eyes
     ):
-        self.norm,self.eyes = norm,eyes
+        self.norm,self.eyes = pick(norm, ('box','eyes'), 'keypoint_norm'),eyes
         self.rows = {},{} # Test and fitting images, by row of the table
 
     def update(self,
