@@ -355,6 +355,11 @@ def create_learner(
     method = get_method(name)
     _check_classes(method, dls)
     learn = method.learner(dls, **options)
-    check = getattr(getattr(learn.model, 'backbone', None), 'check_view', None)
-    if check and hasattr(dls, 'view'): check(dls.view)
+    if hasattr(dls, 'view'): _check_view(getattr(learn.model, 'backbone', None), dls.view)
     return learn
+
+def _check_view(backbone, view):
+    "Complain about images that the backbone cannot take, or that are smaller than a cell of its map"
+    least,check = getattr(backbone, 'stride', 1),getattr(backbone, 'check_view', None)
+    if view.size < least: raise ConfigError('--size', view.size, f'at least {least}, the pixels of one cell of the map')
+    if check: check(view)

@@ -130,20 +130,23 @@ def _features(
     path:str=None, # Another folder of the same data
     split:str=None, # Rows of this split only
     device:str='auto', # auto, cpu, cuda or cuda:N
+    overwrite:bool=False, # Replace a file that this command wrote before?
 ):
     "Write embeddings, logits, presence and centres of the parts of each image as .npz"
     from interp_parts.command.features import features_run
-    print(f"{out}: {', '.join(f'{k} {v.shape}' for k,v in features_run(run, out, path, split, device).items())}")
+    arrays = features_run(run, out, path, split, device, overwrite=overwrite)
+    print(f"{out}: {', '.join(f'{k} {v.shape}' for k,v in arrays.items())}")
 
 # %% ../../nbs/30_command/01_cli.ipynb #0bd19bc6
 @command()
 def _export(
     run:str, # Folder of a finished training
     file:str, # model.onnx or model.pt2
+    overwrite:bool=False, # Replace files that this command wrote before?
 ):
     "Write the model of a run for other programs"
     from interp_parts.serving.exporting import export_run
-    about = export_run(run, file)
+    about = export_run(run, file, overwrite)
     print(f"{file}: from {about['input']['size']} px images to {', '.join(about['outputs'])}; batch {about['batch']}")
 
 # %% ../../nbs/30_command/01_cli.ipynb #23e51dc1

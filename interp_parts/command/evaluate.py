@@ -109,8 +109,8 @@ def evaluate_run(
     marks = learn.config.get('published', {}) if protocol == 'paper' else {}
     if marks: res['published'] = {k:v for k,v in marks.items() if k in res}
     if reader: res['reader'] = ', '.join(f'{k}={v}' for k,v in reader.items())
-    res |= dict(seed=learn.config['training'].get('seed'),
-                same_data=fingerprint(df) == learn.config['data']['fingerprint'])
+    was = learn.config['data']['fingerprint']
+    res |= dict(seed=learn.config['training'].get('seed'), same_data=fingerprint(df, like=was) == was)
     return _write_metrics(run, res)
 
 def _write_metrics(run, res):

@@ -95,8 +95,8 @@ def _same_data(run, method, s):
     "Does the path hold the data that the run was started with?"
     config = run/'config.json'
     if not config.exists(): return False
-    begun = read_json(config, dict(data=dict(fingerprint=str)))['data']
-    return fingerprint(read_rows(s, method, run)) == begun['fingerprint']
+    begun = read_json(config, dict(data=dict(fingerprint=str)))['data']['fingerprint']
+    return fingerprint(read_rows(s, method, run), like=begun) == begun
 
 def _check_same(run, method, s, again):
     "An error for settings other than those of the run"

@@ -30,20 +30,30 @@ from .optim import keep_memory
 def fingerprint(
     df:pd.DataFrame, # A table
     contents:bool=False, # Of what is in the files, whatever their names?
+    like:str='2-', # One to compare with: that of an earlier version is made by its rule
 )->str:
     "Short hash of which images, splits and labels a table holds; independent of where it lies"
-    h = hashlib.sha256()
+    h,new = hashlib.sha256(),like.startswith('2-')
     label = next((df[c] for c in ('label','labels','identity') if c in df), df.split)
-    named = lambda p: f"{'/'.join(Path(p).parts[-2:])} {Path(p).stat().st_size}".encode()
-    for p,s,l in zip(df.image, df.split, label): h.update((_ends if contents else named)(p) + f' {s} {l}\n'.encode())
-    return h.hexdigest()[:16]
+    for p,s,l in zip(df.image, df.split, label): h.update(_about_file(p, contents, new) + f' {s} {l}\n'.encode())
+    return '2-'*new + h.hexdigest()[:16]
 
-def _ends(path, n=4096):
-    "Size, and first and last bytes of a file"
-    with open(path, 'rb') as f:
-        head,size = f.read(n),f.seek(0, 2)
-        f.seek(max(size-n, 0))
-        return f'{size} '.encode() + head + f.read(n)
+def _about_file(path, contents, new):
+    "What a fingerprint knows of a file"
+    if contents: return _sample(path) if new else _sample(path, whole=8192, between=0)
+    name = '/'.join(Path(path).parts[-2:]).encode()
+    return name + b' ' + (_sample(path) if new else str(Path(path).stat().st_size).encode())
+
+def _sample(path, whole=65536, n=4096, between=16):
+    "Size and bytes of a file: all of a small one, else both ends and blocks of 512 evenly between"
+    with open(path, 'rb', buffering=0) as f:
+        size = f.seek(0, 2)
+        spots = [(0,n), *((n + (size-2*n-512)*i//between, 512) for i in range(between)), (max(size-n, 0),n)]
+        return f'{size} '.encode() + b''.join(_read_at(f, *at) for at in ([(0,whole)] if size <= whole else spots))
+
+def _read_at(f, at, n):
+    f.seek(at)
+    return f.read(n)
 
 # %% ../../nbs/04_training/06_runs.ipynb #35a06c8a
 def versions()->dict:

@@ -99,7 +99,8 @@ def _training_table(learn):
     try: table = run_rows(learn.config, run=learn.run_dir)
     except InterpPartsError as e: lost = str(e)
     else:
-        if fingerprint(table) == learn.config['data']['fingerprint']: return table
+        was = learn.config['data']['fingerprint']
+        if fingerprint(table, like=was) == was: return table
         lost = f"{learn.config['training']['path']} holds other images than the training had"
     warnings.warn(f'words without the patches that they are: {lost}')
 
