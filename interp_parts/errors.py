@@ -44,14 +44,14 @@ def nearest(
 )->list:
     "The `n` of `options` that are spelt most like `name`, best first"
     like = {o:_likeness(_letters(name), str(o)) for o in options}
-    found = [o for o in options if not close or like[o][0] or like[o][1] >= .6]
+    found = [o for o in options if not close or like[o] >= (True,0) or like[o][1] >= .7]
     return sorted(found, key=like.get, reverse=True)[:n]
 
 def _likeness(typed, option):
-    "Does the option begin with what was typed, or is that a word of it; and how many of the letters are the same"
+    "Has the option the same letters, the same beginning, or what was typed as a word; and how much is the same"
     o = _letters(option)
-    begins = len(typed) > 1 and o.startswith(typed) or typed in option.lower().split('_')
-    return begins, difflib.SequenceMatcher(None, typed, o).ratio()
+    same = sorted(typed) == sorted(o) or len(typed) > 1 and o.startswith(typed) or typed in option.lower().split('_')
+    return same, difflib.SequenceMatcher(None, typed, o).ratio()
 
 # %% ../nbs/00e_errors.ipynb #968f5d08
 def pick(

@@ -313,6 +313,8 @@ def keep_theirs(
     if theirs: warnings.warn(f'{path}: not written, since interp_parts did not write the file that is there; rename it')
     return theirs
 
+_of_runs = {'config.json', 'settings.json', 'metrics.json', 'split.txt', 'history.csv', 'model.safetensors'}
+
 def claim_file(
     path, # File to be written
     kinds=(), # Kinds of folders of ours in which any file may be written over, such as 'run'
@@ -321,6 +323,8 @@ def claim_file(
 )->Path:
     "The path, if it is free or one of our files; raise an error for all others"
     p = Path(path)
+    if p.name in _of_runs and made(p.parent) in _also['run']:
+        raise ConfigError(p, 'is the name of a file of the run', 'another name', f'pass one such as {free_name(p)}')
     if not os.path.lexists(p): return p
     if made(p) == 'file':
         if replace: return p

@@ -162,7 +162,8 @@ _unread_suffixes = {'.avif', '.heic', '.heif', '.jxl', '.jp2', '.j2k', '.tga', '
 # %% ../../../nbs/01_data/readers/01_files.ipynb #3339ead5
 def _is_yours(p):
     "Is it neither hidden, nor of a system, nor made by this library?"
-    return not p.name.startswith(('.','__','@')) and (p.is_file() or made(p) is None)
+    if p.name.startswith(('.','__','@')): return False
+    return p.is_file() and p.suffix != '.png' or made(p) is None
 
 def _walk(folder, seen=()):
     "Files below a folder, in order; through links, but into no folder within itself"
