@@ -8,7 +8,7 @@ __all__ = ['SPLITS', 'BAD_IMAGE', 'part_table', 'first_few', 'class_names', 'che
            'use_split']
 
 # %% ../../nbs/01_data/01_table.ipynb #0677f6d3
-import hashlib, os, unicodedata, warnings
+import hashlib, json, os, unicodedata, warnings
 from collections import Counter
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -272,20 +272,29 @@ def write_split(
     path, # Text file to write
 ):
     "Write which image is in which split, one line an image: split, tab, path from the folder that holds all images"
-    rows = sorted({f'{s}\t{k}' for k,s in zip(_keys(df.image), df.split)})
-    said = f"# {df.attrs.get('name')}: {df.attrs.get('protocol')}".replace('\n', ' ')
+    rows = sorted({f'{s}\t{_quoted(k)}' for k,s in zip(_keys(df.image), df.split)})
+    said = ' '.join(f"# {df.attrs.get('name')}: {df.attrs.get('protocol')}".split()).encode('utf-8', 'replace').decode()
     write_text(path, '\n'.join([said, *rows]) + '\n')
 
+def _quoted(key):
+    "A path that is one line of text: one with line breaks, tabs or bytes of another encoding as JSON"
+    return key if key.isprintable() and not key.startswith('"') else json.dumps(key)
+
 # %% ../../nbs/01_data/01_table.ipynb #6287c823
+def _unquoted(key):
+    if not key.startswith('"'): return key
+    try: return json.loads(key)
+    except ValueError: return key
+
 def _read_split(path):
     "Splits of each image path of a list; an image for accuracy may be one for parts, too"
-    try: lines = [l.split('\t') for l in Path(path).read_text(encoding='utf-8-sig').splitlines() if l and l[0] != '#']
+    try: lines = [l.split('\t') for l in Path(path).read_text(encoding='utf-8-sig').split('\n') if l and l[0] != '#']
     except (OSError, UnicodeDecodeError):
         raise DataError(path, 'no such file', 'lines such as `train<tab>owl/1.jpg`') from None
     bad = [l for l in lines if len(l) != 2 or l[0] not in SPLITS]
     if bad:
         raise DataError(path, repr('\t'.join(bad[0])), f'lines such as `train<tab>owl/1.jpg`, of {", ".join(SPLITS)}')
-    out = {f:[s for s,_ in ls] for f,ls in _by(lambda l: l[1], lines).items()}
+    out = {_unquoted(f):[s for s,_ in ls] for f,ls in _by(lambda l: l[1], lines).items()}
     both = [f for f,s in out.items() if 'train' in s and {'test','eval'} & set(s)]
     if both: raise DataError(path, f'{first_few(both)} in several splits', 'one split an image')
     return out

@@ -142,7 +142,7 @@ def _bad_arguments():
             'unknown protocol':(('evaluate','RUN','--protocol','papr'), 'did you mean paper'),
             'run exists':((*t[:7],'RUN','--backbone','test_resnet'), 'pass --resume or --overwrite'),
             'no number of images':(('visualize','RUN','--n','-1'), '--n'),
-            'nothing to synthesize':(('synthesize','cats','NONE'), 'did you mean'),
+            'nothing to synthesize':(('synthesize','cats','NONE'), 'expected one of birds, faces'),
             'unknown recipe to show':(('recipes','cub_res'), 'did you mean')}
 
 # %% ../../nbs/40_testing/04a_bad_runs.ipynb #f769cbc0
