@@ -47,8 +47,8 @@ def write_text(
     path, # File to be written
     text:str, # Its content
 ):
-    "Write a text file in one piece"
-    with atomic_path(path) as tmp: tmp.write_text(text, encoding='utf-8')
+    "Write a text file in one piece; bytes of another encoding, as in names of files, are written as `\\udce9`"
+    with atomic_path(path) as tmp: tmp.write_text(text, encoding='utf-8', errors='backslashreplace')
 
 def write_json(
     path, # File to be written

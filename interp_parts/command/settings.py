@@ -212,7 +212,7 @@ def check_settings(
     s:dict, # From `make_settings`
 ):
     "Raise for settings that cannot be"
-    if s['data'] is None or s['path'] is None:
+    if not (s['data'] and s['path']):
         raise ConfigError('--data and --path', 'missing', 'what to train on', '--data folder --path DIR')
     for k,like in {**settings_defaults, **_kinds}.items():
         if s.get(k) is not None: check_kind(f"--{k.replace('_','-')}", s[k], like, *_limits.get(k, ()))

@@ -6,7 +6,7 @@
 __all__ = ['app', 'typed', 'command', 'parse_set', 'given', 'split_reader', 'run_command']
 
 # %% ../../nbs/30_command/01a_shell.ipynb #ac32d10c
-import ast, contextlib, inspect, json, os, signal, sys, threading, warnings
+import ast, contextlib, functools, inspect, json, os, signal, sys, threading, warnings
 
 import typer
 from fastcore.docments import docments
@@ -30,9 +30,19 @@ def command(
     def add(f):
         docs,sig = docments(f),inspect.signature(f)
         f.__signature__ = sig.replace(parameters=[_parameter(p, docs[p.name]) for p in sig.parameters.values()])
-        to.command(f.__name__.strip('_'))(f)
+        to.command(f.__name__.strip('_'))(_no_empty_words(f))
         return f
     return add
+
+def _no_empty_words(f):
+    "The function, which complains about an empty word: what a shell makes of a variable that is not set"
+    @functools.wraps(f)
+    def checked(**options):
+        from interp_parts.core import ConfigError
+        empty = [k for k,v in options.items() if v == '' or isinstance(v, (list,tuple)) and '' in v]
+        if empty: raise ConfigError(f"--{empty[0].strip('_').replace('_','-')}", "''", 'a word', 'is a variable of the shell not set?')
+        return f(**options)
+    return checked
 
 # %% ../../nbs/30_command/01a_shell.ipynb #9cd981e4
 def parse_set(

@@ -6,7 +6,7 @@
 __all__ = ['fingerprint', 'versions', 'run_config', 'keep_split', 'save_run', 'blank_dls', 'load_run']
 
 # %% ../../nbs/04_training/06_runs.ipynb #712d7e17
-import hashlib, platform
+import hashlib, os, platform
 from functools import cached_property
 from pathlib import Path
 
@@ -41,7 +41,7 @@ def fingerprint(
 def _about_file(path, contents, new):
     "What a fingerprint knows of a file"
     if contents: return _sample(path) if new else _sample(path, whole=8192, between=0)
-    name = '/'.join(Path(path).parts[-2:]).encode()
+    name = os.fsencode('/'.join(Path(path).parts[-2:]))
     return name + b' ' + (_sample(path) if new else str(Path(path).stat().st_size).encode())
 
 def _sample(path, whole=65536, n=4096, between=16):

@@ -203,7 +203,7 @@ def cache(self:DataFolder,
     "Folder to keep `what` in: in the data set if that can be written, else in the user's cache"
     home = os.environ.get('INTERP_PARTS_CACHE')
     if not home and os.access(self.path, os.W_OK): return self/'.interp_parts'/what
-    key = hashlib.sha256(str(self.path).encode()).hexdigest()[:8]
+    key = hashlib.sha256(os.fsencode(self.path)).hexdigest()[:8]
     return Path(home or Path.home()/'.cache'/'interp_parts')/f'{self.path.name}-{key}'/what
 
 # %% ../../../nbs/01_data/readers/01_files.ipynb #00eaf5df
