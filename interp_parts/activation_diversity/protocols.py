@@ -17,7 +17,7 @@ from ..data.rows import run_rows
 from ..data.table import check_table, first_few, part_table
 from ..evaluation.face_templates import Templates, pooled_distances
 from ..evaluation.faces import embeddings
-from ..evaluation.recognition import Identification, Verification, repeated_eer, unit_rows
+from ..evaluation.recognition import Identification, Verification, unit_rows
 from ..files import reading
 from .learner import activation_diversity_learner
 from ..training.runs import load_run
@@ -192,7 +192,7 @@ def _score_ar(
     for cover,i in {'all':np.arange(len(rows)), **rows.groupby('cover').indices}.items():
         who = rows.person.to_numpy()[i]
         if 1 < len(set(who)) < len(who):
-            out[f'eer_{cover}'.replace(' ', '_')] = list(repeated_eer(f[i], who, pairs))
+            out[f'eer_{cover}'.replace(' ', '_')] = list(Verification.repeated_eer(f[i], who, pairs))
     return dict(recognition=out, folds=10, n_images=len(rows))
 
 # %% ../../nbs/13_activation_diversity/13_protocols.ipynb #f3925cdc

@@ -10,12 +10,22 @@ import json, os, sys
 
 import typer
 
-from .shell import app, command, given, parse_set, run_command, split_reader, typed
+from .shell import app, command, parse_set, run_command, typed
 
 # %% ../../nbs/30_command/01_cli.ipynb #23ce636d
 def main():
     "Entry point of the command `interp-parts`"
     sys.exit(run_command())
+
+# %% ../../nbs/30_command/01_cli.ipynb #699b5cb0
+def _given(options, *but):
+    "Arguments of a command by name, but for those that it uses itself"
+    return {k:v for k,v in options.items() if k not in but}
+
+def _split_reader(options):
+    "Options of the reader, which start with `data.`, and all others"
+    reader = {k[5:]:v for k,v in options.items() if k.startswith('data.')}
+    return reader, {k:v for k,v in options.items() if not k.startswith('data.')}
 
 # %% ../../nbs/30_command/01_cli.ipynb #7b3be1c5
 @command()
@@ -63,7 +73,7 @@ def _train(
     set_:list[str]=[], # key=value: any further option of the method or the training; data.key=value: of the reader
 ):
     "Train a method; writes the folder --out"
-    options = given(locals(), 'method', 'out', 'recipe', 'config', 'resume', 'overwrite', 'num_processes', 'set_')
+    options = _given(locals(), 'method', 'out', 'recipe', 'config', 'resume', 'overwrite', 'num_processes', 'set_')
     if num_processes not in (None, 1):
         from interp_parts.command.processes import run_processes
         return run_processes(num_processes, typed)
@@ -165,9 +175,9 @@ def _foreground(
     set_:list[str]=[], # key=value: threshold or largest; data.key=value: of the reader
 ):
     "Learn foreground masks from the training images, and write one for every image"
-    options = given(locals(), 'data', 'path', 'out', 'protocol', 'set_')
+    options = _given(locals(), 'data', 'path', 'out', 'protocol', 'set_')
     from interp_parts.command.foreground import foreground_run
-    reader,more = split_reader(parse_set(set_))
+    reader,more = _split_reader(parse_set(set_))
     settings = dict(data=data, path=path, protocol=protocol, reader=reader)
     n = len(foreground_run(out, settings, **options, **more))
     print(f'{out}: masks of {n} images; next, interp-parts evaluate RUN --set data.masks={out}')
@@ -227,8 +237,8 @@ def _recipes(
     json_:bool=False, # As JSON?
 ):
     "List the published settings"
-    from interp_parts.command.settings import all_recipes, recipe_lines
-    print(json.dumps(all_recipes(name), indent=1) if json_ else '\n'.join(recipe_lines(name)))
+    from interp_parts.command.settings import show_recipes
+    print(show_recipes(name, json_))
 
 # %% ../../nbs/30_command/01_cli.ipynb #c009874d
 @command()
@@ -314,6 +324,6 @@ def _table(
     set_:list[str]=[], # METHOD.key=value: a further option of one method; key=value: of all
 ):
     "Train and score every method on the same images; goes on where it was. Writes table.csv, table.md, report.html"
-    options = given(locals(), 'out', 'methods', 'seeds', 'explain_n', 'set_')
+    options = _given(locals(), 'out', 'methods', 'seeds', 'explain_n', 'set_')
     from interp_parts.command.comparison import make_table
     make_table(out, options, methods.split(','), seeds, _of_methods(parse_set(set_)), explain_n)
