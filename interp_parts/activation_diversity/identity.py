@@ -9,7 +9,6 @@ __all__ = ['MARGINS', 'IdentityLoss']
 import math
 
 import torch, torch.nn.functional as F
-from torch import nn
 
 from .network import at_least_float32
 from ..core import pick

@@ -15,7 +15,7 @@ from ..data.readers.protocols import read_ar, read_ijba, read_ijbc, read_pairs
 from ..data.readers.registry import read_data
 from ..data.rows import run_rows
 from ..data.table import check_table, first_few, part_table
-from ..evaluation.face_templates import Templates, pooled_distances
+from ..evaluation.face_templates import Templates
 from ..evaluation.faces import embeddings
 from ..evaluation.recognition import Identification, Verification, unit_rows
 from ..files import reading
@@ -164,8 +164,8 @@ def _score_ijbc(
     gallery,probe,both = (_ijbc_templates(path, names, at) for names in (known, strangers, known+strangers))
     pairs = read_ijbc(_one(path, 'ijbc_11_G1_G2_matches.csv'), 'matches')
     a,b = (both.find(p) for p in pairs[np.isin(pairs, both.ids).all(1)].T)
-    out = Verification(pooled_distances(both.pooled(f), a, b), both.subject[a] == both.subject[b]).rates()
-    found = Identification(pooled_distances(probe.pooled(f), other=gallery.pooled(f)), probe.subject, gallery.subject)
+    out = Verification(Templates.pooled_distances(both.pooled(f), a, b), both.subject[a] == both.subject[b]).rates()
+    found = Identification(Templates.pooled_distances(probe.pooled(f), other=gallery.pooled(f)), probe.subject, gallery.subject)
     out |= {f'rank_{k}':r for k,r in zip((1,5,10), found.rank_rates())}
     return dict(recognition=_mean_std([out]), folds=1, n_images=len(f))
 

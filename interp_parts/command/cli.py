@@ -6,16 +6,30 @@
 __all__ = ['main']
 
 # %% ../../nbs/30_command/01_cli.ipynb #04f9d199
-import json, os, sys
+import ast, contextlib, json, os, sys
 
 import typer
 
-from .shell import app, command, parse_set, run_command, typed
+from .shell import app, command, run_command, typed
+from ..errors import ConfigError
 
 # %% ../../nbs/30_command/01_cli.ipynb #23ce636d
 def main():
     "Entry point of the command `interp-parts`"
     sys.exit(run_command())
+
+# %% ../../nbs/30_command/01_cli.ipynb #9cd981e4
+def _parse_set(pairs):
+    "Values by key: numbers, lists, booleans, None, or words"
+    out = {}
+    for p in pairs or []:
+        key,eq,val = p.partition('=')
+        if not eq: raise ConfigError('--set', repr(p), 'key=value')
+        out[key] = val
+        for read in (ast.literal_eval, json.loads):                           # of Python what JSON has too, no set or bytes
+            with contextlib.suppress(ValueError, SyntaxError, TypeError, RecursionError, MemoryError):
+                out[key] = json.loads(json.dumps(read(val)))
+    return out
 
 # %% ../../nbs/30_command/01_cli.ipynb #699b5cb0
 def _given(options, *but):
@@ -80,7 +94,7 @@ def _train(
     from interp_parts.command.settings import make_settings, recipe_note
     from interp_parts.command.train import train_run
     from interp_parts.files import read_json
-    settings = make_settings(method, recipe, read_json(config) if config else None, options, parse_set(set_))
+    settings = make_settings(method, recipe, read_json(config) if config else None, options, _parse_set(set_))
     if recipe: print(recipe_note(method, recipe))
     run = train_run(method, out, settings, resume, overwrite)
     if os.environ.get('RANK', '0') == '0': # of several processes, the first one
@@ -101,7 +115,7 @@ def _evaluate(
     "Score a run and its baselines; writes RUN/metrics.json"
     from interp_parts.command.evaluate import evaluate_run
     from interp_parts.evaluation.scoring import format_metrics
-    print(format_metrics(evaluate_run(run, path, protocol, split, baselines, device, workers, parse_set(set_))))
+    print(format_metrics(evaluate_run(run, path, protocol, split, baselines, device, workers, _parse_set(set_))))
 
 # %% ../../nbs/30_command/01_cli.ipynb #be66f3f5
 @command()
@@ -177,7 +191,7 @@ def _foreground(
     "Learn foreground masks from the training images, and write one for every image"
     options = _given(locals(), 'data', 'path', 'out', 'protocol', 'set_')
     from interp_parts.command.foreground import foreground_run
-    reader,more = _split_reader(parse_set(set_))
+    reader,more = _split_reader(_parse_set(set_))
     settings = dict(data=data, path=path, protocol=protocol, reader=reader)
     n = len(foreground_run(out, settings, **options, **more))
     print(f'{out}: masks of {n} images; next, interp-parts evaluate RUN --set data.masks={out}')
@@ -326,4 +340,4 @@ def _table(
     "Train and score every method on the same images; goes on where it was. Writes table.csv, table.md, report.html"
     options = _given(locals(), 'out', 'methods', 'seeds', 'explain_n', 'set_')
     from interp_parts.command.comparison import make_table
-    make_table(out, options, methods.split(','), seeds, _of_methods(parse_set(set_)), explain_n)
+    make_table(out, options, methods.split(','), seeds, _of_methods(_parse_set(set_)), explain_n)

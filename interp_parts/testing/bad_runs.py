@@ -17,7 +17,6 @@ from ..classification_specific_parts.files import Store, read_features
 from ..command.settings import check_settings, make_settings, settings_defaults
 from ..command.train import train_run
 from ..contrastive_reconstruction.published import import_original
-from ..core import pick
 from ..data.download import extract
 from ..data.images import load_image
 from ..data.readers.file_lists import read_part_locs
@@ -25,7 +24,7 @@ from ..data.readers.files import DataFolder, read_list, read_mat
 from ..data.readers.tables import read_table
 from ..files import read_json, write_json
 from ..models.backbones import Backbone
-from .bad_inputs import Case, bad, by_command, encoded_image, zip_bytes
+from .bad_inputs import Case, encoded_image, refused, zip_bytes
 from ..training.runs import load_run
 from ..visual_words.base import read_attention
 
@@ -146,7 +145,7 @@ def _bad_arguments():
             'unknown recipe to show':(('recipes','cub_res'), 'did you mean')}
 
 # %% ../../nbs/40_testing/04a_bad_runs.ipynb #f769cbc0
-bad.update(setting=_bad_settings, argument=_bad_arguments)
+refused.update(setting=_bad_settings, argument=_bad_arguments)
 
 # %% ../../nbs/40_testing/04a_bad_runs.ipynb #0c4bc8fa
 def _typed_cases(run, folder):
@@ -158,11 +157,11 @@ def _typed_cases(run, folder):
     for i,(name,(text,says)) in enumerate(_bad_settings().items()):
         (f := d/f'{i}.json').write_text(text)
         words = ('--config',f) if text[0] in '{[' else ('--set',text)
-        cases.append(Case('setting', name, lambda w=words: by_command(*t, *w), says))
+        cases.append(Case.typed('setting', name, (*t, *words), says))
     put = dict(RUN=run, NEW=d/'new', NONE=d/'none')
     for name,(words,says) in _bad_arguments().items():
         words = [put.get(w, images if w == '.' else w) for w in words]
-        cases.append(Case('argument', name, lambda w=words: by_command(*w), str(put.get(says, says))))
+        cases.append(Case.typed('argument', name, words, str(put.get(says, says))))
     return cases
 
 # %% ../../nbs/40_testing/04a_bad_runs.ipynb #8fcdfec2
@@ -179,7 +178,7 @@ def _evil_files(mark):
                 torch=zip_bytes(('archive/data.pkl', p), ('archive/version', b'3\n'), ('archive/byteorder', b'little')),
                 npy=npy, npz=zip_bytes(('train/features.npy', npy), ('train/labels.npy', npy)))
 
-bad['pickle'] = _evil_files
+refused['pickle'] = _evil_files
 
 # %% ../../nbs/40_testing/04a_bad_runs.ipynb #a7605f1d
 def _as(f, ending):
