@@ -6,7 +6,7 @@
 __all__ = ['UnseenClasses']
 
 # %% ../../nbs/12_visual_words/23_unseen.ipynb #177467af
-import numpy as np, pandas as pd, torch
+import pandas as pd, torch
 from sklearn.linear_model import LogisticRegression
 from sklearn.neighbors import KNeighborsClassifier
 from sklearn.pipeline import make_pipeline
