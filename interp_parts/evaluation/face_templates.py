@@ -166,7 +166,7 @@ def search(self:Templates,
     gallery:Templates, # Known people
     rule:str='standard', # One of `RULES`
     ranks=(1,5,10), # Which rates
-    fpir=(1e-1,1e-2), # False positive rates; used if there are strangers among the probes
+    fpir=(1e-1,1e-2), # False positive rates; used if some probes are not in the gallery
 )->dict:
     "Look these probes up: set distances (P,G), closed-set rank rates and open-set TPIR of one fold"
     pairs = np.stack(np.meshgrid(self.ids, gallery.ids, indexing='ij'), -1).reshape(-1,2)

@@ -130,7 +130,7 @@ class Identification:
     "Probes that are looked up in a gallery of known people"
     def __init__(self,
         dist, # (P,G) probes x gallery; NaN: an empty side
-        probes, # (P,) subjects; those not in the gallery are strangers
+        probes, # (P,) subjects; others are unknown people
         gallery, # (G,) subjects
         rule:str='standard', # One of `RULES`
     ):
@@ -163,7 +163,7 @@ def open_set(self:Identification,
     "TPIR (rank 1 and near enough) at each rate: highest threshold with FPIR <= t, or by 'original' FPIR nearest to t"
     d,known = np.where(np.isnan(self.dist), np.inf, self.dist),self.own.any(1)
     if known.all() or not known.any():
-        raise DataError('probes', f'{known.sum()} of {len(known)} are in the gallery', 'known people and strangers')
+        raise DataError('probes', f'{known.sum()} of {len(known)} are in the gallery', 'known and unknown people')
     near,right = d.min(1),self.own[np.arange(len(d)),d.argmin(1)]
     cuts = np.concatenate([[-np.inf], np.unique(near[np.isfinite(near)])])
     rate = (near[~known,None] <= cuts).mean(0)
