@@ -81,7 +81,7 @@ def _each_image(paths):
         if not p.exists(): raise DataError(p, 'no such file or folder', 'an image or a folder of images')
         top = os.path.abspath(p)
         for f in (map(str, DataFolder(p).each_image()) if p.is_dir() else [top]):
-            name = str(p/os.path.relpath(f, top)) if p.is_dir() else str(p)
+            name = str(p/f[len(top):].lstrip(os.sep)) if p.is_dir() else str(p)
             if name not in seen: yield name
             if len(paths) > 1: seen.add(name)
 

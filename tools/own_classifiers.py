@@ -1,0 +1,141 @@
+"Six classifiers of other libraries, explained with words, saved, and asked again in a fresh process: `python tools/own_classifiers.py [NAME ...] [--out FILE]`"
+import argparse, copy, subprocess, sys, tempfile, time
+from pathlib import Path
+
+import pandas as pd, timm, torch, torchvision
+from fastai.learner import Learner
+from fastai.vision.learner import create_vision_model
+from torch import nn
+
+from interp_parts.data.loaders import PartBatches, part_dls
+from interp_parts.data.readers.registry import read_data
+from interp_parts.networks import LayerMap
+from interp_parts.synthetic.birds import synthetic_birds
+from interp_parts.training.fit import fit_run
+from interp_parts.training.optim import seed_everything
+from interp_parts.training.runs import load_run, run_config, save_run
+from interp_parts.visual_words.base import BaseModel
+from interp_parts.visual_words.model import visual_words_learner
+from interp_parts.visual_words.scores import evaluate_words
+
+SPECIES,SIZE = 4,96
+ROOT = Path(__file__).resolve().parents[1]
+
+def resnet(): return timm.create_model('test_resnet', num_classes=SPECIES, output_stride=16)
+def convnext(): return timm.create_model('test_convnext', num_classes=SPECIES)
+def vit(): return timm.create_model('test_vit2', num_classes=SPECIES, img_size=SIZE, reg_tokens=4)
+def swin():
+    return timm.create_model('swin_tiny_patch4_window7_224', num_classes=SPECIES, img_size=SIZE, window_size=6, embed_dim=48,
+                             depths=(2,2,2), num_heads=(2,4,8))
+def torchvision_vit(): return torchvision.models.VisionTransformer(SIZE, 12, 4, 4, 96, 192, num_classes=SPECIES)
+def resnet18(): return create_vision_model(torchvision.models.resnet18, SPECIES, pretrained=False)
+
+NETWORKS = { # the network, the layer whose map is explained, epochs and learning rate of its own training
+    'timm ResNet':(resnet, 'layer4', 6, 3e-3),
+    'timm ConvNeXt':(convnext, 'stages.2', 40, 4e-3),
+    'timm ViT, 4 registers':(vit, 'blocks.7', 40, 2e-3),
+    'timm Swin':(swin, 'layers', 40, 1e-3),
+    'torchvision ViT':(torchvision_vit, 'encoder.layers.encoder_layer_3.ln_1', 40, 1e-3),
+    'fastai Learner, ResNet-18':(resnet18, '0', 5, 1e-3)}
+
+def birds(
+    folder, # Where they are, or will be
+):
+    "Table and loaders of synthetic birds of four species"
+    folder = Path(folder)
+    if not folder.exists(): synthetic_birds(folder, n=600, n_classes=SPECIES, size=SIZE, seed=3, workers=0)
+    df = read_data('cub', folder)
+    return df,part_dls(df, size=SIZE, resize='squash', bs=32, brightness=0., device='cpu')
+
+def trained(
+    make, # Function without arguments that makes a network
+    dls, # From `birds`
+    epochs:int, # Passes over the training images
+    lr:float, # Highest learning rate
+):
+    "A network after a plain PyTorch training; the fastai network as the `Learner` that trained it"
+    seed_everything(0)
+    if make is resnet18:
+        learn = Learner(dls, make(), loss_func=nn.CrossEntropyLoss())
+        with learn.no_bar(), learn.no_logging(): learn.fit_one_cycle(epochs, lr)
+        return learn
+    x,y = (torch.cat(v) for v in zip(*((x.as_subclass(torch.Tensor), y.as_subclass(torch.Tensor)) for x,y in dls.train)))
+    net = make().train()
+    opt = torch.optim.AdamW(net.parameters(), lr, weight_decay=.05)
+    plan = torch.optim.lr_scheduler.OneCycleLR(opt, lr, epochs*(len(x)//32))
+    for _ in range(epochs):
+        for rows in torch.randperm(len(x))[:len(x)//32*32].view(-1, 32):
+            opt.zero_grad()
+            images = x[rows].flip(-1) if torch.rand(()) < .5 else x[rows]
+            nn.functional.cross_entropy(net(images), y[rows]).backward()
+            nn.utils.clip_grad_norm_(net.parameters(), 1.)
+            opt.step()
+            plan.step()
+    return net.eval()
+
+def answers(
+    learn, # Of words
+    df, # From `birds`
+):
+    "Logits of the test images"
+    return learn.logits(df[df.split == 'test'])[0]
+
+def again(
+    run, # Folder of a run of words
+    name:str, # One of `NETWORKS`
+    folder, # Of the birds
+    out, # File of the logits
+):
+    "What a fresh process answers: the run builds its network, or is given one of the same code"
+    make,layer,*_ = NETWORKS[name]
+    known = bool(load_config(run)['network'])
+    torch.save(answers(load_run(run, features=None if known else LayerMap(make(), layer, SIZE)), birds(folder)[0]), out)
+
+def load_config(
+    run, # Folder of a run
+)->dict:
+    "Its config.json"
+    from interp_parts.files import read_json
+    return read_json(Path(run)/'config.json')
+
+def explained(
+    name:str, # One of `NETWORKS`
+    folder, # Of the birds
+)->dict:
+    "A row of the table: the classifier, its words, and whether a fresh process gives the same answers"
+    start,(make,layer,epochs,lr) = time.time(),NETWORKS[name]
+    df,dls = birds(folder)
+    net = trained(make, dls, epochs, lr)
+    base,test = BaseModel(net, layer),df[df.split == 'test']
+    own = torch.cat([(base(x).argmax(1) == b.label).float() for x,b in PartBatches(test, SIZE, 'squash')]).mean().item()
+    seed_everything(0)
+    learn = visual_words_learner(dls, n_parts=5*SPECIES, base=base, depth=64, cluster=.3, attend_warm=True)
+    with learn.no_bar(), learn.no_logging(): fit_run(learn, 16, lr=(1e-3,3e-3), clip=2.)
+    s,iou = evaluate_words(learn, df),'attention_iou_50'
+    with tempfile.TemporaryDirectory() as tmp:
+        run,out = Path(tmp)/'run',Path(tmp)/'logits.pt'
+        save_run(learn, run, run_config(learn, 'visual_words'))
+        subprocess.run([sys.executable, __file__, '--again', run, name, folder, out], check=True)
+        off = (torch.load(out) - answers(learn, df)).abs().max().item()
+        known = bool(load_config(run)['network'])
+    return dict(network=name, layer=layer, map=f'{learn.model.backbone.channels} x {SIZE//learn.model.backbone.stride}²',
+                accuracy=own, words_accuracy=s['accuracy'], agreement=s['base_agreement'], iou=s[iou],
+                iou_mean_cam=s[f'{iou}_mean_cam'], iou_shuffled=s[f'{iou}_shuffled'],
+                built_by='the run' if known else 'your code', logits_off=off, seconds=round(time.time()-start))
+
+def main():
+    "Explain the classifiers named, or all, and write the table"
+    p = argparse.ArgumentParser(description=__doc__)
+    p.add_argument('names', nargs='*', metavar='NAME', help=f'of {list(NETWORKS)}; default all')
+    p.add_argument('--birds', default=str(Path(tempfile.gettempdir())/'own_classifiers_birds'), help='folder of the birds')
+    p.add_argument('--out', default=str(ROOT/'nbs'/'results'/'own_classifiers.csv'), help='the table')
+    p.add_argument('--again', nargs=4, help=argparse.SUPPRESS)
+    a = p.parse_args()
+    if a.again: return again(*a.again)
+    rows = []
+    for name in a.names or NETWORKS:
+        rows.append(explained(name, a.birds))
+        print(rows[-1], flush=True)
+        pd.DataFrame(rows).round(4).to_csv(a.out, index=False)
+
+if __name__ == '__main__': main()
