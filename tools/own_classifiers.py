@@ -8,9 +8,8 @@ from fastai.vision.learner import create_vision_model
 from torch import nn
 
 from interp_parts.data.loaders import PartBatches, part_dls
-from interp_parts.data.readers.registry import read_data
 from interp_parts.networks import LayerMap
-from interp_parts.synthetic.birds import synthetic_birds
+from interp_parts.testing.toys import disc_table
 from interp_parts.training.fit import fit_run
 from interp_parts.training.optim import seed_everything
 from interp_parts.training.runs import load_run, run_config, save_run
@@ -18,38 +17,36 @@ from interp_parts.visual_words.base import BaseModel
 from interp_parts.visual_words.model import visual_words_learner
 from interp_parts.visual_words.scores import evaluate_words
 
-SPECIES,SIZE = 4,96
+CLASSES,SIZE = 4,48
 ROOT = Path(__file__).resolve().parents[1]
 
-def resnet(): return timm.create_model('test_resnet', num_classes=SPECIES, output_stride=16)
-def convnext(): return timm.create_model('test_convnext', num_classes=SPECIES)
-def vit(): return timm.create_model('test_vit2', num_classes=SPECIES, img_size=SIZE, reg_tokens=4)
+def resnet(): return timm.create_model('test_resnet', num_classes=CLASSES, output_stride=8)
+def convnext(): return timm.create_model('test_convnext', num_classes=CLASSES)
+def vit(): return timm.create_model('test_vit2', num_classes=CLASSES, img_size=SIZE, patch_size=8, reg_tokens=4)
 def swin():
-    return timm.create_model('swin_tiny_patch4_window7_224', num_classes=SPECIES, img_size=SIZE, window_size=6, embed_dim=48,
-                             depths=(2,2,2), num_heads=(2,4,8))
-def torchvision_vit(): return torchvision.models.VisionTransformer(SIZE, 12, 4, 4, 96, 192, num_classes=SPECIES)
-def resnet18(): return create_vision_model(torchvision.models.resnet18, SPECIES, pretrained=False)
+    return timm.create_model('swin_tiny_patch4_window7_224', num_classes=CLASSES, img_size=SIZE, window_size=3, embed_dim=48,
+                             depths=(2,2), num_heads=(2,4))
+def torchvision_vit(): return torchvision.models.VisionTransformer(SIZE, 8, 4, 4, 64, 128, num_classes=CLASSES)
+def resnet18(): return create_vision_model(torchvision.models.resnet18, CLASSES, pretrained=False)
 
 NETWORKS = { # the network, the layer whose map is explained, epochs and learning rate of its own training
-    'timm ResNet':(resnet, 'layer4', 6, 3e-3),
-    'timm ConvNeXt':(convnext, 'stages.2', 40, 4e-3),
-    'timm ViT, 4 registers':(vit, 'blocks.7', 40, 2e-3),
-    'timm Swin':(swin, 'layers', 40, 1e-3),
-    'torchvision ViT':(torchvision_vit, 'encoder.layers.encoder_layer_3.ln_1', 40, 1e-3),
-    'fastai Learner, ResNet-18':(resnet18, '0', 5, 1e-3)}
+    'timm ResNet':(resnet, 'layer4', 8, 3e-3),
+    'timm ConvNeXt':(convnext, 'stages.1', 20, 4e-3),
+    'timm ViT, 4 registers':(vit, 'blocks.7', 25, 2e-3),
+    'timm Swin':(swin, 'layers', 25, 2e-3),
+    'torchvision ViT':(torchvision_vit, 'encoder.layers.encoder_layer_3.ln_1', 25, 2e-3),
+    'fastai Learner, ResNet-18':(resnet18, '0.5', 6, 2e-3)}
 
-def birds(
-    folder, # Where they are, or will be
+def discs(
+    folder, # Where the images are, or will be
 ):
-    "Table and loaders of synthetic birds of four species"
-    folder = Path(folder)
-    if not folder.exists(): synthetic_birds(folder, n=600, n_classes=SPECIES, size=SIZE, seed=3, workers=0)
-    df = read_data('cub', folder)
+    "Table and loaders of images of two discs in random places, whose colours are the class"
+    df = disc_table(folder, n=320, n_classes=CLASSES, size=SIZE)
     return df,part_dls(df, size=SIZE, resize='squash', bs=32, brightness=0., device='cpu')
 
 def trained(
     make, # Function without arguments that makes a network
-    dls, # From `birds`
+    dls, # From `discs`
     epochs:int, # Passes over the training images
     lr:float, # Highest learning rate
 ):
@@ -75,7 +72,7 @@ def trained(
 
 def answers(
     learn, # Of words
-    df, # From `birds`
+    df, # From `discs`
 ):
     "Logits of the test images"
     return learn.logits(df[df.split == 'test'])[0]
@@ -83,13 +80,13 @@ def answers(
 def again(
     run, # Folder of a run of words
     name:str, # One of `NETWORKS`
-    folder, # Of the birds
+    folder, # Of the images
     out, # File of the logits
 ):
     "What a fresh process answers: the run builds its network, or is given one of the same code"
     make,layer,*_ = NETWORKS[name]
     known = bool(load_config(run)['network'])
-    torch.save(answers(load_run(run, features=None if known else LayerMap(make(), layer, SIZE)), birds(folder)[0]), out)
+    torch.save(answers(load_run(run, features=None if known else LayerMap(make(), layer, SIZE)), discs(folder)[0]), out)
 
 def load_config(
     run, # Folder of a run
@@ -100,17 +97,17 @@ def load_config(
 
 def explained(
     name:str, # One of `NETWORKS`
-    folder, # Of the birds
+    folder, # Of the images
 )->dict:
     "A row of the table: the classifier, its words, and whether a fresh process gives the same answers"
     start,(make,layer,epochs,lr) = time.time(),NETWORKS[name]
-    df,dls = birds(folder)
+    df,dls = discs(folder)
     net = trained(make, dls, epochs, lr)
     base,test = BaseModel(net, layer),df[df.split == 'test']
     own = torch.cat([(base(x).argmax(1) == b.label).float() for x,b in PartBatches(test, SIZE, 'squash')]).mean().item()
     seed_everything(0)
-    learn = visual_words_learner(dls, n_parts=5*SPECIES, base=base, depth=64, cluster=.3, attend_warm=True)
-    with learn.no_bar(), learn.no_logging(): fit_run(learn, 16, lr=(1e-3,3e-3), clip=2.)
+    learn = visual_words_learner(dls, n_parts=5*CLASSES, base=base, depth=32, cluster=.3, attend_warm=True)
+    with learn.no_bar(), learn.no_logging(): fit_run(learn, 12, lr=(1e-3,3e-3), clip=2.)
     s,iou = evaluate_words(learn, df),'attention_iou_50'
     with tempfile.TemporaryDirectory() as tmp:
         run,out = Path(tmp)/'run',Path(tmp)/'logits.pt'
@@ -127,14 +124,14 @@ def main():
     "Explain the classifiers named, or all, and write the table"
     p = argparse.ArgumentParser(description=__doc__)
     p.add_argument('names', nargs='*', metavar='NAME', help=f'of {list(NETWORKS)}; default all')
-    p.add_argument('--birds', default=str(Path(tempfile.gettempdir())/'own_classifiers_birds'), help='folder of the birds')
+    p.add_argument('--images', default=str(Path(tempfile.gettempdir())/'own_classifiers_discs'), help='folder of the images')
     p.add_argument('--out', default=str(ROOT/'nbs'/'results'/'own_classifiers.csv'), help='the table')
     p.add_argument('--again', nargs=4, help=argparse.SUPPRESS)
     a = p.parse_args()
     if a.again: return again(*a.again)
     rows = []
     for name in a.names or NETWORKS:
-        rows.append(explained(name, a.birds))
+        rows.append(explained(name, a.images))
         print(rows[-1], flush=True)
         pd.DataFrame(rows).round(4).to_csv(a.out, index=False)
 
