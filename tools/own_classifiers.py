@@ -8,6 +8,7 @@ from fastai.vision.learner import create_vision_model
 from torch import nn
 
 from interp_parts.data.loaders import PartBatches, part_dls
+from interp_parts.files import read_json
 from interp_parts.networks import LayerMap
 from interp_parts.testing.toys import disc_table
 from interp_parts.training.fit import fit_run
@@ -85,15 +86,8 @@ def again(
 ):
     "What a fresh process answers: the run builds its network, or is given one of the same code"
     make,layer,*_ = NETWORKS[name]
-    known = bool(load_config(run)['network'])
+    known = bool(read_json(Path(run)/'config.json')['network'])
     torch.save(answers(load_run(run, features=None if known else LayerMap(make(), layer, SIZE)), discs(folder)[0]), out)
-
-def load_config(
-    run, # Folder of a run
-)->dict:
-    "Its config.json"
-    from interp_parts.files import read_json
-    return read_json(Path(run)/'config.json')
 
 def explained(
     name:str, # One of `NETWORKS`
@@ -114,7 +108,7 @@ def explained(
         save_run(learn, run, run_config(learn, 'visual_words'))
         subprocess.run([sys.executable, __file__, '--again', run, name, folder, out], check=True)
         off = (torch.load(out) - answers(learn, df)).abs().max().item()
-        known = bool(load_config(run)['network'])
+        known = bool(read_json(Path(run)/'config.json')['network'])
     return dict(network=name, layer=layer, map=f'{learn.model.backbone.channels} x {SIZE//learn.model.backbone.stride}²',
                 accuracy=own, words_accuracy=s['accuracy'], agreement=s['base_agreement'], iou=s[iou],
                 iou_mean_cam=s[f'{iou}_mean_cam'], iou_shuffled=s[f'{iou}_shuffled'],
@@ -129,10 +123,11 @@ def main():
     p.add_argument('--again', nargs=4, help=argparse.SUPPRESS)
     a = p.parse_args()
     if a.again: return again(*a.again)
-    rows = []
+    rows = pd.read_csv(a.out).to_dict('records') if Path(a.out).exists() else []
     for name in a.names or NETWORKS:
-        rows.append(explained(name, a.images))
-        print(rows[-1], flush=True)
+        row = explained(name, a.images)
+        print(row, flush=True)
+        rows = [r for r in rows if r['network'] != name] + [row]
         pd.DataFrame(rows).round(4).to_csv(a.out, index=False)
 
 if __name__ == '__main__': main()
