@@ -137,14 +137,23 @@ def _visualize(
 def _predict(
     run:str, # Folder of a run
     images:list[str], # Image files and folders
-    out:str=None, # Folder for the pictures; default RUN/predictions
+    out:str=None, # File of answers, such as answers.jsonl; default: they are printed
+    pictures:str=None, # Folder for a picture of each explanation; default: none are drawn
+    topk:int=3, # Classes of an answer, at most
+    all_:bool=False, # All parts, instead of those that counted?
+    resume:bool=False, # Go on with a file of answers that exists?
     device:str='auto', # auto, cpu, cuda or cuda:N
     masks:str=None, # Folder of foreground masks named as the images, for methods without a background
     on_bad_image:str='error', # error, or skip: the line of that image says what is wrong
+    bs:int=16, # Images that go through the network together, at most
 ):
-    "One line of JSON for each image, and a picture of its explanation"
+    "One line of JSON for each image: its class, and where the parts are that counted"
     from interp_parts.command.predict import predict_run
-    for answer in predict_run(run, images, out, device, masks, on_bad_image): print(json.dumps(answer), flush=True)
+    n,to_file = [0,0],out is not None and out.endswith('.jsonl')
+    for a in predict_run(run, images, out, device, masks, on_bad_image, pictures, topk, all_, resume, bs):
+        if not to_file: print(json.dumps(a), flush=True)
+        n['skipped' in a] += 1
+    if to_file: print(f"{out}: {sum(n)} new answers" + f', {n[1]} of images that cannot be read'*(n[1] > 0))
 
 # %% ../../nbs/30_command/01_cli.ipynb #10861bfc
 @command()
