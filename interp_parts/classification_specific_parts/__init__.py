@@ -9,7 +9,7 @@ __all__ = []
 from . import svm, l2_svm, saliency_maps, clusters, boxes, order
 from . import settings, files, baselines, steps, pipeline, final
 from . import new_images, estimator, published, model, all_images, scores
-from . import learner, pictures
+from . import learner, pictures, imported
 
 # %% ../../nbs/14_classification_specific_parts/00_classification_specific_parts.ipynb #49847ba2
 __all__ = [*svm.__all__, *l2_svm.__all__, *saliency_maps.__all__, *clusters.__all__, *boxes.__all__, *order.__all__,

@@ -97,6 +97,15 @@ def _people(root, size):
     for b in _birds(6, 3, 1, size): b.write(root/f's{b.label+1}'/f'{b.nth+1}.png')
     return root
 
+def _lfw(root, size, people=4):
+    "lfw/ with a folder for each person, and pairs.txt of two folds"
+    name = lambda i: f'Name_{i%people+1}'
+    for b in _birds(people, 4, 0, size): b.write(root/'lfw'/name(b.label)/f'{name(b.label)}_{b.nth+1:04}.jpg')
+    same = [[f'{name(i)} {1+2*fold} {2+2*fold}' for i in range(people)] for fold in (0,1)]
+    other = [[f'{name(i)} {1+fold} {name(i+1)} {3+fold}' for i in range(people)] for fold in (0,1)]
+    _put(root/'pairs.txt', [f'2 {people}', *(l for fold in (0,1) for l in same[fold]+other[fold])])
+    return root
+
 # %% ../../nbs/40_testing/08_layouts.ipynb #ca17da21
 def _pets(root, size):
     "images/, and annotations/ with lists and trimaps"
@@ -250,7 +259,7 @@ def _protopnet(root, size):
 
 # %% ../../nbs/40_testing/08_layouts.ipynb #d0236a76
 _layouts = dict(cub=_cub, cub_parts=_cub, nabirds=_nabirds, celeba=_celeba, celeba_people=_celeba, casia=_casia, people=_people,
-                lfw=_people, pets=_pets, dogs=_dogs, awa2=_awa2, flowers=_flowers, stl10=_stl10, food101=_food101,
+                lfw=_lfw, pets=_pets, dogs=_dogs, awa2=_awa2, flowers=_flowers, stl10=_stl10, food101=_food101,
                 cars=_cars, inaturalist=_inaturalist, deepfashion=_deepfashion, pascal_part=_pascal_part,
                 folder=_folder, protopnet=_protopnet)
 
