@@ -114,7 +114,7 @@ def _rest(recipe, folder, small):
     "What the other commands say to a run"
     run = folder/'run'
     image = str(run_rows(read_json(run/'config.json')).image.iloc[-1])
-    commands = dict(evaluate=_scoring(recipe, run, folder, small), visualize=['visualize', str(run), '--n', '4', '--device', 'cpu'],
+    commands = dict(evaluate=_scoring(recipe, run, folder, small), visualize=['visualize', str(run), '--n', '2', '--device', 'cpu'],
                     predict=['predict', str(run), image, '--device', 'cpu'])
     return {k:_step(k, words, run) for k,words in commands.items()}
 
