@@ -212,7 +212,7 @@ _setups = {'Region grouping':_region_grouping, 'Contrastive reconstruction':_con
 
 # %% ../../nbs/40_testing/10_originals.ipynb #530bd735
 _data_of = {'pascal_dog':('pascal_part','PASCAL'), 'protopnet_cub_vgg19':('folder','datasets/cub200_cropped'),
-            'celeba_res101.json':('celeba','CelebA')}
+            'celeba_res101.json':('celeba','CelebA'), 'celeba_res101_p9':('celeba','CelebA')}
 
 def run_originals(
     rows:pd.DataFrame, # From `original_commands`, of one section

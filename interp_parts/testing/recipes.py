@@ -28,7 +28,9 @@ def _backbone(recipe, small):
     if 'net' in recipe['model']: return name
     return next((v for k,v in _small.items() if name.startswith(k)), name) if small else name
 
-def _side(name): return next((v for k,v in _sides.items() if name.startswith(k)), 96)
+def _side(name, recipe):
+    "Side of the images: what a network takes, or five cells of 16 pixels at least"
+    return next((v for k,v in _sides.items() if name.startswith(k)), 96 if recipe['method'] == 'region_grouping' else 64)
 
 # %% ../../nbs/40_testing/09_recipes.ipynb #fdfeaab1
 _epochs = dict(visual_words=dict(warm=1, start=1, every=1, last_epochs=2), nonparametric_prototypes=dict(cluster_epochs=1))
@@ -38,7 +40,8 @@ def _length(recipe):
     if 'steps' in recipe['fit']: return ['--steps', '2']
     phases = _epochs.get(recipe['method'], {})
     changed = [w for k,v in phases.items() for w in ('--set', f'{k}={v}')]
-    return ['--epochs', str(1+bool(phases)), *changed]
+    words = ['--n-parts','15']*(recipe['method'] == 'visual_words' and recipe.get('data') != 'flowers') # 5 for each of three classes
+    return ['--epochs', str(1+bool(phases)), *words, *changed]
 
 def _layout(name, recipe): return 'protopnet' if name.startswith('protopnet') else recipe.get('data', 'folder')
 
@@ -47,7 +50,7 @@ def _training(name, recipe, path, run, small):
     "Words of `interp-parts train`"
     net = _backbone(recipe, small)
     words = ['train', recipe['method'], '--recipe', name, '--data', recipe.get('data', 'folder'), '--path', str(path), '--out', str(run),
-             '--backbone', net, '--no-pretrained', '--size', str(_side(net)), '--bs', '4', '--workers', '0', '--device', 'cpu']
+             '--backbone', net, '--no-pretrained', '--size', str(_side(net, recipe)), '--bs', '4', '--workers', '0', '--device', 'cpu']
     return words + _length(recipe)
 
 def _base(recipe, path, run, small):
@@ -105,7 +108,6 @@ def try_recipe(
     if recipe['model'].get('attend'):
         row['base'] = _step('train', _base(recipe, path, folder/'base', small), folder/'base')
         words += ['--init', str(folder/'base')]
-    if name.startswith('protopnet'): words += ['--n-parts', '6']
     row['train'] = _step('train', words, folder/'run')
     row.update(_rest(recipe, folder, small) if row['train'] == 'ok' else {})
     return dict(row, seconds=round(time.process_time()-start))
@@ -122,8 +124,8 @@ def _rest(recipe, folder, small):
 def recipe_shard(
     key:str=interp_parts.__version__, # Another key, another choice
 )->list:
-    "Names of one recipe of each method, and of the classifier's one"
+    "Names of one recipe of each method, in an order that the key gives"
     rank = lambda name: hashlib.sha256(f'{key} {name}'.encode()).hexdigest()
     found = {}
     for name,recipe in all_recipes().items(): found.setdefault(recipe['method'], []).append(name)
-    return [min(names, key=rank) for names in found.values()]
+    return sorted((min(names, key=rank) for names in found.values()), key=rank)
