@@ -6,7 +6,7 @@
 __all__ = ['original_commands', 'run_originals']
 
 # %% ../../nbs/40_testing/10_originals.ipynb #3d5a996f
-import contextlib, io, json, os, re, shlex
+import contextlib, io, json, os, re, shlex, shutil
 from pathlib import Path
 
 import numpy as np, pandas as pd, timm, torch, typer
@@ -47,7 +47,7 @@ def _parsed(words):
     return command.make_context(words[0], [w for w in words[1:] if w != '...']).params
 
 # %% ../../nbs/40_testing/10_originals.ipynb #bde607ea
-_sides = dict(region_grouping=96, activation_diversity=110, classification_specific_parts=107)
+_sides = dict(region_grouping=96, visual_words=96, classifier=96, activation_diversity=110, classification_specific_parts=107)
 _nets = dict(region_grouping='resnet26', visual_words='resnet18', classifier='resnet18')
 _tiny = {'--steps':'2', '--n-parts':'6', '--size':'107'} # in the place of what the page has
 
@@ -136,8 +136,9 @@ def _visual_words():
     for s in ('train','test'): np.save(f'grad_{s}_pets.npy', np.random.default_rng(0).random((counts[s],64,64)).astype('f'))
     torch.save(VisualWords(3, 6, 'resnet18', depth=8).original_views(), 'words.pth')
     Path('IMAGE').symlink_to(next(iter(sorted(Path('PETS/images').resolve().glob('*.jpg')))))
-    _train('classifier --data pets --path PETS --backbone resnet18 --size 64 --epochs 1 --out BASE')
-    _train('visual_words --data pets --path PETS --backbone resnet18 --size 64 --init BASE --n-parts 6 --epochs 2 --set last_epochs=2 --out RUN')
+    _train('classifier --recipe base_resnet34 --data pets --path PETS --backbone resnet18 --size 96 --epochs 1 --out BASE')
+    _train('visual_words --data pets --path PETS --backbone resnet18 --size 96 --resize squash --init BASE --n-parts 6 --epochs 2 --set last_epochs=2 --out RUN')
+    shutil.copytree('RUN', 'OTHER')
     return 'pets','PETS'
 
 # %% ../../nbs/40_testing/10_originals.ipynb #65f3bcbc
