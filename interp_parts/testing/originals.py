@@ -187,8 +187,7 @@ def _activation_diversity():
     Path('AR').mkdir()
     rng = np.random.default_rng(2)
     for who in range(1, 5):
-        for c in (8,9,11,12): _noise(f'AR/m-{who:03}-{c}.bmp.png', rng)
-    for f in Path('AR').iterdir(): f.rename(f.with_suffix(''))
+        for c in (8,9,11,12): _noise(f'AR/m-{who:03}-{c}.bmp', rng)
     for name,mode in dict(BASE='base', SPATIAL='spatial', RUN='full').items():
         _train(f'activation_diversity --data casia --path CASIA --backbone casia_net --size 110 --set mode={mode} --epochs 1 --out {name}')
     _train('activation_diversity --data celeba_people --path CelebA --backbone resnet18 --size 64 --resize squash --epochs 1 --out FACES')
