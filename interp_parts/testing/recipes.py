@@ -56,7 +56,8 @@ def _training(name, recipe, path, run, small):
 def _base(recipe, path, run, small):
     "Words that train the classifier that a recipe starts from"
     base = all_recipes('base_resnet34')['base_resnet34']
-    return _training('base_resnet34', {**recipe, **base, 'data':recipe.get('data', 'folder'), 'model':recipe['model']}, path, run, small)
+    words = _training('base_resnet34', {**recipe, **base, 'data':recipe.get('data', 'folder'), 'model':recipe['model']}, path, run, small)
+    return [*words, '--resize', recipe.get('resize', 'short')]
 
 # %% ../../nbs/40_testing/09_recipes.ipynb #c6c364f6
 def _scoring(recipe, run, folder, small):
