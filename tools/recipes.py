@@ -4,11 +4,15 @@ from pathlib import Path
 
 import pandas as pd
 
-from interp_parts.command.settings import all_recipes
+from interp_parts.core import get_method, method_names
 from interp_parts.testing.recipes import try_recipe
 
 TABLE = Path(__file__).parents[1]/'nbs'/'40_testing'/'recipes.csv'
 STEPS = ['train','evaluate','visualize','predict']
+
+def all_recipes()->dict:
+    "Recipes of all methods by name, with their method"
+    return {k:dict(method=m, **r) for m in method_names for k,r in get_method(m).recipes.items()}
 
 def work(
     name:str, # Recipe

@@ -11,13 +11,16 @@ from pathlib import Path
 
 import interp_parts
 from ..command.cli import run_command
-from ..command.settings import all_recipes
-from ..core import get_method
+from ..core import get_method, method_names
 from ..data.rows import run_rows
 from ..files import read_json
 from .layouts import write_layout
 
 # %% ../../nbs/40_testing/09_recipes.ipynb #7f8514b8
+def _all_recipes():
+    "Recipes of all methods by name, with their method"
+    return {k:dict(method=m, **r) for m in method_names for k,r in get_method(m).recipes.items()}
+
 _small = dict(resnet101='resnet26', resnet50='resnet26', resnet34='resnet18', vgg19='vgg11',
               vit_base_patch14='vit_small_patch14_reg4_dinov2.lvd142m')
 _sides = dict(inception=107, vit=56, casia=110)
@@ -55,7 +58,7 @@ def _training(name, recipe, path, run, small):
 
 def _base(recipe, path, run, small):
     "Words that train the classifier that a recipe starts from"
-    base = all_recipes('base_resnet34')['base_resnet34']
+    base = _all_recipes()['base_resnet34']
     words = _training('base_resnet34', {**recipe, **base, 'data':recipe.get('data', 'folder'), 'model':recipe['model']}, path, run, small)
     return [*words, '--resize', recipe.get('resize', 'short')]
 
@@ -102,7 +105,7 @@ def try_recipe(
     small:bool=True, # A smaller backbone of the same family, and the quick protocol?
 )->dict:
     "Train, evaluate, visualize and predict by command; for each 'ok' or the line of error"
-    recipe,folder,start = all_recipes(name)[name],Path(folder),time.process_time()
+    recipe,folder,start = _all_recipes()[name],Path(folder),time.process_time()
     path = write_layout(_layout(name, recipe), folder/'data')
     row = dict(recipe=name, method=recipe['method'], data=recipe.get('data', 'folder'), backbone=_backbone(recipe, small))
     words = _training(name, recipe, path, folder/'run', small)
@@ -128,5 +131,5 @@ def recipe_shard(
     "Names of one recipe of each method, in an order that the key gives"
     rank = lambda name: hashlib.sha256(f'{key} {name}'.encode()).hexdigest()
     found = {}
-    for name,recipe in all_recipes().items(): found.setdefault(recipe['method'], []).append(name)
+    for name,recipe in _all_recipes().items(): found.setdefault(recipe['method'], []).append(name)
     return sorted((min(names, key=rank) for names in found.values()), key=rank)
