@@ -186,7 +186,7 @@ def _score_ar(
     if features is not None: f = _rows_of(_stored(features), len(rows), features)
     else:
         images = [str(_one(root, n)) for n in rows.file]
-        df = part_table(dict(image=images, split='test', identity=rows.person.tolist()), 'AR')
+        df = part_table(dict(image=images, split='test', identity=pd.factorize(rows.person)[0].tolist()), 'AR')
         f = embeddings(learn, check_table(df))
     out = {}
     for cover,i in {'all':np.arange(len(rows)), **rows.groupby('cover').indices}.items():

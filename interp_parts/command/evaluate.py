@@ -84,6 +84,11 @@ def _score_benchmark(run, path, benchmark, device, workers, options):
     return res
 
 # %% ../../nbs/30_command/02c_evaluate.ipynb #ee783689
+def _published(config, protocol, res):
+    "What the authors say of these scores, under the protocol `paper` or that of their data"
+    theirs = protocol in ('paper', config['training'].get('protocol'))
+    return {k:v for k,v in config.get('published', {}).items() if theirs and k in res}
+
 def evaluate_run(
     run, # Folder of a run
     path=None, # Another folder of the same data
@@ -106,8 +111,7 @@ def evaluate_run(
     mine = own(learn, df, protocol, **more) if own else {}
     res = {**score(), **mine}
     if baselines: res |= _baselines(learn, df, run, res, score, protocol, mine)
-    marks = learn.config.get('published', {}) if protocol == 'paper' else {}
-    if marks: res['published'] = {k:v for k,v in marks.items() if k in res}
+    if marks := _published(learn.config, protocol, res): res['published'] = marks
     if reader: res['reader'] = ', '.join(f'{k}={v}' for k,v in reader.items())
     was = learn.config['data']['fingerprint']
     res |= dict(seed=learn.config['training'].get('seed'), same_data=fingerprint(df, like=was) == was)
