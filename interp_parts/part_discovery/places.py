@@ -55,6 +55,15 @@ class PlacedParts(nn.Module):
         self.kind,self.sharp = kind,sharp
         self.register_buffer('centres', torch.zeros(n_parts, 2+n_parts))
         self.register_buffer('fitted', torch.tensor(False))
+        self.register_buffer('outside', torch.zeros(n_parts, dtype=torch.bool))
+
+    def cleared(self,
+        maps:torch.Tensor, # (B,K+1,h,w), the background last
+    )->torch.Tensor:
+        "The maps with what lies `outside` added to the background"
+        if not self.outside.any(): return maps
+        out = self.outside[:,None,None]*maps[:,:-1]
+        return torch.cat([maps[:,:-1] - out, maps[:,-1:] + out.sum(1, keepdim=True)], 1)
 
     def described(self,
         maps:torch.Tensor, # (B,K+1,h,w), the background last
@@ -80,6 +89,7 @@ class PlacedParts(nn.Module):
     )->torch.Tensor:
         "Part maps (B,K+1,h,w) with the same background; `maps` before centres are fitted"
         if not self.fitted: return maps
+        maps = self.cleared(maps)
         found = 1 - maps[:,-1]
         d,_ = self.nearest(self.described(maps), found.detach())
         return torch.cat([found[:,None]*(-self.sharp*d).softmax(1), maps[:,-1:]], 1)
@@ -91,6 +101,14 @@ def _rows(x, found, least=.3):
     on = found > least
     return x[on].cpu().numpy(),found[on].cpu().numpy()
 
+def _at_border(maps, least=.5):
+    "Which first parts (K,) are as dense at the border of the images as `least` times their mean"
+    m = maps[:,:-1].mean(0)
+    inner = torch.zeros_like(m[0], dtype=torch.bool)
+    inner[1:-1,1:-1] = True
+    out = m[:,~inner].mean(1) >= least*m.mean((1,2))
+    return out & ~out.all()
+
 @patch
 @torch.no_grad()
 def fit(self:PlacedParts,
@@ -100,6 +118,8 @@ def fit(self:PlacedParts,
 )->torch.Tensor:
     "Fit the centres; return the share (K,K) of each first part in each new one"
     maps = maps.to(self.centres)
+    self.outside.copy_(_at_border(maps))
+    maps = self.cleared(maps)
     x,found = self.described(maps),1-maps[:,-1]
     k,first = len(self.centres),max(1, len(x)//10)
     rows = _rows(x[:first], found[:first])
