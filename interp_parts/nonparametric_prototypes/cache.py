@@ -14,6 +14,7 @@ from fastai.data.core import DataLoaders
 from fastcore.basics import patch
 
 from ..core import ConfigError, eval_mode
+from ..data.images import image_size
 from ..data.loaders import PartBatches, PartDataset
 from ..files import atomic_path, reading
 from ..training.runs import fingerprint
@@ -24,7 +25,7 @@ def _why_not(dls):
     ds = dls.train.dataset
     if dls.view.resize == 'short': return '--resize', 'short', "views that come back: pass resize='squash' or 'pad'"
     if ds.brightness: return 'brightness', ds.brightness, 'views that come back: pass brightness=0'
-    if ds.extra: return 'extra', ', '.join(ds.extra), 'images and classes alone'
+    if set(ds.extra) - {'mask'}: return 'extra', ', '.join(ds.extra), 'images, classes and masks alone'
     if dls.table.attrs.get('on_bad_image', 'error') != 'error': return '--on-bad-image', dls.table.attrs['on_bad_image'], 'error'
 
 # %% ../../nbs/16_nonparametric_prototypes/08_cache.ipynb #0b84462c
@@ -60,7 +61,8 @@ class _TokenDataset(PartDataset):
     def __getitem__(self, i):
         flip = self._flipped(i)
         y = self.kind(torch.tensor(self.cols[self.target][i]))
-        return torch.from_numpy(np.asarray(self.tokens[flip,self.at[self.rows[i]]], dtype=np.float32)),y
+        x = torch.from_numpy(np.asarray(self.tokens[flip,self.at[self.rows[i]]], dtype=np.float32))
+        return (x, y, *self._moved_mask(i, flip))
 
 @patch
 def _flipped(self:_TokenDataset, i):
@@ -68,6 +70,12 @@ def _flipped(self:_TokenDataset, i):
     chance = random.Random(random.random() if self.key is None else f'{self.key} {i}')
     if self.train: chance.random(),chance.random()
     return int(chance.random() < self.flip)
+
+@patch
+def _moved_mask(self:_TokenDataset, i, flip):
+    "The mask of item `i`, in the view of its tokens"
+    if 'mask' not in self.cols: return ()
+    return self._mask(i, self.view.place(*image_size(self.cols['image'][i]), (.5,.5), bool(flip)))
 
 # %% ../../nbs/16_nonparametric_prototypes/08_cache.ipynb #9b3279a9
 def token_dls(

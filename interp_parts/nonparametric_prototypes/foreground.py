@@ -49,26 +49,38 @@ class TokenForeground(nn.Module):
 
     def forward(self, tokens): return self.score(tokens) <= .5
 
-# %% ../../nbs/16_nonparametric_prototypes/02_foreground.ipynb #827c7079
+# %% ../../nbs/16_nonparametric_prototypes/02_foreground.ipynb #ebd5b09f
 def _limits(u, share=.01):
     "The 1st and the 99th percentile of values (M,)"
     k = max(1, round(share*len(u)))
     return torch.stack([u.kthvalue(k).values, u.kthvalue(len(u)-k+1).values])
 
+def _otsu(u):
+    "The value between the two groups of values (M,) that lie furthest apart"
+    u = u.sort().values
+    n,i,total = len(u),torch.arange(1, len(u), device=u.device, dtype=u.dtype),u.cumsum(0)
+    apart = total[:-1]/i - (total[-1]-total[:-1])/(n-i)
+    k = (i*(n-i)*apart**2).argmax()
+    return (u[k] + u[k+1])/2
+
+# %% ../../nbs/16_nonparametric_prototypes/02_foreground.ipynb #827c7079
 @patch
 @torch.no_grad()
 def fit(self:TokenForeground,
     tokens:torch.Tensor, # (B,h*w,D) of unit length, of a sample of training images
     grid, # Height and width in tokens
+    otsu:bool=False, # Cut by Otsu's rule, instead of half-way between the limits?
 ):
     "Find the axis, let the border of the images be background, and scale"
     mean,axis = _principal_axis(tokens.flatten(0,1))
     u = (tokens.double() - mean)@axis
     edge = _border(grid, u.device)
     if u[:,edge].mean() < u.mean(): axis,u = -axis,-u
+    low,high = _limits(u.flatten())
+    if otsu: high = 2*_otsu(u.flatten()) - low
     self.mean.copy_(mean)
     self.axis.copy_(axis)
-    self.limits.copy_(_limits(u.flatten()))
+    self.limits.copy_(torch.stack([low, high]))
 
 # %% ../../nbs/16_nonparametric_prototypes/02_foreground.ipynb #a98711f0
 def batch_foreground(

@@ -8,7 +8,7 @@ __all__ = ['nonparametric_prototypes_recipes', 'nonparametric_prototypes_learner
 # %% ../../nbs/16_nonparametric_prototypes/09_learner.ipynb #3c74711a
 from fastcore.foundation import L
 
-from ..core import PartLearner, register
+from ..core import ConfigError, PartLearner, register
 from .cache import token_dls
 from .model import NonparametricPrototypes
 from .pictures import prototype_details, prototype_pictures
@@ -17,6 +17,15 @@ from .training import PrototypeStages
 from ..training.losses import part_learner
 
 # %% ../../nbs/16_nonparametric_prototypes/09_learner.ipynb #871c49ec
+def _bring_masks(dls):
+    "DataLoaders of the same images whose batches bring the table's masks too"
+    if 'mask' not in dls.table: raise ConfigError('--set foreground', 'mask', 'data with masks', 'pass --masks, or another foreground')
+    for dl in dls.loaders:
+        ds = dl.dataset
+        if 'mask' in ds.extra: continue
+        ds.extra = [*ds.extra, 'mask']
+        ds.cols['mask'] = dls.table.mask.loc[ds.rows].tolist()
+
 def nonparametric_prototypes_learner(
     dls, # From `part_dls`
     backbone:str='vit_small_patch14_reg4_dinov2', # timm's name
@@ -35,6 +44,7 @@ def nonparametric_prototypes_learner(
     "A learner for non-parametric part prototypes (Zhu et al., CVPR 2025)"
     model = NonparametricPrototypes(dls.c, n_parts, backbone, dls.multi, pretrained=pretrained, weights=weights, compat=compat,
                                     **options)
+    if model.kind == 'mask': _bring_masks(dls)
     gamma = .99 if compat and gamma is None else gamma
     stages = PrototypeStages(cluster_epochs, gamma, ppd, start=not compat, align=not compat)
     learn = part_learner(dls, model, cbs=[stages, *L(cbs)])

@@ -11,7 +11,9 @@ from contextlib import contextmanager
 import torch, torch.nn.functional as F
 from fastcore.basics import patch
 
+from ..core import Parts
 from ..evaluation.areas import Comprehensiveness, Distinctiveness
+from ..evaluation.baselines import constant_parts
 from ..evaluation.parts import evaluate_parts
 from ..evaluation.scoring import split_rows
 
@@ -102,21 +104,37 @@ def _noise(x, index, sigma=.2, most=.25):
     make = lambda i: torch.randn(x.shape[1:], generator=torch.Generator().manual_seed(i))
     return x + (sigma*torch.stack([make(i) for i in index.tolist()])).clamp(-most, most).to(x)
 
-def _class_scores(learner, rows):
-    "The published measures of the prototypes of the true class"
-    scores,areas,m = ClassPartScores(),(Distinctiveness(), Comprehensiveness()),learner.model
-    for x,b in learner.batches(rows):
-        x,y = x.to(learner.dls.device),b.label.to(learner.dls.device)
-        p = m.parts(x, y).cpu()
-        coarse = scores.pooled if min(p.maps.shape[2:]) >= 12 else lambda v: v
-        p.maps = coarse(p.maps)
-        for a in areas: a.update(p, b)
-        if b.keypoints is None: continue
-        noisy = coarse(m.parts(_noise(x, b.index), y).cpu().maps)
+class _Measures:
+    "The four published measures of maps of the true class's parts"
+    def __init__(self): self.scores,self.areas = ClassPartScores(),(Distinctiveness(), Comprehensiveness())
+
+    def update(self, b, clean, noisy):
+        "Count the maps (B,K,h,w) of a batch, without and with noise"
+        p = Parts(clean, clean.amax((2,3)))
+        for a in self.areas: a.update(p, b)
+        if b.keypoints is None: return
         points = torch.cat([b.keypoints, b.visible[...,None].to(b.keypoints)], 2)
         frame = torch.tensor([0, 0, *b.size[0].flip(0).tolist()]).expand(len(b), 4)
-        scores.update(b.label, p.maps, noisy, points, frame)
-    return {**scores.result(), **{f'class_{k}':v for a in areas for k,v in a.result().items()}}
+        self.scores.update(b.label, clean, noisy, points, frame)
+
+    def result(self): return {**self.scores.result(), **{f'class_{k}':v for a in self.areas for k,v in a.result().items()}}
+
+def _random(maps, seed):
+    "Random maps, others for each seed"
+    return torch.rand(maps.shape, generator=torch.Generator().manual_seed(seed))
+
+def _class_scores(learner, rows):
+    "The published measures of the prototypes of the true class, beside those of maps that know nothing"
+    m,found = learner.model,dict(prototypes=_Measures(), centre=_Measures(), random=_Measures())
+    for x,b in learner.batches(rows):
+        x,y = x.to(learner.dls.device),b.label.to(learner.dls.device)
+        coarse = lambda v: ClassPartScores.pooled(v) if min(v.shape[2:]) >= 12 else v
+        clean,noisy = (coarse(m.parts(v, y).cpu().maps) for v in (x, x if b.keypoints is None else _noise(x, b.index)))
+        centre,seed = constant_parts(b, clean.shape[1]).maps,int(b.index[0])
+        for k,maps in dict(prototypes=(clean,noisy), centre=(centre,centre),
+                           random=(_random(clean, 2*seed),_random(clean, 2*seed+1))).items(): found[k].update(b, *maps)
+    found = {k:v.result() for k,v in found.items()}
+    return {**found['prototypes'], 'table':{n:{k:v[n] for k,v in found.items()} for n in found['prototypes']}}
 
 # %% ../../nbs/16_nonparametric_prototypes/10_scores.ipynb #be51f44a
 _own_view = 'distinctiveness', 'comprehensiveness', 'pointing', 'pointing_mask'
