@@ -75,7 +75,7 @@ class Parts(_Batched):
     contribution:torch.Tensor|None=None # (B,K)
     contribution_kind:str|None=None # One of `KINDS`
     constant:torch.Tensor|None=None # (B,) rest of the logit, for kind 'logit'
-    names:tuple=() # Names of the parts, if they have any
+    names:tuple|None=None # Names of the parts, if they have any
 
     def __len__(self): return len(self.maps)
 
@@ -95,7 +95,7 @@ class Parts(_Batched):
     )->'Parts':
         "The same parts with names"
         if not given: return self
-        return replace(self, names=tuple(given.get(k) or replace(self, names=()).name(k) for k in range(self.n_parts)))
+        return replace(self, names=tuple(given.get(k) or replace(self, names=None).name(k) for k in range(self.n_parts)))
 
 # %% ../nbs/00_core.ipynb #4cacea36
 def _check_shapes(p):
