@@ -151,6 +151,32 @@ def _export(
     about = export_run(run, file)
     print(f"{file}: from {about['input']['size']} px images to {', '.join(about['outputs'])}; batch {about['batch']}")
 
+# %% ../../nbs/30_command/01_cli.ipynb #169017c2
+@command()
+def _app(
+    run:str, # Folder of a run, or a hub id such as user/birds
+    port:int=7860, # Where the page answers
+    host:str='127.0.0.1', # Who may ask: this machine only; 0.0.0.0: everybody in the network
+    device:str='auto', # auto, cpu, cuda or cuda:N
+):
+    "Open a page: drop an image, see its parts, click one, name it"
+    from interp_parts.command.settings import pick_device
+    from interp_parts.serving.app import app_run
+    app_run(run, port, host, pick_device(device))
+
+# %% ../../nbs/30_command/01_cli.ipynb #ddd519e6
+@command()
+def _push(
+    run:str, # Folder of a run
+    to:str, # user/name on the Hugging Face hub
+    public:bool=False, # May everybody see it, if it is new?
+    split:bool=True, # Also the list of the images and their splits?
+):
+    "Send a run to the Hugging Face hub: weights, configuration, model card, names of parts"
+    from interp_parts.serving.hub import push_to_hub
+    commit = push_to_hub(run, to, private=not public, split=split)
+    print(f"{to}: from_pretrained('{to}', revision='{commit}')")
+
 # %% ../../nbs/30_command/01_cli.ipynb #23e51dc1
 @command()
 def _foreground(
