@@ -11,7 +11,7 @@ def prepare():
     "Write nbs/nbdev.yml, nbs/sidebar.yml and _proc; a notebook that cannot be prepared is shown with its first error"
     refresh_quarto_yml()
     nbdev_sidebar.__wrapped__()
-    try: proc_nbs(n_workers=1, force=True)
+    try: proc_nbs(n_workers=0, force=True)
     except Exception as e:
         first = re.search(r'^\w+(?:Error|Exception): .*', str(e.__cause__), re.MULTILINE)
         sys.exit(f"{e}\n{first[0] if first else ''}")
@@ -34,4 +34,8 @@ def main():
     prepare()
     if args.render: render()
 
-if __name__ == '__main__': main()
+if __name__ == '__main__':
+    main()
+    sys.stdout.flush()
+    os._exit(0) # nbdev keeps a shell for each notebook, and IPython would tidy up each of them now: as long as the work itself
+

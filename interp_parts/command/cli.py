@@ -6,16 +6,40 @@
 __all__ = ['main']
 
 # %% ../../nbs/30_command/01_cli.ipynb #04f9d199
-import json, os, sys
+import ast, contextlib, json, os, sys
 
 import typer
 
-from .shell import app, command, given, parse_set, run_command, split_reader, typed
+from .shell import app, command, run_command, typed
+from ..errors import ConfigError
 
 # %% ../../nbs/30_command/01_cli.ipynb #23ce636d
 def main():
     "Entry point of the command `interp-parts`"
     sys.exit(run_command())
+
+# %% ../../nbs/30_command/01_cli.ipynb #9cd981e4
+def _parse_set(pairs):
+    "Values by key: numbers, lists, booleans, None, or words"
+    out = {}
+    for p in pairs or []:
+        key,eq,val = p.partition('=')
+        if not eq: raise ConfigError('--set', repr(p), 'key=value')
+        out[key] = val
+        for read in (ast.literal_eval, json.loads):                           # of Python what JSON has too, no set or bytes
+            with contextlib.suppress(ValueError, SyntaxError, TypeError, RecursionError, MemoryError):
+                out[key] = json.loads(json.dumps(read(val)))
+    return out
+
+# %% ../../nbs/30_command/01_cli.ipynb #699b5cb0
+def _given(options, *but):
+    "Arguments of a command by name, but for those that it uses itself"
+    return {k:v for k,v in options.items() if k not in but}
+
+def _split_reader(options):
+    "Options of the reader, which start with `data.`, and all others"
+    reader = {k[5:]:v for k,v in options.items() if k.startswith('data.')}
+    return reader, {k:v for k,v in options.items() if not k.startswith('data.')}
 
 # %% ../../nbs/30_command/01_cli.ipynb #7b3be1c5
 @command()
@@ -63,14 +87,14 @@ def _train(
     set_:list[str]=[], # key=value: any further option of the method or the training; data.key=value: of the reader
 ):
     "Train a method; writes the folder --out"
-    options = given(locals(), 'method', 'out', 'recipe', 'config', 'resume', 'overwrite', 'num_processes', 'set_')
+    options = _given(locals(), 'method', 'out', 'recipe', 'config', 'resume', 'overwrite', 'num_processes', 'set_')
     if num_processes not in (None, 1):
         from interp_parts.command.processes import run_processes
         return run_processes(num_processes, typed)
     from interp_parts.command.settings import make_settings, recipe_note
     from interp_parts.command.train import train_run
     from interp_parts.files import read_json
-    settings = make_settings(method, recipe, read_json(config) if config else None, options, parse_set(set_))
+    settings = make_settings(method, recipe, read_json(config) if config else None, options, _parse_set(set_))
     if recipe: print(recipe_note(method, recipe))
     run = train_run(method, out, settings, resume, overwrite)
     if os.environ.get('RANK', '0') == '0': # of several processes, the first one
@@ -92,7 +116,7 @@ def _evaluate(
     from interp_parts.command.evaluate import evaluate_run
     from interp_parts.evaluation.removal import removal_rows
     from interp_parts.evaluation.scoring import format_metrics
-    scores = evaluate_run(run, path, protocol, split, baselines, device, workers, parse_set(set_))
+    scores = evaluate_run(run, path, protocol, split, baselines, device, workers, _parse_set(set_))
     print(format_metrics(scores))
     if 'without_parts' not in scores: return
     print(f"whole images, all parts {scores['without_parts']['all_parts']:.3f}; a part is removed by {scores['without_parts']['by']}")
@@ -196,9 +220,9 @@ def _foreground(
     set_:list[str]=[], # key=value: threshold or largest; data.key=value: of the reader
 ):
     "Learn foreground masks from the training images, and write one for every image"
-    options = given(locals(), 'data', 'path', 'out', 'protocol', 'set_')
+    options = _given(locals(), 'data', 'path', 'out', 'protocol', 'set_')
     from interp_parts.command.foreground import foreground_run
-    reader,more = split_reader(parse_set(set_))
+    reader,more = _split_reader(_parse_set(set_))
     settings = dict(data=data, path=path, protocol=protocol, reader=reader)
     n = len(foreground_run(out, settings, **options, **more))
     print(f'{out}: masks of {n} images; next, interp-parts evaluate RUN --set data.masks={out}')
@@ -258,8 +282,8 @@ def _recipes(
     json_:bool=False, # As JSON?
 ):
     "List the published settings"
-    from interp_parts.command.settings import all_recipes, recipe_lines
-    print(json.dumps(all_recipes(name), indent=1) if json_ else '\n'.join(recipe_lines(name)))
+    from interp_parts.command.settings import show_recipes
+    print(show_recipes(name, json_))
 
 # %% ../../nbs/30_command/01_cli.ipynb #c009874d
 @command()
@@ -345,6 +369,6 @@ def _table(
     set_:list[str]=[], # METHOD.key=value: a further option of one method; key=value: of all
 ):
     "Train and score every method on the same images; goes on where it was. Writes table.csv, table.md, report.html"
-    options = given(locals(), 'out', 'methods', 'seeds', 'explain_n', 'set_')
+    options = _given(locals(), 'out', 'methods', 'seeds', 'explain_n', 'set_')
     from interp_parts.command.comparison import make_table
-    make_table(out, options, methods.split(','), seeds, _of_methods(parse_set(set_)), explain_n)
+    make_table(out, options, methods.split(','), seeds, _of_methods(_parse_set(set_)), explain_n)

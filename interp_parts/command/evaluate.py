@@ -18,7 +18,7 @@ from ..files import claim, load_tensors, read_json, reading, write_json
 from ..training.runs import fingerprint, load_run
 from ..training.names import part_names
 from ..visualization.report import write_model_card, write_report
-from ..visualization.summary import read_metrics
+from ..visualization.summary import RunSummary
 
 # %% ../../nbs/30_command/02c_evaluate.ipynb #57244940
 _ours = {**{k:option_kinds(evaluate)[k] for k in ('fit','flip','use_mask','seed','ridge','classes')}, 'remove_parts':bool}
@@ -127,7 +127,7 @@ def evaluate_run(
 def _write_metrics(run, res):
     "Write the metrics into a run's files; those of a plain classifier and of benchmarks stay"
     f = Path(run)/'metrics.json'
-    res |= {k:v for k,v in read_metrics(run).items() if k in ('plain_classifier','benchmarks')}
+    res |= {k:v for k,v in RunSummary.read_metrics(run).items() if k in ('plain_classifier','benchmarks')}
     write_json(f, res)
     write_model_card(run)
     if (Path(run)/'report.html').exists(): write_report(run)

@@ -9,7 +9,7 @@ __all__ = ['nonparametric_prototypes_recipes', 'nonparametric_prototypes_learner
 from fastcore.foundation import L
 
 from ..core import PartLearner, register
-from .cache import can_cache, token_dls
+from .cache import token_dls
 from .model import NonparametricPrototypes
 from .pictures import prototype_pictures
 from .scores import prototype_scores
@@ -38,8 +38,8 @@ def nonparametric_prototypes_learner(
     gamma = .99 if compat and gamma is None else gamma
     stages = PrototypeStages(cluster_epochs, gamma, ppd, start=not compat, align=not compat)
     learn = part_learner(dls, model, cbs=[stages, *L(cbs)])
-    if can_cache(dls) if cache is None else cache:
-        learn.dls = token_dls(dls, model.backbone, None if cache in (None,True) else cache, half)
+    if cache is not False:
+        learn.dls = token_dls(dls, model.backbone, None if cache in (None,True) else cache, half, must=cache is not None)
     return learn
 
 # %% ../../nbs/16_nonparametric_prototypes/09_learner.ipynb #cb8b7b5c

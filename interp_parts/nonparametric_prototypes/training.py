@@ -11,7 +11,6 @@ from fastai.callback.core import CancelBackwardException, CancelStepException
 from fastcore.basics import patch
 
 from ..core import ConfigError, eval_mode
-from .foreground import fit_foreground
 from .losses import patch_contrast
 from .assignment import assign_patches
 from ..training.distributed import gather_rows, mean_weight, n_processes
@@ -61,7 +60,7 @@ def _begin(self:PrototypeStages, m):
     batches = list(self.sample())
     with eval_mode(m): seen = [(m(x.to(next(m.parameters()))),y.to(self.dls.device),mask) for x,y,mask in batches]
     raw = torch.cat([o.raw for o,_,_ in seen])
-    if m.kind == 'pca' and not m.foreground.fitted: fit_foreground(m.foreground, raw, seen[0][0].grid)
+    if m.kind == 'pca' and not m.foreground.fitted: m.foreground.fit(raw, seen[0][0].grid)
     if not self.start: return
     labels = torch.cat([m.pseudo_labels(o, y, mask) for o,y,mask in seen])
     m.bank.start(raw.flatten(0,1), labels.flatten())

@@ -26,7 +26,7 @@ from .layer import MOST_SIMILAR
 from .maps import resize_maps
 from .pictures import word_gallery
 from .projection import nearest_patches
-from ..visualization.overlays import Picture, clip_lines
+from ..visualization.overlays import Picture
 
 # %% ../../nbs/12_visual_words/18_explanations.ipynb #4629b966
 def _word_table(model, parts, classes, n=8):
@@ -56,7 +56,7 @@ def _column(ax, r, row, sim, source, images, k=1):
     ax[0].set_title(f'word {r.word}\n{r.similarity:.1f} x {r.weight:+.2f} = {r.contribution:+.2f}', fontsize=8)
     if at in images.df.index: ax[2].imshow(images.boxed(at, _cell_box(y, x, sim.shape, size, k), 112))
     text = f'from {r.source}' + (f'\nalso {r.also}' if r.also else '')
-    ax[2].text(.5, -.04, clip_lines(text), transform=ax[2].transAxes, ha='center', va='top', fontsize=7, wrap=True)
+    ax[2].text(.5, -.04, Picture.clipped(text), transform=ax[2].transAxes, ha='center', va='top', fontsize=7, wrap=True)
 
 def _explain(learn, row, parts, images, n=4):
     "An image, and for each of the words that counted most: where it is in the image, and the patch it is"

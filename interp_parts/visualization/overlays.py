@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['to_rgb', 'part_colors', 'hard_assignment', 'draw_boxes', 'parts_overlay', 'attention_map', 'heat_scale',
-           'attention_overlay', 'part_region', 'Picture', 'clip_lines']
+           'attention_overlay', 'part_region', 'Picture']
 
 # %% ../../nbs/21_visualization/01_overlays.ipynb #83a15122
 import colorsys, io
@@ -250,7 +250,8 @@ def save(self:Picture,
 
 
 # %% ../../nbs/21_visualization/01_overlays.ipynb #39449f43
-def clip_lines(
+@patch(cls_method=True)
+def clipped(cls:Picture,
     text:str, # One line or several
     n:int=22, # Characters a line, at most
 )->str:
