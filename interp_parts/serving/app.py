@@ -241,7 +241,7 @@ def _check_port(host, port):
         try: s.bind((host,port))
         except OSError as e: raise ConfigError('--port', f'{host}:{port}: {e.strerror}', 'a free port', f'pass --port {port % 65535 + 1}') from None
 
-# %% ../../nbs/22_serving/05_app.ipynb #4d4bf322
+# %% ../../nbs/22_serving/05_app.ipynb #782b9159
 def app_run(
     run, # Folder of a run, or hub id
     port:int=7860, # Where the page answers
@@ -253,14 +253,15 @@ def app_run(
     gr = _gradio()
     _check_port(host, port)
     from starlette.middleware import Middleware
+    folder = tempfile.TemporaryDirectory() # for uploaded images; it goes with the page
+    os.environ['GRADIO_TEMP_DIR'] = folder.name
     page = _Page(Explainer(run, device)).build()
+    page.folder = folder
     theme = gr.themes.Default(font=['system-ui','sans-serif'], font_mono=['monospace'])
-    page.folder = tempfile.TemporaryDirectory() # uploaded images; it goes with the page
-    os.environ['GRADIO_TEMP_DIR'] = page.folder.name
     page.launch(server_name=host, server_port=port, share=False, quiet=True, prevent_thread_lock=True, ssr_mode=False,
                 max_file_size='20mb', footer_links=[], theme=theme, css=_STYLE, show_error=True,
                 app_kwargs=dict(middleware=[Middleware(_OnlyHere)]))
     if not wait: return page
     print(f'http://{host}:{port}: stop it with Ctrl-C', flush=True)
     page.block_thread()
-    page.folder.cleanup()
+    folder.cleanup()

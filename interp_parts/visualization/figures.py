@@ -25,7 +25,7 @@ def _name(classes, i):
     if i is None: return 'this image'
     return classes[i] if classes is not None and i < len(classes) else f'class {i}'
 
-def _part_name(parts, k): return clip_lines(parts.name(k), 14)
+def _part_name(parts, k): return Picture.clipped(parts.name(k), 14)
 
 def _target(parts, target):
     "Number of the explained class: that of `parts`, which `target` must not contradict; None if there is none"
