@@ -59,6 +59,7 @@ class _Batched:
         return replace(items[0], **{k:join(v) for k,v in vals.items() if isinstance(v[0], (torch.Tensor, list))})
 
 
+
 # %% ../nbs/00_core.ipynb #410ee49a
 KINDS = ('logit', 'attention', 'similarity')
 
@@ -149,6 +150,7 @@ class Batch(_Batched):
         "Boxes (B,4), pixels, float64; the whole images if there are none"
         if self.box is not None: return self.box.double()
         return torch.cat([torch.zeros(len(self), 2), self.size.flip(1)], 1).double()
+
 
 
 # %% ../nbs/00_core.ipynb #9f361e5d
@@ -313,7 +315,8 @@ class _Method:
     renamed_recipes:dict=field(default_factory=dict) # Names of recipes now, by their earlier names
     reading:object=None # `(config, protocol) -> dict`: options of the reader that an evaluation asks for
     features:object=None # `learner -> f(images, Parts, Batch) -> dict`: arrays that `features` adds, images first
-    answer:object=None # `learner -> f(file, Parts) -> (dict, picture)`: what `predict` adds for an image
+    details:object=None # `learner -> f(Parts of one image, numbers of parts) -> list of dict`: what answers add to each part
+    picture:object=None # `learner -> f(file, Parts) -> Picture`: its own explanation of an image, which `predict` draws
     convert:object=None # `config -> config`: our settings for those of a JSON file of its authors
     protocols:dict=field(default_factory=dict) # `(learner, path, **options) -> dict` by name: benchmarks of its own
 

@@ -239,7 +239,7 @@ def another_folder(
 )->str:
     "What to do instead, for an error: pass a name that is free"
     near = Path(path).name in ('','..') or relation(path, data)
-    option = '--out '*(kind in ('run','demo','masks','table','pictures'))
+    option = '--pictures ' if kind == 'pictures' else '--out '*(kind in ('run','demo','masks','table'))
     return f'pass a new folder, such as {option}{free_name(kind if near else path)}'
 
 # %% ../nbs/00a_files.ipynb #6848af66

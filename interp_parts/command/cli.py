@@ -138,18 +138,38 @@ def _visualize(
     print(visualize_run(run, n, path, seed, device, target, beside))
 
 # %% ../../nbs/30_command/01_cli.ipynb #2dd52ee2
+def _write_labels(run, images, file, device, on_bad_image, bs):
+    from interp_parts.command.settings import pick_device
+    from interp_parts.files import claim_file
+    from interp_parts.serving import Explainer, write_coco
+    claim_file(file)
+    found = Explainer(run, pick_device(device), bs).stream(images, on_bad_image=on_bad_image)
+    n = write_coco((e for e in found if hasattr(e, 'parts')), file)
+    print(f"{file}: {n['annotations']} parts in {n['images']} images; read it with --data coco_parts --path {file}")
+
 @command()
 def _predict(
     run:str, # Folder of a run
     images:list[str], # Image files and folders
-    out:str=None, # Folder for the pictures; default RUN/predictions
+    out:str=None, # File of answers, such as answers.jsonl; default: they are printed
+    pictures:str=None, # Folder for a picture of each explanation; default: none are drawn
+    topk:int=3, # Classes of an answer, at most
+    all_:bool=False, # All parts, instead of those that counted?
+    resume:bool=False, # Go on with a file of answers that exists?
     device:str='auto', # auto, cpu, cuda or cuda:N
     masks:str=None, # Folder of foreground masks named as the images, for methods without a background
     on_bad_image:str='error', # error, or skip: the line of that image says what is wrong
+    bs:int=16, # Images that go through the network together, at most
+    coco:str=None, # Write the parts as COCO annotations into this JSON file instead, to be corrected in a labelling tool
 ):
-    "One line of JSON for each image, and a picture of its explanation"
+    "One line of JSON for each image: its class, and where the parts are that counted"
+    if coco: return _write_labels(run, images, coco, device, on_bad_image, bs)
     from interp_parts.command.predict import predict_run
-    for answer in predict_run(run, images, out, device, masks, on_bad_image): print(json.dumps(answer), flush=True)
+    n,to_file = [0,0],out is not None and out.endswith('.jsonl')
+    for a in predict_run(run, images, out, device, masks, on_bad_image, pictures, topk, all_, resume, bs):
+        if not to_file: print(json.dumps(a), flush=True)
+        n['skipped' in a] += 1
+    if to_file: print(f"{out}: {sum(n)} new answers" + f', {n[1]} of images that cannot be read'*(n[1] > 0))
 
 # %% ../../nbs/30_command/01_cli.ipynb #10861bfc
 @command()

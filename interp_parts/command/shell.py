@@ -46,7 +46,8 @@ typed = [] # Words of the command that runs
 
 def _goes_on(words):
     "What to type after a command was stopped"
-    if words[:1] == ['train']: return 'stopped; the same command with --resume continues'
+    lines = words[:1] == ['predict'] and any(w.endswith('.jsonl') for w in words)
+    if words[:1] == ['train'] or lines: return 'stopped; the same command with --resume continues'
     return 'stopped; the same command ' + ('goes on' if words[:1] == ['demo'] or words[:2] == ['benchmark','table'] else 'starts again')
 
 def _run(args):

@@ -11,7 +11,7 @@ from fastcore.foundation import L
 from ..core import PartLearner, register
 from .cache import token_dls
 from .model import NonparametricPrototypes
-from .pictures import prototype_pictures
+from .pictures import prototype_details, prototype_pictures
 from .scores import prototype_scores
 from .training import PrototypeStages
 from ..training.losses import part_learner
@@ -64,3 +64,4 @@ nonparametric_prototypes_recipes = dict(
 _method = register(nonparametric_prototypes_learner, NonparametricPrototypes, nonparametric_prototypes_recipes,
                    'class prototypes that are means of patches, on a frozen network (Zhu et al., CVPR 2025)',
                    scores=prototype_scores, pictures=prototype_pictures)
+_method.details = prototype_details

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import cv2, numpy as np, torch
 from fastcore.basics import patch
 
-from ..core import Parts
+from ..core import ConfigError, Parts
 from ..data.views import Placement
 from ..evaluation.pixels import upsample
 from ..visualization.figures import explain
@@ -49,10 +49,11 @@ def part_regions(
 def part_boxes(
     parts:Parts, # Of one image
     size:tuple, # Height and width of the network input in pixels
+    which=slice(None), # Numbers of the parts; default all
 )->list:
     "For each part x, y, w, h of its box and x, y of its centre, in pixels of the network input; None: nowhere"
-    if parts.boxes is not None: return [(x, y, w, h, x+w/2, y+h/2) for x,y,w,h in parts.boxes[0].tolist()]
-    return [_box_of(upsample(m[None], size)[0].numpy()) for m in parts.maps[0]]
+    if parts.boxes is not None: return [(x, y, w, h, x+w/2, y+h/2) for x,y,w,h in parts.boxes[0,which].tolist()]
+    return [_box_of(upsample(m[None], size)[0].numpy()) for m in parts.maps[0,which]]
 
 # %% ../../nbs/22_serving/01_answers.ipynb #61f9f9be
 def _counted(contribution, share=.9):
@@ -73,7 +74,7 @@ class Explanation:
     vocab:list # Names of the classes, or of the attributes
     names:list # Names of the parts
     multi:bool=False # Attributes, each yes or no?
-
+    details:object=None # `f(parts, numbers) -> list of dict`: what the method adds to each part
 
     def show(self, n:int=8)->Picture:
         "The image, its parts, and what each counted; `n` parts at most"
@@ -102,7 +103,7 @@ def _place(e, box):
 
 # %% ../../nbs/22_serving/01_answers.ipynb #575b537f
 def _part(e, k, box):
-    "What is known about part `k`"
+    "What is known about part `k` of any method"
     p = e.parts
     d = dict(part=k, name=e.names[k], presence=round(p.presence[0,k].item(), 4))
     if p.contribution is not None: d['contribution'] = round(p.contribution[0,k].item(), 4)
@@ -114,22 +115,30 @@ def to_dict(self:Explanation,
     top:int=3, # Classes, at most
 )->dict:
     "The answer as JSON can hold it; see `ANSWER_SCHEMA`"
+    if type(top) is not int or top < 1: raise ConfigError('top', repr(top), 'at least 1')
     p = self.parts
-    boxes = part_boxes(p, tuple(self.pixels.shape[1:]))
-    which = range(p.n_parts) if every or p.contribution is None else sorted(_counted(p.contribution[0]))
+    which = list(range(p.n_parts)) if every or p.contribution is None else sorted(_counted(p.contribution[0]))
+    boxes = part_boxes(p, tuple(self.pixels.shape[1:]), which)
+    more = self.details(p, which) if self.details else [{}]*len(which)
     explains = {}
     if p.logits is not None: explains = dict(explains=self.vocab[p.target[0]], contribution_kind=p.contribution_kind)
-    return dict(image=self.image, **_answer(self, top), **explains, parts=[_part(self, k, boxes[k]) for k in which])
+    parts = [_part(self, k, box) | extra for k,box,extra in zip(which, boxes, more)]
+    return dict(image=self.image, **_answer(self, top), **explains, parts=parts)
 
 # %% ../../nbs/22_serving/01_answers.ipynb #677a84f5
 _number,_pair = {'type':'number'},{'type':['array','null'], 'items':{'type':'number'}}
 _class = {'type':'object', 'required':['class','probability'],
           'properties':{'class':{'type':'string'}, 'probability':_number}}
+_source = {'type':['object','null'], 'required':['image','class','box'], 'description':'training patch behind the part',
+           'properties':{'image':{'type':'string'}, 'class':{'type':['string','null']}, 'box':_pair}}
 
 ANSWER_SCHEMA = {
     '$schema':'https://json-schema.org/draft/2020-12/schema', 'title':'Explanation', 'type':'object',
-    'required':['image','parts'], 'properties':{
+    'required':['image'], 'anyOf':[{'required':['parts']}, {'required':['skipped']}], 'properties':{
         'image':{'type':'string', 'description':'file'},
+        'skipped':{'type':'string', 'description':'why the image could not be read'},
+        'model':{'type':'string', 'description':'hash of the weights that answered'},
+        'picture':{'type':'string', 'description':'file of the picture, if you asked for one'},
         'class':{'type':'string', 'description':'most probable class'}, 'probability':_number,
         'classes':{'type':'array', 'items':_class, 'description':'most probable classes'},
         'attributes':{'type':'object', 'additionalProperties':_number, 'description':'attributes that are true'},
@@ -139,4 +148,4 @@ ANSWER_SCHEMA = {
             'type':'object', 'required':['part','name','presence','box','centre'], 'properties':{
                 'part':{'type':'integer'}, 'name':{'type':'string'}, 'presence':_number, 'contribution':_number,
                 'box':{**_pair, 'description':'x, y, width, height in pixels of the image; null: nowhere'},
-                'centre':{**_pair, 'description':'x, y in pixels of the image'}}}}}} # JSON schema of `to_dict`
+                'centre':{**_pair, 'description':'x, y in pixels of the image'}, 'source':_source}}}}} # JSON schema of `to_dict`

@@ -18,7 +18,7 @@ from ..core import ConfigError, PartLearner, PartModel, pick, register
 from ..training.losses import few_rows, part_learner
 from .attended import attended_dls
 from .base import BaseModel, read_attention
-from .explanations import local_words, word_pictures
+from .explanations import word_details, word_picture, word_pictures
 from .layer import nearest_words
 from .losses import WordLoss, WordLosses
 from .network import VisualWords
@@ -214,4 +214,4 @@ visual_words_recipes = dict(
 _method = register(visual_words_learner, VisualWords, visual_words_recipes,
                    'similarities to patches of training images (LVW; ProtoPNet)',
                    scores=word_scores, base='classifier', pictures=word_pictures)
-_method.answer = local_words
+_method.details,_method.picture = word_details,word_picture

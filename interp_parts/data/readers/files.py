@@ -175,11 +175,19 @@ def _walk(folder, seen=()):
 
 # %% ../../../nbs/01_data/readers/01_files.ipynb #66b19f1a
 @patch
+def each_image(self:DataFolder,
+    *within:str, # Sub-folder; default all of it
+):
+    "Yield all images below a folder, in order; nothing but the names of one folder is kept"
+    for p in _walk(self.path.joinpath(*within)):
+        if p.suffix.lower() in IMAGE_SUFFIXES: yield p
+
+@patch
 def images(self:DataFolder,
     *within:str, # Sub-folder; default all of it
 )->list:
     "All images below a folder, in order"
-    return sorted(p for p in _walk(self.path.joinpath(*within)) if p.suffix.lower() in IMAGE_SUFFIXES)
+    return sorted(self.each_image(*within))
 
 @patch
 def folders(self:DataFolder)->list:
