@@ -67,8 +67,8 @@ def _low_row(fig, image, o, p, shares, selected, c, k):
     cells = fig.subplots(1, k+2, width_ratios=[1]*k+[1.5,1.5])
     pixels = torch.from_numpy(to_rgb(image)).permute(2,0,1)[None].float()
     for i,crop in enumerate(input_crops(pixels, o.found.boxes[:1].cpu(), 96)[0]):
-        _panel(cells[i], crop.permute(1,2,0).byte(), f'part {i}: {p.contribution[0,i]:+.2f}')
-    _bars(cells[k], [*(f'part {i}' for i in range(k)),'image, bias'],
+        _panel(cells[i], crop.permute(1,2,0).byte(), f'{p.name(i)}: {p.contribution[0,i]:+.2f}')
+    _bars(cells[k], [*(p.name(i) for i in range(k)),'image, bias'],
           [*p.contribution[0].tolist(), p.constant[0].item()], [*part_colors(k),(.6,.6,.6)],
           f'decision {p.logits[0,c]:+.2f} =')
     which,vals = shares

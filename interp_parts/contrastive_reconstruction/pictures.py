@@ -93,11 +93,12 @@ def part_sheet(
 )->Picture:
     "One row an image: the image, its parts with their centres, and a heat map for each part"
     rows = list(items)
-    n = min(most, max(p.n_parts for _,p,_ in rows))
+    parts = max((p for _,p,_ in rows), key=lambda p: p.n_parts)
+    n = min(most, parts.n_parts)
     fig = Picture(figsize=(1.35*(n+2), 1.4*len(rows)))
     axs = fig.subplots(len(rows), n+2, squeeze=False)
     for ax,(x,p,b) in zip(axs, rows): _sheet_row(ax, x, p, b, n)
-    _headed(fig, axs, ['image', 'parts', *(f'part {k}' for k in range(n))])
+    _headed(fig, axs, ['image', 'parts', *(parts.name(k) for k in range(n))])
     return fig
 
 # %% ../../nbs/11_contrastive_reconstruction/09_pictures.ipynb #fca724e9

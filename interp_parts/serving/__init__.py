@@ -6,13 +6,19 @@
 __all__ = []
 
 # %% ../../nbs/22_serving/00_serving.ipynb #0bc3c047
-from . import answers, explainer, exporting, lines
+from . import answers, app, coco, explainer, exporting, hub, lines
+from ..training import names
 
 # %% ../../nbs/22_serving/00_serving.ipynb #68ea52a2
-__all__ = [*answers.__all__, *explainer.__all__, *exporting.__all__, *lines.__all__]
+__all__ = [*answers.__all__, *explainer.__all__, *exporting.__all__, *lines.__all__, *hub.__all__, *coco.__all__, *app.__all__,
+           *names.__all__]
 
 # %% ../../nbs/22_serving/00_serving.ipynb #b553cc01
 from .answers import *
 from .explainer import *
 from .exporting import *
 from .lines import *
+from .hub import *
+from .app import *
+from .coco import *
+from ..training.names import *
