@@ -75,6 +75,7 @@ class Parts(_Batched):
     contribution:torch.Tensor|None=None # (B,K)
     contribution_kind:str|None=None # One of `KINDS`
     constant:torch.Tensor|None=None # (B,) rest of the logit, for kind 'logit'
+    names:tuple=() # Names of the parts, if they have any
 
     def __len__(self): return len(self.maps)
 
@@ -82,6 +83,19 @@ class Parts(_Batched):
     def n_parts(self)->int:
         "Number of part maps K, the background included"
         return self.maps.shape[1]
+
+    def name(self,
+        k:int, # Number of a part
+    )->str:
+        "Its name: a given one, else `background` or `part K`"
+        return self.names[k] if self.names else 'background' if k == self.background else f'part {k}'
+
+    def named(self,
+        given:dict, # Names by number; parts without one keep their number
+    )->'Parts':
+        "The same parts with names"
+        if not given: return self
+        return replace(self, names=tuple(given.get(k) or replace(self, names=()).name(k) for k in range(self.n_parts)))
 
 # %% ../nbs/00_core.ipynb #4cacea36
 def _check_shapes(p):
@@ -161,6 +175,7 @@ class PartModel(nn.Module):
     "Base class of all methods: `forward(x)` returns an object with `.logits`; `_parts` makes `Parts`"
     needs_grad = False # Does `_parts` differentiate?
     classifies = True # Are the logits those of classes, or attributes, of an image?
+    part_names = {} # Names of parts by number, which a run keeps
     original_needs = 'the same architecture' # What a checkpoint of the original code has to be made with
     original_constants = () # Tensors of such a checkpoint that never change
     start_only = ('pretrained', 'weights', 'features') # Arguments that a run does not store: where weights come from
@@ -171,6 +186,8 @@ class PartModel(nn.Module):
         self.config = config
 
     def _parts(self, x, target): raise NotImplementedError(f'{type(self).__name__} has no _parts')
+
+    def _without(self, x, p): return None # how, and logits (K,B,C), without each part, if the method has a way of its own
 
     def original_views(self,
         tensors:dict=None, # Tensors under our names, such as gradients; default the model's state
@@ -184,7 +201,7 @@ class PartModel(nn.Module):
     )->Parts:
         "Where the parts are in `x`, and what each counted, in evaluation mode"
         if isinstance(target, int): target = torch.full((len(x),), target, device=x.device)
-        with eval_mode(self), torch.set_grad_enabled(self.needs_grad): return self._parts(x, target)
+        with eval_mode(self), torch.set_grad_enabled(self.needs_grad): return self._parts(x, target).named(self.part_names)
 
 # %% ../nbs/00_core.ipynb #517b8bfc
 def store_config(

@@ -208,3 +208,10 @@ def _parts(self:ClassificationSpecificParts, x, target):
     maps = o.found.maps(o.saliency) if self.settings.parts == 'cs' else _box_maps(o.found.boxes, x.shape[2:])
     return Parts(maps, o.found.found.float(), None, o.found.boxes, o.logits,
                  o.features.flatten(1), target, share[:,:-1]*self.ready, 'logit', constant)
+
+# %% ../../nbs/14_classification_specific_parts/08_model.ipynb #cd3caf6e
+@patch
+def _without(self:ClassificationSpecificParts, x, p):
+    o = self.describe(x)
+    shares = torch.einsum('bkd,ckd->kbc', o.features, self.part_coef.view(-1, *o.features.shape[1:]))[:-1]
+    return 'its share of the logit',(o.logits - shares*self.ready).detach()

@@ -86,12 +86,17 @@ def _evaluate(
     baselines:bool=True, # Also the untrained model and Lab-colour clusters?
     device:str='auto', # auto, cpu, cuda or cuda:N
     workers:int=2, # Processes that decode images
-    set_:list[str]=[], # data.key=value: of the reader, as data.masks=DIR; key=value: ridge, flip, use_mask, seed, fit, classes, or of the method's scores
+    set_:list[str]=[], # data.key=value: of the reader, as data.masks=DIR; key=value: remove_parts, ridge, flip, use_mask, seed, fit, classes, or of the method's scores
 ):
     "Score a run and its baselines; writes RUN/metrics.json"
     from interp_parts.command.evaluate import evaluate_run
+    from interp_parts.evaluation.removal import removal_rows
     from interp_parts.evaluation.scoring import format_metrics
-    print(format_metrics(evaluate_run(run, path, protocol, split, baselines, device, workers, parse_set(set_))))
+    scores = evaluate_run(run, path, protocol, split, baselines, device, workers, parse_set(set_))
+    print(format_metrics(scores))
+    if 'without_parts' not in scores: return
+    print(f"whole images, all parts {scores['without_parts']['all_parts']:.3f}; a part is removed by {scores['without_parts']['by']}")
+    for name,value,change,most in removal_rows(scores['without_parts']): print(f'without {name:14} {value} {change}  {most}'.rstrip())
 
 # %% ../../nbs/30_command/01_cli.ipynb #be66f3f5
 @command()

@@ -9,17 +9,19 @@ __all__ = ['evaluate_run']
 from pathlib import Path
 
 from .settings import check_kind, option_kinds, pick_device
-from ..core import CheckpointError, DataError, get_method, pick
+from ..core import CheckpointError, ConfigError, DataError, get_method, pick
 from ..data.rows import run_rows
 from ..evaluation.baselines import LabKMeans
+from ..evaluation.removal import remove_parts
 from ..evaluation.scoring import PROTOCOLS, evaluate
 from ..files import claim, load_tensors, read_json, reading, write_json
 from ..training.runs import fingerprint, load_run
+from ..training.names import part_names
 from ..visualization.report import write_model_card, write_report
 from ..visualization.summary import read_metrics
 
 # %% ../../nbs/30_command/02c_evaluate.ipynb #57244940
-_ours = {k:option_kinds(evaluate)[k] for k in ('fit','flip','use_mask','seed','ridge','classes')}
+_ours = {**{k:option_kinds(evaluate)[k] for k in ('fit','flip','use_mask','seed','ridge','classes')}, 'remove_parts':bool}
 
 def _evaluation_options(options, scores=None):
     "Options of the reader, of `evaluate`, and of the method's `scores`"
@@ -67,6 +69,14 @@ def _baselines(learn, df, run, res, score, protocol, mine):
     if _untrained(learn, run): out['untrained'] = beside(score())
     return out
 
+# %% ../../nbs/30_command/02c_evaluate.ipynb #a18e1bab
+def _removed(learn, df, run, split):
+    "What becomes of the accuracy without each part"
+    if not learn.model.classifies or not {'label','labels'} & set(df):
+        raise ConfigError('--set remove_parts', 'no classes to score', 'a method and data with classes', 'leave it out')
+    p,_ = next(learn.parts(df[:1]))
+    return dict(without_parts=remove_parts(learn, df, part_names(run, p.n_parts, p.background), split))
+
 # %% ../../nbs/30_command/02c_evaluate.ipynb #acecc16c
 def _benchmark(run, protocol):
     "The method's own benchmark of that name; None if it has none"
@@ -104,7 +114,8 @@ def evaluate_run(
     df,reader = _rows(learn.config, path, run, reader, protocol)
     score = lambda: evaluate(learn, df, protocol, test=split, **opts)
     mine = own(learn, df, protocol, **more) if own else {}
-    res = {**score(), **mine}
+    removed = _removed(learn, df, run, split) if opts.pop('remove_parts', False) else {}
+    res = {**score(), **mine, **removed}
     if baselines: res |= _baselines(learn, df, run, res, score, protocol, mine)
     marks = learn.config.get('published', {}) if protocol == 'paper' else {}
     if marks: res['published'] = {k:v for k,v in marks.items() if k in res}

@@ -7,12 +7,12 @@ __all__ = []
 
 # %% ../../nbs/20_evaluation/00_evaluation.ipynb #f8c5e0d3
 from . import clustering, regression, landmarks, active_parts, baselines, pixels, areas, parts, explanations
-from . import recognition, face_templates, faces, scoring
+from . import recognition, face_templates, faces, scoring, removal
 
 # %% ../../nbs/20_evaluation/00_evaluation.ipynb #d8acac6b
 __all__ = [*clustering.__all__, *regression.__all__, *landmarks.__all__, *active_parts.__all__, *baselines.__all__, *pixels.__all__,
            *areas.__all__, *parts.__all__, *explanations.__all__, *recognition.__all__, *face_templates.__all__, *faces.__all__,
-           *scoring.__all__]
+           *scoring.__all__, *removal.__all__]
 
 # %% ../../nbs/20_evaluation/00_evaluation.ipynb #9a3ae639
 from .clustering import *
@@ -28,3 +28,4 @@ from .recognition import *
 from .face_templates import *
 from .faces import *
 from .scoring import *
+from .removal import *

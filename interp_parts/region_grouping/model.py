@@ -166,3 +166,13 @@ def _parts(self:RegionGrouping, x, target):
         chosen = o.attention[torch.arange(len(x)), target]
         return Parts(**common, contribution=chosen, contribution_kind='attention')
     return Parts(**common, **self._shares(o, target), contribution_kind='logit')
+
+# %% ../../nbs/10_region_grouping/04_model.ipynb #d7221fe3
+@patch
+def _without(self:RegionGrouping, x, p):
+    if not self.multi: return None
+    with eval_mode(self), torch.no_grad():
+        o = self(x)
+        less = o.attention*(1 - torch.eye(p.n_parts, device=x.device))[:,None,None] # (K,B,A,K)
+        each = torch.stack([self.head(self.refine(self.norm(a@o.regions)))[...,0] for a in less])
+    return 'its features: attention 0',each

@@ -6,12 +6,15 @@
 __all__ = []
 
 # %% ../../nbs/22_serving/00_serving.ipynb #0bc3c047
-from . import answers, explainer, exporting
+from . import answers, explainer, exporting, hub
+from ..training import names
 
 # %% ../../nbs/22_serving/00_serving.ipynb #68ea52a2
-__all__ = [*answers.__all__, *explainer.__all__, *exporting.__all__]
+__all__ = [*answers.__all__, *explainer.__all__, *exporting.__all__, *hub.__all__, *names.__all__]
 
 # %% ../../nbs/22_serving/00_serving.ipynb #b553cc01
 from .answers import *
 from .explainer import *
 from .exporting import *
+from .hub import *
+from ..training.names import *

@@ -15,7 +15,8 @@ from torch import nn
 
 from ..core import ConfigError, eval_mode, pick
 from ..files import atomic_path, claim_file, write_json, write_text
-from .explainer import Explainer, part_names
+from .explainer import Explainer
+from ..training.names import part_names
 
 # %% ../../nbs/22_serving/03_export.ipynb #a5025fab
 _OUTPUTS = ('logits', 'maps', 'presence', 'contribution', 'embedding', 'boxes') # Of `Parts`, in this order

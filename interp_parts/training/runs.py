@@ -24,6 +24,7 @@ from ..data.views import View
 from ..networks import LayerMap, build_network, describe_network
 from ..files import SCHEMA, claim, load_tensors, read_json, reading, save_tensors, write_json
 from .loaded import LoadedLearner
+from .names import given_names
 from .optim import keep_memory
 
 # %% ../../nbs/04_training/06_runs.ipynb #7b80e9a2
@@ -168,6 +169,7 @@ def load_run(
         model = _make_model(config, file, features)
         dls = blank_dls(config, device, bs, workers, file.parent)
     load_tensors(file.with_name('model.safetensors'), model)
+    model.part_names = given_names(file.parent)
     learn = LoadedLearner(dls, model.to(device).eval(), config)
     learn.run_dir = file.parent
     return learn

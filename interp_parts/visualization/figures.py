@@ -25,7 +25,7 @@ def _name(classes, i):
     if i is None: return 'this image'
     return classes[i] if classes is not None and i < len(classes) else f'class {i}'
 
-def _part_name(parts, k): return 'background' if k == parts.background else f'part {k}'
+def _part_name(parts, k): return clip_lines(parts.name(k), 14)
 
 def _target(parts, target):
     "Number of the explained class: that of `parts`, which `target` must not contradict; None if there is none"
@@ -88,7 +88,7 @@ def _number_parts(ax, parts, size, which):
         if k == parts.background or not (hard == k).any(): continue
         own = cv2.distanceTransform(np.pad((hard == k).numpy().astype(np.uint8), 1), cv2.DIST_L2, 3)[1:-1,1:-1]
         y,x = np.unravel_index(own.argmax(), own.shape)
-        ax.text(x, y, k, ha='center', va='center', fontsize=9, weight='bold', color='white',
+        ax.text(x, y, parts.names[k] if parts.names and parts.names[k] != f'part {k}' else k, ha='center', va='center', fontsize=9, weight='bold', color='white',
                 path_effects=[patheffects.withStroke(linewidth=2, foreground='black')])
 
 # %% ../../nbs/21_visualization/02_figures.ipynb #b37e2168

@@ -16,6 +16,7 @@ from jinja2 import Environment, StrictUndefined
 from matplotlib.ticker import MaxNLocator
 
 from ..core import CheckpointError
+from ..evaluation.removal import removal_rows
 from ..files import keep_theirs, reading, write_text
 from .model_card import write_model_card # so that you can import it from here, too
 from .overlays import Picture
@@ -159,6 +160,17 @@ _PAGE = '''<!doctype html>
 <h1>{{ run.title }}</h1><p class="lead">{{ run.lead }}</p>
 {% if run.scores or run.other_numbers %}<h2>Scores</h2>{% endif %}
 {% if run.scores %}{{ scores(run.scores) }}{% endif %}
+{% if removed %}
+<h2>Without each part</h2>
+<p class="note">Accuracy with all parts {{ '%.3f'|format(without.all_parts) }}, on {{ without.n_images }} whole images.
+A part is removed by {{ without.by }}.</p>
+<div class="wide"><table><tr><th scope="col">without</th><th scope="col">accuracy</th><th scope="col">change</th>
+<th scope="col">classes that change most</th></tr>
+{% for name,value,change,classes in removed %}
+<tr><th scope="row">{{ name }}</th><td class="num">{{ value }}</td><td class="num">{{ change }}</td><td>{{ classes }}</td></tr>
+{% endfor %}
+</table></div>
+{% endif %}
 {% if run.other_numbers %}
 <details><summary>Protocol and further numbers</summary>{{ pairs(run.other_numbers) }}</details>
 {% endif %}
@@ -194,7 +206,9 @@ def _html(run_dir):
     facts = dict(Settings=run.settings(), Data=run.section('data'), Licences=run.licences,
                  Versions=run.section('versions'))
     env = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined)
-    return env.from_string(_MACROS + _PAGE).render(run=run, charts=charts, pictures=_pictures(d), tables=_tables(d),
+    without = run.metrics.get('without_parts')
+    removed = removal_rows(without) if without else []
+    return env.from_string(_MACROS + _PAGE).render(run=run, without=without, removed=removed, charts=charts, pictures=_pictures(d), tables=_tables(d),
                                                    facts=facts, style=_STYLE)
 
 def write_report(

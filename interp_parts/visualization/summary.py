@@ -73,7 +73,8 @@ def read_metrics(
     models = {k:numbers(m) for k,m in d.items() if isinstance(m, dict)}
     rows = d.get('table') if isinstance(d.get('table'), dict) else {}
     table = {k:dict.fromkeys(v, float) if isinstance(v, dict) else dict for k,v in rows.items()}
-    kinds = {**numbers(d), **models, **(dict(table=table or dict) if 'table' in d else {})}
+    kinds = {**numbers(d), **models, **(dict(table=table or dict) if 'table' in d else {}),
+             **(dict(without_parts=dict(by=str, all_parts=float, parts=dict)) if 'without_parts' in d else {})}
     return _read(f, dict(kinds, n_images=int)) if d else {}
 
 
@@ -113,7 +114,7 @@ class RunSummary:
     @property
     def other_numbers(self)->dict:
         "What is in the metrics beside scores and baselines, by name"
-        known = lambda k,v: k in _SCORES or _score_of(k) or _is_model(v)
+        known = lambda k,v: k in (*_SCORES,'without_parts') or _score_of(k) or _is_model(v)
         return _flat({k:v for k,v in self.metrics.items() if not known(k, v)})
 
     @property
