@@ -16,14 +16,14 @@ _STYLE = '''
 :root{color-scheme:light dark;--ink:#1c2430;--soft:#566070;--page:#fff;--rule:#d9dfe5;--card:#f5f7f9;--mark:#1668b8}
 @media(prefers-color-scheme:dark){:root{--ink:#e6eaee;--soft:#a7b1bc;--page:#14181d;--rule:#333c46;--card:#1c2229;--mark:#7db8f0}}
 *{box-sizing:border-box}
-body{margin:0 auto;padding:1.2rem;max-width:72rem;font:16px/1.5 system-ui,sans-serif;color:var(--ink);background:var(--page)}
+body{margin:0 auto;padding:1.2rem;max-width:72rem;font:16px/1.5 system-ui,sans-serif;color:var(--ink);background:var(--page);overflow-wrap:anywhere}
 h1{font-size:1.7rem;line-height:1.2;margin:.4rem 0}h2{font-size:1.25rem;margin:2.4rem 0 .6rem;border-bottom:1px solid var(--rule)}
 h3{font-size:1rem;margin:1rem 0 .3rem}a{color:var(--mark)}:focus-visible{outline:3px solid var(--mark);outline-offset:2px}
-.skip{position:absolute;left:-99rem}.skip:focus{left:1rem}
+.only-read{position:absolute;width:1px;height:1px;overflow:hidden;clip-path:inset(50%)}.skip{position:absolute;left:-99rem}.skip:focus{left:1rem}
 nav ul{display:flex;flex-wrap:wrap;gap:.2rem 1.1rem;list-style:none;padding:0;margin:.6rem 0}
-.lead,.note,figcaption{color:var(--soft)}.wide{overflow-x:auto}table{border-collapse:collapse;width:100%}
+.lead,.note,figcaption{color:var(--soft)}.wide{overflow-x:auto;position:relative}table{border-collapse:collapse;width:100%}
 th,td{text-align:left;vertical-align:top;padding:.35rem .8rem .35rem 0;border-bottom:1px solid var(--rule)}
-th{font-weight:600}td{overflow-wrap:anywhere}th button{all:unset;cursor:pointer;text-decoration:underline dotted}
+th{font-weight:600;overflow-wrap:normal}.card th[scope=row],td{overflow-wrap:anywhere}th button{all:unset;cursor:pointer;text-decoration:underline dotted}
 th button:focus-visible{outline:3px solid var(--mark)}th[aria-sort=ascending] button:after{content:" ▲"}th[aria-sort=descending] button:after{content:" ▼"}
 td.num{font-variant-numeric:tabular-nums;white-space:nowrap;font-weight:600}td.no{color:var(--soft)}
 .base{display:inline-block;white-space:nowrap;margin-right:.9rem;font-variant-numeric:tabular-nums}
@@ -41,7 +41,7 @@ dialog img{display:block;max-width:none;width:max(92vw,1000px)}dialog div{overfl
 .matrix td,.matrix th{padding:.3rem .5rem;text-align:right;border:1px solid var(--rule)}.matrix th[scope=row]{text-align:left}
 .matrix td{color:#1c2430;background:#fff}.matrix .on{outline:2px solid var(--mark)}tr:hover>th,tr:hover>td.plain{background:var(--card)}
 input{font:inherit;padding:.2rem .5rem;max-width:100%}
-@media print{nav,.skip,label{display:none}body{max-width:none;font-size:11px;padding:0}figure,.card,tr{break-inside:avoid}
+@media print{nav,.skip,[data-filter]{display:none}body{max-width:none;font-size:11px;padding:0}figure,.card,tr{break-inside:avoid}
 h2{break-after:avoid}.wide{overflow:visible}details::details-content{content-visibility:visible;block-size:auto}}
 '''
 
@@ -58,8 +58,8 @@ all('table[data-sort]').forEach(t=>all('thead th',t).forEach((th,i)=>{
     t.tBodies[0].append(...[...t.tBodies[0].rows].sort(cmp));
   };
 }));
-all('label[data-filter]').forEach(l=>{
-  const rows=document.getElementById(l.dataset.filter).tBodies[0].rows,said=l.querySelector('output');
+all('[data-filter]').forEach(l=>{
+  const rows=document.getElementById(l.dataset.filter).tBodies[0].rows,said=l.querySelector('span');
   l.hidden=false;
   l.querySelector('input').oninput=e=>{
     const q=e.target.value.toLowerCase();let n=0;
@@ -129,7 +129,7 @@ _TABLES = '''
 _FOUND = '''
 {%- macro picture(p) %}
 {% if 'note' in p %}<p class="note">{{ p.note }}</p>{% else %}
-<figure{% if p.id %} id="{{ p.id }}"{% endif %}><img alt="{{ p.title }}. {{ p.text }}" width="{{ p.width }}" height="{{ p.height }}" loading="lazy" src="{{ p.src }}">
+<figure{% if p.id %} id="{{ p.id }}"{% endif %}><img alt="{{ p.title }}. {{ p.text }}" width="{{ p.width }}" height="{{ p.height }}" src="{{ p.src }}">
 <figcaption><b>{{ p.title }}</b> {{ p.text }}
 {%- if p.answer %}<br>{{ p.answer }}{% endif %}
 {% if p.reasons %}<ul>{% for r in p.reasons %}<li>{{ r }}</li>{% endfor %}</ul>{% endif %}</figcaption></figure>
@@ -140,7 +140,7 @@ _FOUND = '''
 <svg width="14" height="14" aria-hidden="true"><rect width="14" height="14" rx="3" fill="{{ c.color }}"/></svg> {{ c.name }}</h3>
 <img class="place" alt="Where {{ c.name }} lies in the {{ c.frame }}: {{ c.where }}" width="84" height="84" src="{{ c.place }}">
 <p>{{ c.said }}</p>
-{% if c.patches %}<figure><img alt="The regions in which {{ c.name }} is most present" width="{{ c.width }}" height="{{ c.height }}" loading="lazy" src="{{ c.patches }}"></figure>{% endif %}
+{% if c.patches %}<figure><img alt="The regions in which {{ c.name }} is most present" width="{{ c.width }}" height="{{ c.height }}" src="{{ c.patches }}"></figure>{% endif %}
 {% if c.by_class %}<table><thead><tr><th scope="col">{{ c.counted }}</th><th scope="col">mean</th><th scope="col">images</th></tr></thead><tbody>
 {% for name,v,n,anchor in c.by_class %}
 <tr><th scope="row">{% if anchor %}<a href="#{{ anchor }}">{{ name }}</a>{% else %}{{ name }}{% endif %}</th><td class="num">{{ v }}</td><td>{{ n }}</td></tr>
@@ -149,22 +149,23 @@ _FOUND = '''
 </section>
 {% endmacro %}
 {%- macro classes(rows) %}
-<label data-filter="classes" hidden>Filter the classes <input type="search"> <output></output></label>
+<p data-filter="classes" hidden><label for="filter">Filter the classes</label> <input type="search" id="filter"> <span role="status"></span></p>
 {% call wide('Classes') %}<table id="classes" data-sort><thead><tr><th scope="col">class</th><th scope="col">images</th><th scope="col">right</th>
-<th scope="col">taken for</th></tr></thead><tbody>
+<th scope="col">taken for</th><th scope="col">what counts for it</th></tr></thead><tbody>
 {% for r in rows %}
-<tr id="{{ r.id }}"><th scope="row" data-v="{{ r.name }}"><details><summary>{{ r.name }}</summary>
+<tr id="{{ r.id }}"><th scope="row">{{ r.name }}</th><td class="plain">{{ r.n }}</td><td class="plain num" data-v="{{ r.share }}">{{ r.right }}</td><td class="plain">{{ r.taken }}</td>
+<td class="plain" data-v="{{ r.parts|length }}"><details><summary>show<span class="only-read"> what counts for {{ r.name }}</span></summary>
 {% if r.parts %}<p>Parts by what they count for it:</p><ul>{% for p in r.parts %}<li>{{ p }}</li>{% endfor %}</ul>{% endif %}
 {% if r.pictures %}<p>Explained: {% for id,name in r.pictures %}<a href="#{{ id }}">{{ name }}</a> {% endfor %}</p>{% endif %}
 {% if not r.parts and not r.pictures %}<p>No image of it among those looked at.</p>{% endif %}
-</details></th><td class="plain">{{ r.n }}</td><td class="plain" data-v="{{ r.share }}">{{ r.right }}</td><td class="plain">{{ r.taken }}</td></tr>
+</details></td></tr>
 {% endfor %}
 </tbody></table>{% endcall %}
 {% endmacro %}
 {%- macro matrix(m) %}
-{% call wide('Most confused classes') %}<table class="matrix"><thead><tr><td></td>{% for n in m.names %}<th scope="col">{{ n }}</th>{% endfor %}</tr></thead><tbody>
+{% call wide('Most confused classes') %}<table class="matrix"><thead><tr><td></td>{% for n in m.names %}<th scope="col"><abbr title="{{ n }}">{{ loop.index }}</abbr></th>{% endfor %}</tr></thead><tbody>
 {% for n,row in m.rows %}
-<tr><th scope="row">{{ n }}</th>{% for v,shade,said in row %}<td title="{{ said }}" style="background:{{ shade }}">{{ v }}</td>{% endfor %}</tr>
+<tr><th scope="row">{{ loop.index }} {{ n }}</th>{% for v,shade,said in row %}<td title="{{ said }}" style="background:{{ shade }}">{{ v }}</td>{% endfor %}</tr>
 {% endfor %}
 </tbody></table>{% endcall %}
 {% endmacro %}

@@ -189,7 +189,7 @@ def _by_true(answers):
 def _class_rows(answers, found, names):
     "One row for each class: images, right ones, what it is taken for, what counts for it, its explanations"
     ids,rows = {},[]
-    for i,(c,said) in enumerate(_by_true(answers).items()):
+    for i,(c,said) in enumerate(sorted(_by_true(answers).items())):
         n,right = sum(said.values()),said[c]
         wrong = [f'{o} ({m})' for o,m in said.most_common() if o != c][:3]
         parts = sorted(((v,p['part']) for p in found.get('parts', ()) for name,v,_ in p['by_class'] if name == c), key=lambda o: -abs(o[0]))

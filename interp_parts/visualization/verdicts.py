@@ -48,6 +48,8 @@ SCORE_WORDS = { # what it measures, what is good, what chance gives, its trap
 # %% ../../nbs/21_visualization/04a_verdict.ipynb #dc89f055
 _NO_TRUTH = ('distinctiveness', 'comprehensiveness', 'base_agreement') # Compare parts with parts, or a model with a model
 
+_FIRST = ('keypoint_error', 'fg_nmi', 'part_iou', 'pointing_mask') # Named first: one of each kind
+
 def _is_number(v): return isinstance(v, (int,float)) and not isinstance(v, bool)
 
 def _rivals(metrics, k, names):
@@ -59,7 +61,7 @@ def _rivals(metrics, k, names):
 
 def _compared(metrics):
     "For each score of the parts: its name, its value, the strongest rival and its value, and whether it beats all"
-    for k,names in BASELINES.items():
+    for k,names in sorted(BASELINES.items(), key=lambda o: _FIRST.index(o[0]) if o[0] in _FIRST else len(_FIRST)):
         rivals = _rivals(metrics, k, names) if _is_number(metrics.get(k)) and k not in _NO_TRUTH else None
         if not rivals: continue
         low = k.endswith('error')
@@ -71,7 +73,7 @@ def _compared(metrics):
 class Verdict:
     "One question about a run, its answer in a word, and the numbers it rests on"
     question:str # What is asked
-    answer:str # 'Yes', 'No', 'Partly' or 'Not measured'
+    answer:str # 'Yes', 'No', 'Only in 1 of 2 scores' or 'Not measured'
     words:str # The sentence that names the numbers
 
 def _said(k, v, name, best): return f"{k.replace('_', ' ')} {v:.3f} (best rival: {name} {best:.3f})"
@@ -95,10 +97,10 @@ def _parts(metrics):
         return Verdict(ask, 'Not measured', 'The data has no keypoints or masks, or the run is not scored: look at the pictures '
                                             'before you believe in the parts.')
     won,lost = [r for r in rows if r[4]],[r for r in rows if not r[4]]
-    answer = 'Yes' if not lost else 'Partly' if won else 'No'
+    answer = 'Yes' if not lost else f'Only in {len(won)} of {len(rows)} scores' if won else 'No'
     words = f'They beat every rival in {len(won)} of {len(rows)} scores.'
-    if won: words += f" Better: {'; '.join(_said(*r[:4]) for r in won)}."
-    if lost: words += f" Not better: {'; '.join(_said(*r[:4]) for r in lost)}."
+    for name,some in (('Better',won), ('Not better',lost)):
+        if some: words += f" {name}: {'; '.join(_said(*r[:4]) for r in some[:3])}{' and others' if some[3:] else ''}."
     if lost: words += ' Where a rival wins, do not read the parts as parts of the object.'
     return Verdict(ask, answer, words)
 
