@@ -6,6 +6,8 @@
 __all__ = ['evaluate_run']
 
 # %% ../../nbs/30_command/02c_evaluate.ipynb #96915276
+import csv, io
+from collections import Counter
 from pathlib import Path
 
 from .settings import check_kind, option_kinds, pick_device
@@ -14,7 +16,7 @@ from ..data.rows import run_rows
 from ..evaluation.baselines import LabKMeans
 from ..evaluation.removal import remove_parts
 from ..evaluation.scoring import PROTOCOLS, evaluate
-from ..files import claim, load_tensors, read_json, reading, write_json
+from ..files import claim, load_tensors, read_json, reading, write_json, write_text
 from ..training.runs import fingerprint, load_run
 from ..training.names import part_names
 from ..visualization.report import write_model_card, write_report
@@ -99,6 +101,16 @@ def _published(config, protocol, res):
     theirs = protocol in ('paper', config['training'].get('protocol'))
     return {k:v for k,v in config.get('published', {}).items() if theirs and k in res}
 
+def _write_answers(run, logits, target, vocab):
+    "Count the answers for each class in RUN/answers.csv; those of attributes are not counted"
+    if target.ndim > 1: return
+    known = target < logits.shape[1]
+    counts,out = Counter(zip(target[known].tolist(), logits[known].argmax(1).tolist())),io.StringIO()
+    rows = csv.writer(out, lineterminator='\n')
+    rows.writerow(['class','answer','images'])
+    rows.writerows([vocab[a],vocab[b],n] for (a,b),n in sorted(counts.items()))
+    write_text(Path(run)/'answers.csv', out.getvalue())
+
 def evaluate_run(
     run, # Folder of a run
     path=None, # Another folder of the same data
@@ -120,7 +132,8 @@ def evaluate_run(
     score = lambda: evaluate(learn, df, protocol, test=split, **opts)
     mine = own(learn, df, protocol, **more) if own else {}
     removed = _removed(learn, df, run, split) if opts.pop('remove_parts', False) else {}
-    res = {**score(), **mine, **removed}
+    keep = lambda logits,target: _write_answers(run, logits, target, learn.dls.vocab)
+    res = {**evaluate(learn, df, protocol, test=split, keep=keep, **opts), **mine, **removed}
     if baselines: res |= _baselines(learn, df, run, res, score, protocol, mine)
     if marks := _published(learn.config, protocol, res): res['published'] = marks
     if reader: res['reader'] = ', '.join(f'{k}={v}' for k,v in reader.items())

@@ -9,7 +9,7 @@ __all__ = ['visualize_run', 'predict_run']
 import inspect, os, re, warnings
 from contextlib import nullcontext
 from dataclasses import replace
-from itertools import repeat, tee
+from itertools import chain, repeat, tee
 from pathlib import Path
 
 import numpy as np, torch
@@ -28,7 +28,8 @@ from ..serving.explainer import Explainer
 from ..serving.lines import AnswerFile, weights_hash
 from ..training.names import given_names
 from ..training.runs import load_run
-from ..visualization.figures import save_visualization
+from ..visualization.figures import explain, save_visualization
+from ..visualization.findings import Findings
 from ..visualization.report import write_report
 
 # %% ../../nbs/30_command/02d_predict.ipynb #878baf94
@@ -60,6 +61,7 @@ def visualize_run(
     device:str='auto', # Where the model goes
     target:str=None, # Class or attribute to explain, by name; default: the predicted one
     beside=(), # Folders of runs to show beside this one, for methods whose pictures compare models
+    count:int=200, # Images that the cards of parts, the mistakes and the choice of explanations are taken from, at most
 )->Path:
     "Write RUN/visualization and RUN/report.html; returns the page"
     if n < 1: raise ConfigError('--n', n, 'at least 1')
@@ -68,10 +70,15 @@ def visualize_run(
     more = _beside(own, beside, learn)
     df = run_rows(learn.config, path, run)
     rows = split_rows(df, ('test','eval','valid','train'))
-    rows = rows.sample(min(n, len(rows)), random_state=seed).sort_index()
-    save_visualization(run, learn.items(rows, target), learn.dls.vocab, n, learn.dls.multi)
+    some = rows.sample(min(n, len(rows)), random_state=seed).sort_index()
+    rest = rows.drop(some.index)
+    rest = rest.sample(min(max(0, count-n), len(rest)), random_state=seed).sort_index()
+    found = Findings(learn.dls.vocab)
+    items = found.watch(chain(learn.items(some, target), learn.items(rest, target) if len(rest) else ()))
+    save_visualization(run, items, learn.dls.vocab, n, learn.dls.multi, chosen=found.explained)
     remove_unfinished(Path(run)/'visualization')
-    if own: own(learn, df, rows, Path(run)/'visualization', **more)
+    found.save(run, n, learn.model, learn.dls.stats, learn.dls.device)
+    if own: own(learn, df, some, Path(run)/'visualization', **more)
     return write_report(run)
 
 # %% ../../nbs/30_command/02d_predict.ipynb #6053f9b8

@@ -99,6 +99,7 @@ def evaluate(
     ridge:bool=False, # Also `ridge_keypoint_error`, fair for any number of parts?
     classes:int=0, # Also the keypoint error on images of each of so many classes, the first ones
     noisy:int=0, # Also the stability under noise, of so many test images
+    keep=None, # Function that gets the logits and targets of the scored images
 )->dict:
     "All numbers that the annotations of the table allow"
     pick(protocol, PROTOCOLS, '--protocol')
@@ -117,6 +118,7 @@ def evaluate(
     if protocol != 'interpretability' and learner.model.classifies and {'label','labels'} & set(df):
         train = df[df.split == 'train']
         answers = _seen_logits(seen, rows) or learner.logits(rows, flip=flip)
+        if keep: keep(*answers)
         targets = _targets(train) if len(train) else None
         scored = _accuracies(*answers, targets, protocol, df.attrs.get('attributes', ()))
     return dict(scored, **parted, protocol=protocol, n_images=len(rows), views=2 if flip else 1, seed=seed)

@@ -281,6 +281,7 @@ def save_visualization(
     n:int=25, # Images in the overview and with an explanation of their own
     multi:bool=False, # Attributes, each yes or no?
     soft:bool=False, # Fade the overlays by presence and by the map's value?
+    chosen=None, # Function of `n` that returns the items to explain, called at the end; None: the first `n`
 )->list:
     "Write RUN/visualization/*.png and return the files"
     out,first,g = claim(Path(run_dir)/'visualization', 'pictures'),[],_Gallery()
@@ -288,7 +289,7 @@ def save_visualization(
         if len(first) < n: first.append((x,p,b))
         g.add(x, p)
     files = [fig.save(out/f'{name}.png', *words) for pages in
-             (_overviews(first, g, classes, soft), _explanations(first, classes, multi, soft))
+             (_overviews(first, g, classes, soft), _explanations(chosen(n) if chosen else first, classes, multi, soft))
              for name,fig,*words in pages]
     for old in (set(out.glob('explanation_*.png')) | set(out.glob('overview_*.png'))) - set(files):
         if made(old) == 'file': old.unlink()

@@ -6,21 +6,24 @@
 __all__ = ['write_report']
 
 # %% ../../nbs/21_visualization/05_report.ipynb #6bfa51ee
-import csv, io, math
+import csv, io, math, re
+from collections import Counter
 from base64 import b64encode
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
-from jinja2 import Environment, StrictUndefined
 from matplotlib.ticker import MaxNLocator
 
 from ..core import CheckpointError
 from ..evaluation.removal import removal_rows
-from ..files import keep_theirs, reading, write_text
+from ..files import keep_theirs, read_json, reading, write_text
+from ..training.names import given_names
 from .model_card import write_model_card # so that you can import it from here, too
-from .overlays import Picture
+from .overlays import Picture, part_colors
+from .page import render_page
 from .summary import RunSummary
+from .verdicts import SCORE_WORDS, verdict
 
 # %% ../../nbs/21_visualization/05_report.ipynb #984f7d27
 def _finite(text):
@@ -74,17 +77,19 @@ def _picture(path):
             info,(w,h) = dict(im.info),im.size
         if data[:4] != b'\x89PNG': raise OSError('not a PNG')
     except (OSError,ValueError,SyntaxError): return dict(note=f'{path.name} is damaged and not shown.')
-    return dict(title=str(info.get('Title', path.stem)), text=str(info.get('Description', '')), width=w, height=h,
+    return dict(file=path.name, id='', answer='', reasons=(), title=str(info.get('Title', path.stem)), text=str(info.get('Description', '')), width=w, height=h,
                 src=_data_uri(data))
 
 def _shown(run, suffix):
     "Files of RUN/visualization, without hidden ones"
     return [f for f in (Path(run)/'visualization').glob(f'*{suffix}') if f.name[0] != '.']
 
+_strip = re.compile(r'part_\d{3,}\.png') # Patches of a part, which stand in its card
+
 def _pictures(run):
     "The pictures of a run, overviews first"
     order = lambda f: (f.name.startswith('explanation'), f.name != 'overview.png', f.name)
-    return [_picture(f) for f in sorted(_shown(run, '.png'), key=order)]
+    return [_picture(f) for f in sorted(_shown(run, '.png'), key=order) if not _strip.fullmatch(f.name)]
 
 # %% ../../nbs/21_visualization/05_report.ipynb #6058e907
 def _csv_table(path, most=100):
@@ -99,118 +104,154 @@ def _csv_table(path, most=100):
 def _tables(run): return [_csv_table(f) for f in sorted(_shown(run, '.csv'))]
 
 # %% ../../nbs/21_visualization/05_report.ipynb #fe4bab8c
-_STYLE = '''
-:root{color-scheme:light dark;--ink:#1c2430;--soft:#5b6675;--page:#fff;--rule:#d9dfe5}
-@media(prefers-color-scheme:dark){:root{--ink:#e6eaee;--soft:#9aa5b1;--page:#14181d;--rule:#333c46}}
-*{box-sizing:border-box}
-body{margin:0 auto;padding:1.2rem;max-width:66rem;font:16px/1.5 system-ui,sans-serif;
-color:var(--ink);background:var(--page)}
-h1{font-size:1.7rem;line-height:1.2;margin:.4rem 0}
-h2{font-size:1.2rem;margin:2.2rem 0 .6rem;border-bottom:1px solid var(--rule)}
-.lead,.note,figcaption{color:var(--soft)}.wide{overflow-x:auto}table{border-collapse:collapse;width:100%}
-th,td{text-align:left;vertical-align:top;padding:.35rem .8rem .35rem 0;border-bottom:1px solid var(--rule)}
-th{font-weight:600}td{overflow-wrap:anywhere}
-td.num{font-variant-numeric:tabular-nums;white-space:nowrap;font-weight:600}td.no{color:var(--soft)}
-.base{display:inline-block;white-space:nowrap;margin-right:.9rem;font-variant-numeric:tabular-nums}
-.charts{display:grid;grid-template-columns:repeat(auto-fill,minmax(16rem,1fr));gap:.8rem}
-.charts img{width:100%}
-img{max-width:100%;height:auto;background:#fff;border-radius:8px;border:1px solid var(--rule)}
-figure{margin:0 0 1.4rem}details{margin:.6rem 0}summary{cursor:pointer;font-weight:600}
-'''
+_GROUPS = dict(best=('Best answers', 'The {n} images whose true class got the highest probability, of {of}.'),
+               median=('Median answers', 'The {n} images in the middle of the order: what to expect.'),
+               worst=('Worst answers', 'The {n} images whose true class got the lowest probability, of {of}.'),
+               mistakes=('More mistakes', '{n} wrong answers from between the best and the worst.'),
+               examples=('Examples', '{n} images in no order.'))
+_TALK = dict(logit='{part}: {gap:+.2f} for {a} against {b} ({x:.2f} and {y:.2f})',
+             similarity='{part} is {word} similar to that of {a} than to that of {b} ({x:.2f} against {y:.2f})',
+             attention='{part} has {word} weight for {a} than for {b} ({x:.2f} against {y:.2f})')
+
+def _answer_line(o):
+    "What the model said about an image, and the truth"
+    if 'label' not in o: return ''
+    said = f"Answer: {o['predicted']}, {100*o['probability']:.0f} %."
+    return f"{said} Right." if o['label'] == o['predicted'] else f"{said} Wrong: it is {o['label']}, which got {100*o['of_label']:.0f} %."
+
+def _reason_lines(o, kind, names):
+    "Why the answer was not the truth, part by part"
+    if o.get('label') == o.get('predicted'): return []
+    if not o['reasons']: return ['The method does not say what each part counts for one class and not for another.']
+    talk = lambda k,x,y: _TALK[kind].format(part=names(k), gap=x-y, word='more' if x > y else 'less', a=o['predicted'], b=o['label'], x=x, y=y)
+    return [talk(*r) for r in o['reasons'] if abs(r[1]-r[2]) > 5e-3]
+
+def _grouped(found, pictures, names):
+    "Groups of explanations, in the order of a reader's questions"
+    by,out = {p.get('file'):p for p in pictures},[]
+    for g,(name,said) in _GROUPS.items():
+        mine = [o for o in found['images'] if o['group'] == g]
+        shown = [dict(by[o['picture']], id=o['picture'].removesuffix('.png'), answer=_answer_line(o),
+                      reasons=_reason_lines(o, found['kind'], names)) for o in mine if o['picture'] in by]
+        if shown: out.append(dict(id=g, name=name, said=said.format(n=len(shown), of=found['n_images']), pictures=shown))
+    return out
 
 # %% ../../nbs/21_visualization/05_report.ipynb #1886e17d
-_MACROS = '''
-{%- macro pairs(values) %}
-<div class="wide"><table>
-{% for k,v in values.items() %}
-<tr><th scope="row">{{ k|replace('_', ' ') }}</th><td>{{ v }}</td></tr>
-{% endfor %}
-</table></div>
-{% endmacro %}
-{%- macro scores(rows) %}
-<div class="wide"><table>
-<tr><th scope="col"></th><th scope="col">this model</th><th scope="col">baselines and other models</th></tr>
-{% for name,value,baselines in rows %}
-<tr><th scope="row">{{ name }}
-{%- if name.endswith('error') %}<span class="lead"> (lower is better)</span>{% endif %}</th>
-{% if value.startswith('not shown') %}
-<td class="no" colspan="2">{{ value }}</td></tr>
-{% else %}
-<td class="num">{{ value }}</td><td>
-{%- for b,x in baselines.items() %}<span class="base">{{ b }} {{ x }}</span> {% endfor %}</td></tr>
-{% endif %}
-{% endfor %}
-</table></div>
-{% endmacro %}
-{%- macro table(t) %}
-<details><summary>{{ t.said }}</summary><div class="wide"><table>
-<tr>{% for h in t.head %}<th scope="col">{{ h|replace('_', ' ') }}</th>{% endfor %}</tr>
-{% for row in t.rows %}
-<tr>{% for v in row %}<td>{{ v }}</td>{% endfor %}</tr>
-{% endfor %}
-</table></div></details>
-{% endmacro %}
-'''
+def _place_words(spot):
+    "Where a part lies, in words"
+    if spot is None: return 'nowhere'
+    x,y,spread = spot
+    third = lambda v,names: names[min(2, max(0, int(3*v)))]
+    row,col = third(y, ('top','middle','bottom')),third(x, ('left','middle','right'))
+    at = 'the middle' if row == col == 'middle' else f"the {' '.join(w for w in (row,col) if w != 'middle')}"
+    how = 'nearly always around' if spread < .2 else 'mostly around' if spread < .3 else 'spread widely around'
+    return f'{how} {at} (spread {spread:.2f}; evenly all over would be 0.41)'
 
-# %% ../../nbs/21_visualization/05_report.ipynb #39eda06d
-_PAGE = '''<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><meta name="generator" content="interp_parts">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{{ run.title }}</title><style>{{ style|safe }}</style></head><body>
-<h1>{{ run.title }}</h1><p class="lead">{{ run.lead }}</p>
-{% if run.scores or run.other_numbers %}<h2>Scores</h2>{% endif %}
-{% if run.scores %}{{ scores(run.scores) }}{% endif %}
-{% if removed %}
-<h2>Without each part</h2>
-<p class="note">Accuracy with all parts {{ '%.3f'|format(without.all_parts) }}, on {{ without.n_images }} whole images.
-A part is removed by {{ without.by }}.</p>
-<div class="wide"><table><tr><th scope="col">without</th><th scope="col">accuracy</th><th scope="col">change</th>
-<th scope="col">classes that change most</th></tr>
-{% for name,value,change,classes in removed %}
-<tr><th scope="row">{{ name }}</th><td class="num">{{ value }}</td><td class="num">{{ change }}</td><td>{{ classes }}</td></tr>
-{% endfor %}
-</table></div>
-{% endif %}
-{% if run.other_numbers %}
-<details><summary>Protocol and further numbers</summary>{{ pairs(run.other_numbers) }}</details>
-{% endif %}
-{% if charts %}
-<h2>Training</h2><div class="charts">
-{% for name,src in charts.items() %}<img alt="{{ name|replace('_', ' ') }} by epoch" src="{{ src }}">{% endfor %}
-</div>
-<p class="note">Dashed: training. Solid: validation.{% if run.config.valid_is_train %} No images were held out: this is a
-sample of training images.{% endif %}</p>
-{% endif %}
-{% if pictures or tables %}<h2>Pictures</h2>{% endif %}
-{% for p in pictures %}
-{% if 'note' in p %}<p class="note">{{ p.note }}</p>{% else %}
-<figure><img alt="{{ p.title }}. {{ p.text }}" width="{{ p.width }}" height="{{ p.height }}"
-loading="lazy" src="{{ p.src }}">
-<figcaption><b>{{ p.title }}</b> {{ p.text }}</figcaption></figure>
-{% endif %}
-{% endfor %}
-{% for t in tables %}
-{% if 'note' in t %}<p class="note">{{ t.note }}</p>{% else %}{{ table(t) }}{% endif %}
-{% endfor %}
-{% for name,values in facts.items() if values %}<h2>{{ name }}</h2>{{ pairs(values) }}{% endfor %}
-{% if run.config.citation %}<h2>Citation</h2><p>{{ run.config.citation }}</p>{% endif %}
-</body></html>
-'''
+def _place_png(place, color):
+    "A small picture of a place (12,12): white where the part never is, its colour where it is most often"
+    a = np.asarray(place, float)[...,None]
+    im = Image.fromarray((255*(1-a) + 255*a*np.asarray(color)).clip(0, 255).astype(np.uint8))
+    out = io.BytesIO()
+    im.resize((84,84), Image.Resampling.NEAREST).save(out, format='png')
+    return _data_uri(out.getvalue())
+
+_COUNTED = dict(logit='mean contribution to', attention='mean attention weight for', similarity='mean similarity to')
+
+def _ends(by_class, most=5):
+    "The classes that a part counts most for, and least"
+    return by_class if len(by_class) <= most else [*by_class[:most-2], *by_class[-2:]]
+
+def _cards(found, run, names, anchors):
+    "What the page shows of each part"
+    color = [part_colors(found['n_parts'], next((c['part'] for c in found['parts'] if c['background']), None))[c['part']] for c in found['parts']]
+    frame = dict(box='box of the object', mask='box around the mask of the object').get(found['frame'], 'image')
+    for c,rgb in zip(found['parts'], color):
+        strip,where = _picture(Path(run)/'visualization'/f"part_{c['part']:03}.png"),_place_words(c['spot'])
+        yield dict(part=c['part'], name=names(c['part']), color='#'+''.join(f'{round(255*v):02x}' for v in rgb), frame=frame, where=where,
+                   place=_place_png(c['place'], rgb), patches=strip.get('src'), width=strip.get('width'), height=strip.get('height'),
+                   said=f"Present in {c['present']} of {found['n_images']} images. In the {frame}, {where}.",
+                   counted=_COUNTED.get(found['kind'], ''), by_class=[(n, f'{v:+.2f}', m, anchors.get(n)) for n,v,m in _ends(c['by_class'])])
 
 # %% ../../nbs/21_visualization/05_report.ipynb #7c201316
+def _answers(run, found):
+    "`(true class, answer, images)`, and of how many images"
+    f = Path(run)/'answers.csv'
+    if not f.exists(): return [tuple(o) for o in found.get('answers', ())]
+    with reading(f, 'what `interp-parts evaluate` wrote', 'evaluate again', CheckpointError), open(f, newline='', encoding='utf-8') as o:
+        return [(r['class'],r['answer'],int(r['images'])) for r in csv.DictReader(o)]
+
+def _by_true(answers):
+    "Answers and their counts by true class"
+    out = {}
+    for a,b,n in answers: out.setdefault(a, Counter())[b] += n
+    return out
+
+def _class_rows(answers, found, names):
+    "One row for each class: images, right ones, what it is taken for, what counts for it, its explanations"
+    ids,rows = {},[]
+    for i,(c,said) in enumerate(sorted(_by_true(answers).items())):
+        n,right = sum(said.values()),said[c]
+        wrong = [f'{o} ({m})' for o,m in said.most_common() if o != c][:3]
+        parts = sorted(((v,p['part']) for p in found.get('parts', ()) for name,v,_ in p['by_class'] if name == c), key=lambda o: -abs(o[0]))
+        shown = [(o['picture'].removesuffix('.png'), o.get('image', '')) for o in found.get('images', ()) if o.get('label') == c]
+        ids[c] = f'class-{i}'
+        rows.append(dict(id=ids[c], name=c, n=n, right=f'{right} ({100*right/n:.0f} %)', share=f'{right/n:.4f}', taken=', '.join(wrong) or '–',
+                         parts=[f'{names(k)}: {v:+.2f}' for v,k in parts[:6]], pictures=shown))
+    return rows,ids
+
+def _confusions(answers, most=8):
+    "The classes that are confused most, as a matrix of counts; None if there are no confusions"
+    pairs = sorted(((n,a,b) for a,b,n in answers if a != b), key=lambda o: -o[0])
+    if not pairs: return None
+    names = list(dict.fromkeys(c for _,a,b in pairs for c in (a,b)))[:most]
+    n = {(a,b):v for a,b,v in answers}
+    top = max(v for v,a,b in pairs if a in names and b in names)
+    shade = lambda a,b: '#e3f1e3' if a == b else '#fff' if (a,b) not in n else f'#ff{235-round(95*n[a,b]/top):02x}{225-round(125*n[a,b]/top):02x}'
+    cell = lambda a,b: (n.get((a,b), 0), shade(a,b), f"{n.get((a,b), 0)} of {a}, answer {b}")
+    said = f"Rows: the true class. Columns: the answer. Most frequent: {pairs[0][1]} taken for {pairs[0][2]}, {pairs[0][0]} times."
+    return dict(names=names, rows=[(a, [cell(a,b) for b in names]) for a in names], said=said)
+
+# %% ../../nbs/21_visualization/05_report.ipynb #58283e45
+def _found(run):
+    "What findings.json says; nothing without it"
+    f = Path(run)/'visualization'/'findings.json'
+    lists = dict(images=list, parts=list, answers=list, n_images=int, n_parts=int, frame=str)
+    return read_json(f, lists) if f.exists() else {}
+
+def _from_findings(run, pictures):
+    "Sections made from findings.json and answers.csv"
+    found,given = _found(run),given_names(run)
+    stored = {c['part']:c['name'] for c in found.get('parts', ())}
+    names = lambda k: given.get(k) or stored.get(k, f'part {k}')
+    answers = _answers(run, found)
+    rows,ids = _class_rows(answers, found, names)
+    n,of = sum(o[2] for o in answers),'test images' if (Path(run)/'answers.csv').exists() else 'images looked at'
+    more = '' if len(found.get('parts', ())) == found.get('n_parts') else f" Shown: the {len(found.get('parts', ()))} of {found.get('n_parts')} that count most."
+    return dict(groups=_grouped(found, pictures, names) if found else (), cards=list(_cards(found, run, names, ids)) if found else (),
+                cards_said=f"From {found.get('n_images')} images: the regions in which each part is most present, its place, and what it counts.{more}",
+                class_rows=rows, classes_said=f'{n} {of}. Unfold a class to see the parts that count for it.', matrix_of=_confusions(answers))
+
 def _html(run_dir):
     "The page as a string"
     run,d = RunSummary(run_dir),Path(run_dir)
-    curves = _read_curves(d/'history.csv')
-    charts = {name: _data_uri(_chart(name, lines).png(dpi=150)) for name,lines in curves.items()}
-    facts = dict(Settings=run.settings(), Data=run.section('data'), Licences=run.licences,
-                 Versions=run.section('versions'))
-    env = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined)
-    without = run.metrics.get('without_parts')
-    removed = removal_rows(without) if without else []
-    return env.from_string(_MACROS + _PAGE).render(run=run, without=without, removed=removed, charts=charts, pictures=_pictures(d), tables=_tables(d),
-                                                   facts=facts, style=_STYLE)
+    charts = {name: _data_uri(_chart(name, lines).png(dpi=150)) for name,lines in _read_curves(d/'history.csv').items()}
+    facts = dict(Settings=run.settings(), Data=run.section('data'), Licences=run.licences, Versions=run.section('versions'))
+    pictures,without = _pictures(d),run.metrics.get('without_parts')
+    with reading(d/'visualization'/'findings.json', 'what `interp-parts visualize` wrote', 'visualize again', CheckpointError):
+        more = _from_findings(d, pictures)
+    used = {p['id'] for g in more['groups'] for p in g['pictures']}
+    rest = [p for p in pictures if p.get('file', '').removesuffix('.png') not in used]
+    says = verdict(run.metrics, bool(run.config.get('multi'))) if run.metrics else ()
+    return render_page(run, verdict=says, charts=charts, pictures=rest, tables=_tables(d), facts=facts, words=_score_words,
+                       without=without, removed=removal_rows(without) if without else [], **more)
 
+def _score_words(name):
+    "A sentence on a score"
+    if name.replace(' ', '_') not in SCORE_WORDS: return ''
+    what,good,chance,trap = SCORE_WORDS[name.replace(' ', '_')]
+    return f'{what[0].upper()}{what[1:]}; {good}. Chance: {chance}. Mind: {trap}.'
+
+# %% ../../nbs/21_visualization/05_report.ipynb #8ea08843
 def write_report(
     run_dir, # Folder of the run
 )->Path:
