@@ -17,12 +17,12 @@ from weakref import WeakKeyDictionary
 import torch, torch.distributed as dist
 from fastai.callback.core import Callback
 from fastai.learner import Learner
-from fastcore.basics import patch
 from fastcore.foundation import L
 from torch import nn
 
 from .errors import (CheckpointError, ConfigError, DataError, InterpPartsError, TrainingError,
                                  nearest, pick)
+from .original import OriginalWeights
 
 # %% ../nbs/00_core.ipynb #2f0220ce
 _all_ = ['CheckpointError', 'ConfigError', 'DataError', 'InterpPartsError', 'TrainingError', 'nearest', 'pick']
@@ -173,13 +173,11 @@ def eval_mode(
                 if not _modes[m]: m.training = mode
 
 # %% ../nbs/00_core.ipynb #55f9355f
-class PartModel(nn.Module):
+class PartModel(OriginalWeights, nn.Module):
     "Base class of all methods: `forward(x)` returns an object with `.logits`; `_parts` makes `Parts`"
     needs_grad = False # Does `_parts` differentiate?
     classifies = True # Are the logits those of classes, or attributes, of an image?
     part_names = {} # Names of parts by number, which a run keeps
-    original_needs = 'the same architecture' # What a checkpoint of the original code has to be made with
-    original_constants = () # Tensors of such a checkpoint that never change
     start_only = ('pretrained', 'weights', 'features') # Arguments that a run does not store: where weights come from
     def __init__(self,
         **config # JSON-able constructor arguments of the subclass, stored with a run
@@ -190,12 +188,6 @@ class PartModel(nn.Module):
     def _parts(self, x, target): raise NotImplementedError(f'{type(self).__name__} has no _parts')
 
     def _without(self, x, p): return None # how, and logits (K,B,C), without each part, if the method has a way of its own
-
-    def original_views(self,
-        tensors:dict=None, # Tensors under our names, such as gradients; default the model's state
-    )->dict:
-        "The tensors under the names of the original code, as views into ours"
-        raise NotImplementedError(f'{type(self).__name__} has no published checkpoint')
 
     def parts(self,
         x:torch.Tensor, # (B,3,H,W) normalised images
@@ -218,24 +210,6 @@ def store_config(
         given.apply_defaults()
         self.config = {k:v for k,v in list(given.arguments.items())[1:] if k not in self.start_only}
     return keeping
-
-# %% ../nbs/00_core.ipynb #ee158fa0
-@patch
-def load_original(self:PartModel,
-    state:dict, # Tensors or arrays under the original's names, with or without the `module.` of DataParallel
-    file='checkpoint', # Where they are from, for messages
-)->PartModel:
-    "Write tensors of the original code into a model that has `original_views`; each has to fit"
-    state = {k.removeprefix('module.'):v for k,v in state.items()}
-    state = {k:v for k,v in state.items() if k not in self.original_constants}
-    views = self.original_views()
-    fits = lambda k: k in views and k in state and tuple(views[k].shape) == tuple(state[k].shape)
-    wrong = sorted(k for k in views.keys() | state.keys() if not fits(k))
-    got = f'{len(wrong)} tensors do not fit ({", ".join(wrong[:3])})'
-    if wrong: raise CheckpointError(file, got, self.original_needs)
-    with torch.no_grad():
-        for k,v in views.items(): v.copy_(torch.as_tensor(state[k]))
-    return self
 
 # %% ../nbs/00_core.ipynb #d01d583b
 class _PickLogits(Callback):
