@@ -76,7 +76,7 @@ class Parts(_Batched):
     contribution:torch.Tensor|None=None # (B,K)
     contribution_kind:str|None=None # One of `KINDS`
     constant:torch.Tensor|None=None # (B,) rest of the logit, for kind 'logit'
-    names:tuple|None=None # Names of the parts, if they have any
+    names:dict|None=None # Names of parts by number, where they have any
 
     def __len__(self): return len(self.maps)
 
@@ -89,14 +89,7 @@ class Parts(_Batched):
         k:int, # Number of a part
     )->str:
         "Its name: a given one, else `background` or `part K`"
-        return self.names[k] if self.names else 'background' if k == self.background else f'part {k}'
-
-    def named(self,
-        given:dict, # Names by number; parts without one keep their number
-    )->'Parts':
-        "The same parts with names"
-        if not given: return self
-        return replace(self, names=tuple(given.get(k) or replace(self, names=None).name(k) for k in range(self.n_parts)))
+        return (self.names or {}).get(k) or ('background' if k == self.background else f'part {k}')
 
 # %% ../nbs/00_core.ipynb #4cacea36
 def _check_shapes(p):
@@ -195,7 +188,8 @@ class PartModel(OriginalWeights, nn.Module):
     )->Parts:
         "Where the parts are in `x`, and what each counted, in evaluation mode"
         if isinstance(target, int): target = torch.full((len(x),), target, device=x.device)
-        with eval_mode(self), torch.set_grad_enabled(self.needs_grad): return self._parts(x, target).named(self.part_names)
+        with eval_mode(self), torch.set_grad_enabled(self.needs_grad): p = self._parts(x, target)
+        return replace(p, names=self.part_names) if self.part_names else p
 
 # %% ../nbs/00_core.ipynb #517b8bfc
 def store_config(
