@@ -59,6 +59,7 @@ class _Batched:
         return replace(items[0], **{k:join(v) for k,v in vals.items() if isinstance(v[0], (torch.Tensor, list))})
 
 
+
 # %% ../nbs/00_core.ipynb #410ee49a
 KINDS = ('logit', 'attention', 'similarity')
 
@@ -75,7 +76,7 @@ class Parts(_Batched):
     contribution:torch.Tensor|None=None # (B,K)
     contribution_kind:str|None=None # One of `KINDS`
     constant:torch.Tensor|None=None # (B,) rest of the logit, for kind 'logit'
-    names:tuple=() # Names of the parts, if they have any
+    names:tuple|None=None # Names of the parts, if they have any
 
     def __len__(self): return len(self.maps)
 
@@ -95,7 +96,7 @@ class Parts(_Batched):
     )->'Parts':
         "The same parts with names"
         if not given: return self
-        return replace(self, names=tuple(given.get(k) or replace(self, names=()).name(k) for k in range(self.n_parts)))
+        return replace(self, names=tuple(given.get(k) or replace(self, names=None).name(k) for k in range(self.n_parts)))
 
 # %% ../nbs/00_core.ipynb #4cacea36
 def _check_shapes(p):
@@ -149,6 +150,7 @@ class Batch(_Batched):
         "Boxes (B,4), pixels, float64; the whole images if there are none"
         if self.box is not None: return self.box.double()
         return torch.cat([torch.zeros(len(self), 2), self.size.flip(1)], 1).double()
+
 
 
 # %% ../nbs/00_core.ipynb #9f361e5d
@@ -313,7 +315,8 @@ class _Method:
     renamed_recipes:dict=field(default_factory=dict) # Names of recipes now, by their earlier names
     reading:object=None # `(config, protocol) -> dict`: options of the reader that an evaluation asks for
     features:object=None # `learner -> f(images, Parts, Batch) -> dict`: arrays that `features` adds, images first
-    answer:object=None # `learner -> f(file, Parts) -> (dict, picture)`: what `predict` adds for an image
+    details:object=None # `learner -> f(Parts of one image, numbers of parts) -> list of dict`: what answers add to each part
+    picture:object=None # `learner -> f(file, Parts) -> Picture`: its own explanation of an image, which `predict` draws
     convert:object=None # `config -> config`: our settings for those of a JSON file of its authors
     protocols:dict=field(default_factory=dict) # `(learner, path, **options) -> dict` by name: benchmarks of its own
 
@@ -372,6 +375,11 @@ def create_learner(
     method = get_method(name)
     _check_classes(method, dls)
     learn = method.learner(dls, **options)
-    check = getattr(getattr(learn.model, 'backbone', None), 'check_view', None)
-    if check and hasattr(dls, 'view'): check(dls.view)
+    if hasattr(dls, 'view'): _check_view(getattr(learn.model, 'backbone', None), dls.view)
     return learn
+
+def _check_view(backbone, view):
+    "Complain about images that the backbone cannot take, or that are smaller than a cell of its map"
+    least,check = getattr(backbone, 'stride', 1),getattr(backbone, 'check_view', None)
+    if view.size < least: raise ConfigError('--size', view.size, f'at least {least}, the pixels of one cell of the map')
+    if check: check(view)

@@ -40,13 +40,18 @@ def nearest(
     name:str, # What was typed
     options, # Names that exist
     n:int=3, # How many to return
+    close:bool=False, # Only those that `name` can be a slip for?
 )->list:
     "The `n` of `options` that are spelt most like `name`, best first"
-    typed = _letters(name)
-    def like(o):
-        o = _letters(o)
-        return len(typed) > 3 and o.startswith(typed), difflib.SequenceMatcher(None, typed, o).ratio()
-    return sorted(options, key=like, reverse=True)[:n]
+    like = {o:_likeness(_letters(name), str(o)) for o in options}
+    found = [o for o in options if not close or like[o] >= (True,0) or like[o][1] >= .7]
+    return sorted(found, key=like.get, reverse=True)[:n]
+
+def _likeness(typed, option):
+    "Has the option the same letters, the same beginning, or what was typed as a word; and how much is the same"
+    o = _letters(option)
+    same = sorted(typed) == sorted(o) or len(typed) > 1 and o.startswith(typed) or typed in option.lower().split('_')
+    return same, difflib.SequenceMatcher(None, typed, o).ratio()
 
 # %% ../nbs/00e_errors.ipynb #968f5d08
 def pick(
@@ -56,4 +61,8 @@ def pick(
 ):
     "`options[name]` of a dict, or `name` itself; an unknown name is answered with the nearest ones"
     if name in options: return options[name] if isinstance(options, dict) else name
-    raise ConfigError(what, repr(name), '', f"did you mean {', '.join(nearest(name, options))}?")
+    if like := nearest(name, options, close=True): raise ConfigError(what, repr(name), '', f"did you mean {', '.join(like)}?")
+    raise ConfigError(what, repr(name), f'one of {_listed(list(options))}')
+
+def _listed(names, most=60):
+    return ', '.join(map(str, names[:most])) + (f' and {len(names)-most} more' if len(names) > most else '')

@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['SCHEMA', 'MARK', 'atomic_path', 'write_text', 'write_json', 'write_csv', 'reading', 'save_tensors', 'load_tensors',
-           'made', 'occupied', 'relation', 'free_name', 'another_folder', 'claim', 'mark_npz', 'keep_theirs',
-           'claim_file', 'read_json']
+           'made', 'occupied', 'relation', 'free_name', 'another_folder', 'claim', 'mark_npz', 'made_by', 'note_beside',
+           'keep_theirs', 'claim_file', 'read_json']
 
 # %% ../nbs/00a_files.ipynb #0d02d418
-import errno, json, os, re, tempfile, warnings, zipfile
+import errno, hashlib, json, os, re, tempfile, warnings, zipfile
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -47,8 +47,8 @@ def write_text(
     path, # File to be written
     text:str, # Its content
 ):
-    "Write a text file in one piece"
-    with atomic_path(path) as tmp: tmp.write_text(text, encoding='utf-8')
+    "Write a text file in one piece; bytes of another encoding, as in names of files, are written as `\\udce9`"
+    with atomic_path(path) as tmp: tmp.write_text(text, encoding='utf-8', errors='backslashreplace')
 
 def write_json(
     path, # File to be written
@@ -142,12 +142,29 @@ def _npz_is_ours(path):
 def _text_is_ours(path):
     with open(path, encoding='utf-8') as f: return bool(re.search('Made by interp_parts|"interp_parts"', f.read(2000)))
 
+def _json_is_ours(path):
+    with open(path, encoding='utf-8') as f: return bool(re.match(r'\{\s*"made_by": "interp_parts', f.read(100)))
+
+def _graph_is_ours(path):
+    "An ONNX file names its producer in its first bytes, a .pt2 archive holds a file that does"
+    with open(path, 'rb') as f: head = f.read(200)
+    if not head.startswith(b'PK'): return b'interp_parts' in head
+    with zipfile.ZipFile(path) as z: return any(n.endswith('/interp_parts') for n in z.namelist())
+
+def _numbers_are_ours(path):
+    "Plain numbers hold no word: the note beside them does, with their checksum"
+    note = _note(path)
+    with open(path, 'rb') as f: return _json_is_ours(note) and read_json(note).get('sha256') == hashlib.file_digest(f, 'sha256').hexdigest()
+
+def _note(path): return Path(f'{path}.json')
+
 def _csv_is_ours(path):
     "Is it a table of words, as `visualize` writes it?"
     with open(path, encoding='utf-8') as f: head = f.readline()
     return head.startswith(('word,image,cell,', 'image,true_class,answer,'))
 
-_kinds = {'.png':_png_is_ours, '.npz':_npz_is_ours, '.md':_text_is_ours, '.html':_text_is_ours, '.csv':_csv_is_ours}
+_kinds = {'.png':_png_is_ours, '.npz':_npz_is_ours, '.csv':_csv_is_ours, '.txt':_numbers_are_ours, '.json':_json_is_ours,
+          **dict.fromkeys(['.md','.html','.py'], _text_is_ours), **dict.fromkeys(['.onnx','.pt2'], _graph_is_ours)}
 
 def _is_our_file(p):
     "Does the file say that the library wrote it?"
@@ -239,7 +256,7 @@ def another_folder(
 )->str:
     "What to do instead, for an error: pass a name that is free"
     near = Path(path).name in ('','..') or relation(path, data)
-    option = '--out '*(kind in ('run','demo','masks','table','pictures'))
+    option = '--pictures ' if kind == 'pictures' else '--out '*(kind in ('run','demo','masks','table'))
     return f'pass a new folder, such as {option}{free_name(kind if near else path)}'
 
 # %% ../nbs/00a_files.ipynb #6848af66
@@ -273,6 +290,19 @@ def mark_npz(
     "Say in the comment of an archive that the library wrote it"
     with zipfile.ZipFile(path, 'a') as z: z.comment = b'interp_parts'
 
+def made_by()->str:
+    "What our files say of who wrote them"
+    from interp_parts import __version__
+    return f'interp_parts {__version__}'
+
+def note_beside(
+    path, # File of plain numbers that was just written
+    **about # What else the note says
+):
+    "Say beside a file that the library wrote it"
+    with open(path, 'rb') as f: sha256 = hashlib.file_digest(f, 'sha256').hexdigest()
+    write_json(_note(path), dict(made_by=made_by(), file=Path(path).name, sha256=sha256, **about))
+
 
 # %% ../nbs/00a_files.ipynb #7f47f241
 def keep_theirs(
@@ -283,14 +313,22 @@ def keep_theirs(
     if theirs: warnings.warn(f'{path}: not written, since interp_parts did not write the file that is there; rename it')
     return theirs
 
+_of_runs = {'config.json', 'settings.json', 'metrics.json', 'split.txt', 'history.csv', 'model.safetensors'}
+
 def claim_file(
     path, # File to be written
     kinds=(), # Kinds of folders of ours in which any file may be written over, such as 'run'
     do:str='', # What to type instead; default: a name that is free
+    replace:bool=True, # Accept one of our files?
 )->Path:
     "The path, if it is free or one of our files; raise an error for all others"
     p = Path(path)
-    if not os.path.lexists(p) or made(p) == 'file': return p
+    if p.name in _of_runs and made(p.parent) in _also['run']:
+        raise ConfigError(p, 'is the name of a file of the run', 'another name', f'pass one such as {free_name(p)}')
+    if not os.path.lexists(p): return p
+    if made(p) == 'file':
+        if replace: return p
+        raise ConfigError(p, 'exists, and interp_parts wrote it', 'a new file', f'pass --overwrite, or a new name, such as {free_name(p)}')
     owner = next((k for d in Path(os.path.abspath(p)).parents if (k := made(d))), None)
     if owner in kinds and p.is_file() and not p.is_symlink(): return p
     do = do or f'pass a new name, such as {free_name(p)}'

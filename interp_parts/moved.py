@@ -14,7 +14,7 @@ kept = dict(readers='data.readers', backbones='models.backbones', classifier='mo
 moved = dict(
     annotations='data.readers', base_model='visual_words', baselines='evaluation.baselines',
     benchmark='command.benchmark', casia_net='activation_diversity.network',
-    classification_readers='data.readers data.table', cli='command.cli',
+    classification_readers='data.readers data.table', cli='command.cli command.shell',
     clustering='evaluation.clustering', contract='testing.contract', deeplab='contrastive_reconstruction.networks',
     demo='command.demo', distributed='training.distributed',
     diversity='activation_diversity.losses activation_diversity.identity',

@@ -27,8 +27,17 @@ def _in_run(name): return any(fnmatch(name, p) for p in _run_files)
 def _unfinished(run, f):
     "The id of the killed process that was writing the file, 0 for one of an earlier version; None for all other files"
     if name := re.fullmatch(r'\.interp_parts-(\d+)-[a-z0-9_]{8}(\.\w+)?', f.name): return int(name[1])
-    name = re.fullmatch(r'\.(.+)-(?!\d{8})[a-z0-9_]{8}(\.\w+)', f.name)
-    return 0 if name and _in_run(f.with_name(name[1] + name[2]).relative_to(run).as_posix()) else None
+    name = re.fullmatch(r'\.(.+)-(?!\d{8})([a-z0-9_]{8})(\.\w+)', f.name)
+    if not name or f.is_symlink() or not f.is_file(): return None
+    return 0 if _in_run(f.with_name(name[1] + name[3]).relative_to(run).as_posix()) or _begun(f, name[2]) else None
+
+def _begun(f, end):
+    "Did an earlier version begin the picture or the arrays? Their first bytes say so; `end` is what it added to the name"
+    with open(f, 'rb') as o: head = o.read(2**16)
+    if not head: return f.suffix == '.png' and f.parent.name in ('visualization','predictions') and bool(re.search(r'[\d_]', end))
+    says = lambda *words: all(w in head for w in words)
+    if f.suffix == '.npz': return head.startswith(b'PK') and says(b'image.npy')
+    return f.suffix == '.png' and (says(b'Software\0', b'interp_parts') or says(b'Title\0', b'Description\0'))
 
 def _of_run(run, f):
     "Is it a file that a run consists of?"

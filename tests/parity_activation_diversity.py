@@ -8,7 +8,7 @@ from interp_parts.activation_diversity.model import ActivationDiversity
 from interp_parts.activation_diversity.network import casia_net, _SameConv2d, _legacy_upsample
 from interp_parts.activation_diversity.losses import filter_diversity, response_diversity
 from interp_parts.evaluation.recognition import Identification, Verification
-from interp_parts.evaluation.face_templates import Templates, pooled_distances
+from interp_parts.evaluation.face_templates import Templates
 from interp_parts.activation_diversity.peaks import Peaks, average_locations
 from interp_parts.activation_diversity.identity import IdentityLoss
 from interp_parts.activation_diversity.mesh import FaceMesh
@@ -302,7 +302,7 @@ def ijbc(r, f):
     ids,subject = [np.concatenate([getattr(t, k) for t in sets]) for k in ('ids','subject')]
     where = {t:i for i,t in enumerate(ids.tolist())}
     a,b = np.array([[where[t] for t in pair] for pair in r['ijbc_pairs'].tolist()]).T
-    d,same = pooled_distances(pooled, a, b),subject[a] == subject[b]
+    d,same = Templates.pooled_distances(pooled, a, b),subject[a] == subject[b]
     ok = ~np.isnan(d)
     r.near('ijbc_dist', d[ok], 1e-12)
     r.exact('ijbc_same', same[ok])
@@ -310,7 +310,7 @@ def ijbc(r, f):
     r.exact('ijbc_acc', np.array(v.tar_at_far()))
     for name,c in zip(('ijbc_tar','ijbc_far'), v.curve): r.near(name, c, 1e-12)
     gallery = np.concatenate([t.subject for t in g])
-    search = pooled_distances(p.pooled(f), other=np.concatenate([t.pooled(f) for t in g]))
+    search = Templates.pooled_distances(p.pooled(f), other=np.concatenate([t.pooled(f) for t in g]))
     used = np.isin(p.subject, gallery) & ~np.isnan(search).all(1)
     full = ~np.isnan(search[used]).all(0)
     r.near('ijbc_search_dist', search[used][:,full], 1e-12)

@@ -11,9 +11,9 @@ from interp_parts.nonparametric_prototypes.clustering import PrototypeBank
 from interp_parts.nonparametric_prototypes.foreground import batch_foreground
 from interp_parts.nonparametric_prototypes.losses import contributions, patch_contrast
 from interp_parts.nonparametric_prototypes.model import NonparametricPrototypes
-from interp_parts.nonparametric_prototypes.scores import ClassPartScores, pool_maps, published_mask
+from interp_parts.nonparametric_prototypes.scores import ClassPartScores
 from interp_parts.nonparametric_prototypes.assignment import assign_patches, sinkhorn
-from interp_parts.nonparametric_prototypes.tokens import expansion_plan
+from interp_parts.nonparametric_prototypes.tokens import TokenBackbone
 
 def recorded(r, prefix):
     "Tensors by name under a prefix"
@@ -74,12 +74,12 @@ def outputs(r, stage, net, x, y):
     r.near(f'{stage}_image_scores', o.scores, 1e-9)
     r.close(f'{stage}_logits', o.logits, 1e-9)
     maps = o.similarity.transpose(1,2)[:,:-1].permute(0,1,3,2).flatten(1,2).unflatten(2, o.grid)
-    r.near(f'{stage}_pooled', pool_maps(maps), 1e-6)
+    r.near(f'{stage}_pooled', ClassPartScores.pooled(maps), 1e-6)
     single = net.float()
     o = single(x)
     own = o.similarity[torch.arange(len(y)),:,y].transpose(1,2).unflatten(2, o.grid)
     r.near(f'{stage}_class_maps', own, 2e-5)
-    r.near(f'{stage}_class_maps_pooled', pool_maps(own), 2e-5)
+    r.near(f'{stage}_class_maps_pooled', ClassPartScores.pooled(own), 2e-5)
     net.double()
 
 def expansion(r):
@@ -87,7 +87,7 @@ def expansion(r):
     for c in r.find(r'(\w+)_keys'):
         if c.endswith('original'): continue
         depth,splits,blocks = r[f'{c}_depth_splits_blocks'].tolist()
-        plan = expansion_plan(depth, splits)
+        plan = TokenBackbone.expansion_plan(depth, splits)
         assert len(plan) == blocks
         keys,sources,learnable = named(r[f'{c}_original_keys'].tolist(), plan)
         r.exact(f'{c}_keys', np.array(keys))
@@ -208,7 +208,7 @@ def evaluation(r):
     r.near('stability', np.float32(100*res['class_stability']), 1e-4)
     areas(r, clean, box, threshold)
     for i in r.find(r'segmentation(\d+)'):
-        mask = published_mask(r.tensor(f'segmentation{i}'), r['segmentation_boxes'][int(i)].tolist(), 224)
+        mask = ClassPartScores.mask(r.tensor(f'segmentation{i}'), r['segmentation_boxes'][int(i)].tolist(), 224)
         r.exact('segmentation_masks', mask.to(torch.uint8), at=int(i))
 
 def areas(r, clean, box, threshold):

@@ -4,7 +4,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 from interp_parts.core import Batch, Parts
-from interp_parts.evaluation.active_parts import ActiveRegression, ForegroundIoU, active_in_image, map_centroids
+from interp_parts.evaluation.active_parts import ActiveKeypointError, ActiveRegression, ForegroundIoU
 from interp_parts.evaluation.clustering import Contingency, ari, nmi
 from interp_parts.evaluation.landmarks import eye_frame, to_frame
 from interp_parts.evaluation.pixels import parts_at, upsample
@@ -278,7 +278,7 @@ def cub_split(r, s, k):
     for hw,m,pts,box in zip(sizes, maps, points, boxes):
         size,xy,seen = hw[None],pts[None,:,1:3].double(),pts[None,:,3]
         frame = box[None,1:].double()
-        rows.append((to_frame(map_centroids(m[None,:-1], size), frame), to_frame(xy, frame), seen, active_in_image(m[None,:-1])))
+        rows.append((to_frame(ActiveKeypointError.centroids(m[None,:-1], size), frame), to_frame(xy, frame), seen, ActiveKeypointError.active(m[None,:-1])))
         found.append(at_keypoints(m[None], xy, seen, size))
     c,p,v,a = (torch.cat(o) for o in zip(*rows))
     r.near(f'{s}_centers', c.flatten(1), 1e-5)
@@ -325,7 +325,7 @@ def eval_celeba(r):
 def celeba_split(r, s, size):
     maps,points = r.tensor(f'{s}_maps'),r.tensor(f'{s}_landmarks').double()
     size = size.expand(len(maps), 2)
-    centers,seen,active = map_centroids(maps[:,:-1], size),torch.ones(points.shape[:2]),active_in_image(maps[:,:-1])
+    centers,seen,active = ActiveKeypointError.centroids(maps[:,:-1], size),torch.ones(points.shape[:2]),ActiveKeypointError.active(maps[:,:-1])
     frame = eye_frame(points)
     r.near(f'{s}_centers', centers.flip(2).flatten(1), 1e-4)
     r.near(f'{s}_annotations', points.flatten(1), 1e-5)
@@ -348,7 +348,7 @@ def eval_foreground(r):
     maps,masks = r.tensor('maps'),r.tensor('masks')
     n = len(maps)
     batch = Batch(torch.arange(n), ['']*n, torch.tensor([masks.shape[1:]]).expand(n, 2), torch.tensor([masks.shape[1:]]).expand(n, 2), mask=masks > 0)
-    got = ForegroundIoU().update(Parts(maps, active_in_image(maps).float(), background=maps.shape[1]-1), batch).result()
+    got = ForegroundIoU().update(Parts(maps, ActiveKeypointError.active(maps).float(), background=maps.shape[1]-1), batch).result()
     r.near('iou_foreground_background', [got['foreground_iou'],got['background_iou']], 1e-6)
 
 pieces = dict(model=model, losses=losses, equivariance=equivariance, step=step, eval_pdisconet=eval_cub,

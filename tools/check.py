@@ -10,7 +10,7 @@ from execnb.nbio import read_nb
 
 from notebooks import ROOT, cleaned, directives, is_test, notebooks, output_problems, settings, skip_reason
 from house import modules, problems
-from surface import changed
+from surface import changed, too_many
 
 MAX_SKIPPED = 0.1 # of the cells that have something to test
 
@@ -143,7 +143,8 @@ def requirements():
         if not declared & {plain(o) for o in names.get(top, [top])}: yield f'{where} imports {top}; declare it in settings.ini'
 
 def surface():
-    "Public names, arguments and default values are those of tests/surface.txt"
+    "Public names, arguments and default values are those of tests/surface.txt, and there are no more than its limit"
+    yield from too_many()
     for l in changed(): yield f'{l}; if this is meant, run "make surface" and say so in CHANGELOG.md'
 
 MINUTES = 15, 20 # to read a notebook: what a page shows, and with its hidden cells; 200 words or 25 lines a minute

@@ -20,8 +20,8 @@ from interp_parts.data.readers.files import DataFolder, read_list, read_mat
 from interp_parts.data.readers.tables import read_table
 from interp_parts.files import load_tensors, read_json
 from interp_parts.models.backbones import Backbone
-from interp_parts.testing.bad_inputs import Case, bad_files, encoded_image, zip_bytes
-from interp_parts.testing.bad_runs import bad_words, evil_files, run_settings, small_run
+from interp_parts.testing.bad_inputs import Case, encoded_image, refused, zip_bytes
+from interp_parts.testing.bad_runs import run_settings, small_run
 from interp_parts.training.runs import load_run
 from interp_parts.visual_words.base import read_attention
 
@@ -62,7 +62,7 @@ def tables(draw):
     rows = [[cell(c, i) for c in ['image',*cols]] for i in range(draw(st.integers(0, 4)))]
     return pd.DataFrame(rows, columns=['image',*cols]).to_csv(index=False).encode('utf-8', 'replace')
 
-typed = [w for ws,_ in bad_words('argument').values() for w in ws if w not in ('synthesize','.')]
+typed = [w for ws,_ in refused['argument']().values() for w in ws if w not in ('synthesize','.')]
 words = st.one_of(st.sampled_from(typed + [
     '--help', '--set', '--set=a', 'lr=[1,', 'lr=nan', 'coeff=x', 'data.valid=2', '--config', '--size', '-1',
     '99999999999', '--init', '--weights',
@@ -163,7 +163,7 @@ def targets(
         s = make_settings('region_grouping', config=read_json(put('files/s.json', data)),
                           options=dict(data='folder', path='.'))
         check_settings(s)
-    evil = evil_files(d/'it-ran')
+    evil = refused['pickle'](d/'it-ran')
     kinds = 'model.safetensors config.json state/state.json state/loop-1.pt state/model-1.safetensors'
     state = {f:(Path(run)/f).read_bytes() for f in kinds.split()}
     pick = lambda m: [v for v,_ in m.values() if isinstance(v, bytes)]
@@ -178,10 +178,10 @@ def targets(
     kinds = ('PNG','JPEG','GIF','BMP','WEBP','TIFF','PPM')
     good = [encoded_image(k) for k in kinds] + [encoded_image('PNG', (1,1))]
     return dict(
-        images=(mutated(good + pick(bad_files('image'))), image),
+        images=(mutated(good + pick(refused['image']())), image),
         archives=(mutated([tgz_bytes(('a/b', b'x'*99)), zip_bytes(('a/b', b'x'*99)),
-                           *[b for b in pick(bad_files('archive')) if len(b) < 9999]]), archive),
-        tables=(st.one_of(tables(), mutated([t.encode() for t,_ in bad_files('table').values() if isinstance(t, str)])),
+                           *[b for b in pick(refused['archive']()) if len(b) < 9999]]), archive),
+        tables=(st.one_of(tables(), mutated([t.encode() for t,_ in refused['table']().values() if isinstance(t, str)])),
                 table),
         checkpoints=(st.sampled_from(sorted(state)).flatmap(lambda f: st.tuples(st.just(f),
                                                                                 mutated([state[f], *evil.values()]))),
@@ -190,7 +190,7 @@ def targets(
         files=(st.sampled_from(sorted(readers)).flatmap(lambda f: st.tuples(st.just(f),
                                                                             mutated([*seeds[f], *evil.values()]))),
                lambda item: readers[item[0]](put(f'files/{item[0]}', item[1]))),
-        settings=(st.one_of(configs, mutated([t.encode() for t,_ in bad_words('setting').values()])), setting),
+        settings=(st.one_of(configs, mutated([t.encode() for t,_ in refused['setting']().values()])), setting),
         arguments=(st.tuples(st.sampled_from(heads), st.lists(words, max_size=6)), command))
 
 def attack(

@@ -53,13 +53,36 @@ def lines(
     name = lambda f: '.'.join(f.relative_to(folder).with_suffix('').parts)
     return [f'{name(f)}.{t}' for f in files for t in surface(f)]
 
+MOST = 480 # Public functions and classes of the package; methods are counted with their class
+
+def public(
+    folder:Path=ROOT/'interp_parts', # A package
+)->list:
+    "Dotted names of its public functions and classes"
+    patched = lambda o: any('patch' in ast.unparse(d) for d in o.decorator_list)
+    return [f"{'.'.join(f.relative_to(folder).with_suffix('').parts)}.{o.name}"
+            for f in sorted(folder.rglob('*.py')) if f.stem[0] != '_' for o in ast.parse(f.read_text(encoding='utf-8')).body
+            if isinstance(o, (ast.FunctionDef, ast.ClassDef)) and o.name[0] != '_' and not patched(o)]
+
+def too_many(
+    folder:Path=ROOT/'interp_parts', # A package
+    most:int=MOST, # Public names, at most
+)->list:
+    "One line if the package has more public names than `most`"
+    n = len(public(folder))
+    if n <= most: return []
+    return [f'{n} public functions and classes, {most} at most; make those private that no user calls and no other '
+            'module needs, or methods of the class they work on']
+
 def sees_packages()->bool:
     "Does a module that is added in a sub-package show?"
     with tempfile.TemporaryDirectory() as d:
         f = Path(d)/'data'/'readers'/'added.py'
         f.parent.mkdir(parents=True)
         f.write_text('def added(n=3): "A new name"')
-        return lines(Path(d)) == ['data.readers.added.added(n=3)']
+        f.with_name('_private.py').write_text('def unseen(): "Of a private module"')
+        seen = lines(Path(d)) == ['data.readers.added.added(n=3)'] and public(Path(d)) == ['data.readers.added.added']
+        return seen and not too_many(Path(d), 1) and len(too_many(Path(d), 0)) == 1
 
 def changed()->list:
     "What is no longer as it was written down"
@@ -69,4 +92,4 @@ def changed()->list:
 
 if __name__ == '__main__':
     FILE.write_text('\n'.join(lines())+'\n', encoding='utf-8')
-    print(f'{len(lines())} names in {FILE.relative_to(ROOT)}')
+    print(f'{len(lines())} names in {FILE.relative_to(ROOT)}, {len(public())} functions and classes of at most {MOST}')

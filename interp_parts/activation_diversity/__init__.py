@@ -15,7 +15,7 @@ __all__ = [*network.__all__, *losses.__all__, *identity.__all__, *mesh.__all__, 
            *protocols.__all__, *scores.__all__,
            'PartLearner', 'create_learner', 'part_table', 'check_table', 'part_dls', 'PartBatches', 'load_image',
            'fit_run', 'seed_everything', 'run_config', 'save_run', 'load_run', 'Templates', 'Verification',
-           'Identification', 'repeated_eer', 'embeddings', 'occlusion_scores', 'save_features']
+           'Identification', 'embeddings', 'occlusion_scores', 'save_features']
 
 # %% ../../nbs/13_activation_diversity/00_activation_diversity.ipynb #7c3245f8
 from .network import *
@@ -39,6 +39,6 @@ from ..data.images import load_image
 from ..training.fit import fit_run
 from ..training.optim import seed_everything
 from ..training.runs import run_config, save_run, load_run
-from ..evaluation.recognition import Identification, Verification, repeated_eer
+from ..evaluation.recognition import Identification, Verification
 from ..evaluation.face_templates import Templates
 from ..evaluation.faces import embeddings, occlusion_scores, save_features

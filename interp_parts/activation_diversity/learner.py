@@ -6,19 +6,22 @@
 __all__ = ['activation_diversity_recipes', 'activation_diversity_learner']
 
 # %% ../../nbs/13_activation_diversity/10_learner.ipynb #6eb57217
+import math
 from pathlib import Path
 
 import numpy as np, torch
 from fastai.callback.core import Callback
+from fastai.learner import Metric
 from fastcore.foundation import L
 
-from .identity import IdentityLoss, VerificationError
+from .identity import IdentityLoss
 from .mesh import FaceMesh
 from .model import ActivationDiversity
 from .occlusion import WINDOW, Occluder
 from .training import Diversity
 from ..core import CheckpointError, ConfigError, DataError, PartLearner, register
 from ..data.images import image_size
+from ..evaluation.recognition import Verification
 from ..models.backbones import read_weights
 from ..training.losses import Accuracy, attribute_accuracy, few_rows
 from ..training.optim import split_params
@@ -110,6 +113,26 @@ def _load_trunk(model, path, statistics=True):
         raise CheckpointError(f, f'trunk of another model ({what})', 'the same backbone', 'check --init')
     model.load_state_dict(new, strict=False)
 
+# %% ../../nbs/13_activation_diversity/10_learner.ipynb #83ac2847
+class _VerificationError(Metric):
+    "Equal error rate over pairs of the last images of an epoch; NaN if no person has two"
+    name = 'eer'
+    def __init__(self, most=1000): self.most = most
+
+    def reset(self): self.rows = []
+
+    def accumulate(self, learn):
+        if getattr(learn.out, 'embedding', None) is None or learn.yb[0].ndim != 1: return
+        self.rows.append((learn.out.embedding.detach().float(), learn.yb[0]))
+        while sum(len(y) for _,y in self.rows[1:]) >= self.most: self.rows.pop(0)
+
+    @property
+    def value(self):
+        if not self.rows: return math.nan
+        f,y = (torch.cat(v).cpu() for v in zip(*self.rows))
+        pairs = Verification.all_pairs(y.numpy(), f.numpy())
+        return pairs.eer() if 0 < pairs.same.sum() < len(pairs.same) else math.nan
+
 # %% ../../nbs/13_activation_diversity/10_learner.ipynb #31f1375c
 def activation_diversity_learner(
     dls, # From `part_dls`
@@ -142,7 +165,7 @@ def activation_diversity_learner(
     if init: _load_trunk(model, init, statistics=not compat)
     occluder = Occluder(tuple(window), not model.per_image, _training_mesh(dls, crop or dls.view.size), dls.stats)
     mine = [*([_RandomCrop(crop)] if crop else []), Diversity(mode, sad_filter, sad, fad, occluder), _GroupFilters()]
-    metrics = [Accuracy(attribute_accuracy)] if dls.multi else [Accuracy(_known_accuracy), VerificationError()]
+    metrics = [Accuracy(attribute_accuracy)] if dls.multi else [Accuracy(_known_accuracy), _VerificationError()]
     loss = IdentityLoss(n, identity, margin, model.config['scale'], dls.multi)
     return PartLearner(dls, model.to(dls.device), loss_func=loss, splitter=split_params,
                        metrics=metrics, cbs=[*mine, *L(cbs)])

@@ -12,9 +12,8 @@ import torch, torch.nn.functional as F
 from fastcore.basics import patch
 from torch import nn
 
-from .identity import CosineHead
 from .losses import feature_diversity
-from .network import Hypercolumn, Pyramid, init_faces, keep_strongest
+from .network import Hypercolumn, Pyramid, at_least_float32, keep_strongest
 from ..core import ConfigError, PartModel, Parts, pick
 
 # %% ../../nbs/13_activation_diversity/07_model.ipynb #a4ec7e65
@@ -29,6 +28,25 @@ class _Faces:
     covered:'_Faces'=None # The same of the occluded copies, recognised from the channels that changed least
     change:torch.Tensor=None # How much the other channels changed
     mask:torch.Tensor=None # (1,D) or (B,D) channels that changed least
+
+# %% ../../nbs/13_activation_diversity/07_model.ipynb #3cd8f37a
+class _CosineHead(nn.Module):
+    "Scaled cosines of a descriptor with one direction for each person"
+    def __init__(self, features, n_classes, scale=30.):
+        super().__init__()
+        self.scale = scale
+        self.weight = nn.Parameter(torch.randn(n_classes, features)*.02)
+
+    def forward(self, f):
+        f,w = [F.normalize(at_least_float32(v), dim=1) for v in (f, self.weight)]
+        return self.scale*F.linear(f, w)
+
+class _LinearHead(nn.Linear):
+    "A linear layer with the published start: normal(0, 0.02), biases 0"
+    def __init__(self, features, n_classes, scale=None):
+        super().__init__(features, n_classes)
+        nn.init.normal_(self.weight, std=.02)
+        nn.init.zeros_(self.bias)
 
 # %% ../../nbs/13_activation_diversity/07_model.ipynb #c20081ca
 def _listed(v): return list(v) if isinstance(v, (list,tuple)) else [v]
@@ -71,9 +89,7 @@ class ActivationDiversity(PartModel):
         self.n_filters = channels[-1] if base else filters
         self.response = nn.Identity() if base else Hypercolumn(channels, filters, proj)
         self.drop = nn.Dropout(dropout)
-        cosine = margin != 'none'
-        self.head = CosineHead(self.n_filters, n_classes, scale) if cosine else nn.Linear(self.n_filters, n_classes)
-        init_faces(self.head)
+        self.head = (_CosineHead if margin != 'none' else _LinearHead)(self.n_filters, n_classes, scale)
         self.register_buffer('group', torch.arange(2*self.n_filters) % self.n_filters*n_parts//self.n_filters)
         self.register_buffer('usual', torch.zeros(n_parts))
         self.gallery = None
@@ -133,7 +149,7 @@ def _explained(self:ActivationDiversity, o, target):
         return target,g[target]/length,dict(contribution_kind='similarity')
     target = o.logits.argmax(1) if target is None else target
     w = self.head.weight[target]
-    cosine = isinstance(self.head, CosineHead)
+    cosine = isinstance(self.head, _CosineHead)
     if cosine: w = self.head.scale*F.normalize(w, dim=1)/length
     const = torch.zeros_like(length[:,0]) if cosine else self.head.bias[target]
     return target,w,dict(contribution_kind='logit', constant=const)

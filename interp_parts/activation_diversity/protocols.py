@@ -15,9 +15,9 @@ from ..data.readers.protocols import read_ar, read_ijba, read_ijbc, read_pairs
 from ..data.readers.registry import read_data
 from ..data.rows import run_rows
 from ..data.table import check_table, first_few, part_table
-from ..evaluation.face_templates import Templates, pooled_distances
+from ..evaluation.face_templates import Templates
 from ..evaluation.faces import embeddings
-from ..evaluation.recognition import Identification, Verification, repeated_eer, unit_rows
+from ..evaluation.recognition import Identification, Verification, unit_rows
 from ..files import reading
 from .learner import activation_diversity_learner
 from ..training.runs import load_run
@@ -164,8 +164,8 @@ def _score_ijbc(
     gallery,probe,both = (_ijbc_templates(path, names, at) for names in (known, strangers, known+strangers))
     pairs = read_ijbc(_one(path, 'ijbc_11_G1_G2_matches.csv'), 'matches')
     a,b = (both.find(p) for p in pairs[np.isin(pairs, both.ids).all(1)].T)
-    out = Verification(pooled_distances(both.pooled(f), a, b), both.subject[a] == both.subject[b]).rates()
-    found = Identification(pooled_distances(probe.pooled(f), other=gallery.pooled(f)), probe.subject, gallery.subject)
+    out = Verification(Templates.pooled_distances(both.pooled(f), a, b), both.subject[a] == both.subject[b]).rates()
+    found = Identification(Templates.pooled_distances(probe.pooled(f), other=gallery.pooled(f)), probe.subject, gallery.subject)
     out |= {f'rank_{k}':r for k,r in zip((1,5,10), found.rank_rates())}
     return dict(recognition=_mean_std([out]), folds=1, n_images=len(f))
 
@@ -186,13 +186,13 @@ def _score_ar(
     if features is not None: f = _rows_of(_stored(features), len(rows), features)
     else:
         images = [str(_one(root, n)) for n in rows.file]
-        df = part_table(dict(image=images, split='test', identity=rows.person.tolist()), 'AR')
+        df = part_table(dict(image=images, split='test', identity=pd.factorize(rows.person)[0].tolist()), 'AR')
         f = embeddings(learn, check_table(df))
     out = {}
     for cover,i in {'all':np.arange(len(rows)), **rows.groupby('cover').indices}.items():
         who = rows.person.to_numpy()[i]
         if 1 < len(set(who)) < len(who):
-            out[f'eer_{cover}'.replace(' ', '_')] = list(repeated_eer(f[i], who, pairs))
+            out[f'eer_{cover}'.replace(' ', '_')] = list(Verification.repeated_eer(f[i], who, pairs))
     return dict(recognition=out, folds=10, n_images=len(rows))
 
 # %% ../../nbs/13_activation_diversity/13_protocols.ipynb #f3925cdc

@@ -9,13 +9,13 @@ __all__ = []
 from . import svm, l2_svm, saliency_maps, clusters, boxes, order
 from . import settings, files, baselines, steps, pipeline, final
 from . import new_images, estimator, published, model, all_images, scores
-from . import learner, pictures
+from . import learner, pictures, imported
 
 # %% ../../nbs/14_classification_specific_parts/00_classification_specific_parts.ipynb #49847ba2
 __all__ = [*svm.__all__, *l2_svm.__all__, *saliency_maps.__all__, *clusters.__all__, *boxes.__all__, *order.__all__,
            *settings.__all__, *files.__all__, *baselines.__all__, *steps.__all__, *pipeline.__all__, *final.__all__,
            *new_images.__all__, *estimator.__all__, *published.__all__, *model.__all__, *learner.__all__,
-           *pictures.__all__, *all_images.__all__, *scores.__all__,
+           *pictures.__all__, *all_images.__all__, *scores.__all__, *imported.__all__,
            'PartLearner', 'create_learner', 'part_table', 'check_table', 'part_dls', 'PartBatches', 'load_image',
            'fit_run', 'seed_everything', 'run_config', 'save_run', 'load_run', 'read_part_locs',
            'write_part_locs', 'read_file_list', 'write_file_list']
@@ -41,6 +41,7 @@ from .all_images import *
 from .scores import *
 from .learner import *
 from .pictures import *
+from .imported import *
 from ..core import PartLearner, create_learner
 from ..data.table import part_table, check_table
 from ..data.loaders import part_dls, PartBatches

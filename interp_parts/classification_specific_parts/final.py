@@ -10,7 +10,7 @@ import torch
 from fastcore.basics import patch
 
 from .boxes import EMPTY, FEW_PEAKS, FLAT, NO_FEATURE
-from .files import file_crops, input_crops
+from .files import input_crops
 from .l2_svm import C_GRID, cross_validate
 from .order import fit_slots, in_order, slot_order
 from .pipeline import PartPipeline
@@ -26,7 +26,7 @@ def _crop_features(self:PartPipeline, x, paths, boxes, image_boxes):
     o = self.settings
     if o.source == 'input': crops = input_crops(x, torch.as_tensor(boxes).float(), self.size, o.crops).flatten(0,1)
     else:
-        if o.source == 'file': crops = [file_crops(p, b, self.size, o.crops) for p,b in zip(paths, image_boxes)]
+        if o.source == 'file': crops = [input_crops(list(paths), image_boxes, self.size, o.crops).flatten(0,1)]
         else: crops = [published_crops(p, b, self.size, self.resize, o.crops) for p,b in zip(paths, boxes)]
         crops = normalize(torch.cat(crops), self.stats)
     return features_of(self.net, crops.to(self.device), self.bs).cpu().unflatten(0, (len(x),-1))

@@ -139,10 +139,11 @@ def _sweeps(u, q, h, rows, n):
             u[j] = new
 
 def _settle(H, b, u):
-    "Solve for the non-zero weights (P,m) with their signs kept; go as far as the first sign allows"
+    "Solve for the non-zero weights (P,m) with their signs kept; go as far as the first sign allows; singular ones stay"
     on = u != 0
     M = torch.where(on[:,:,None] & on[:,None], H, 0.) + torch.diag_embed((~on).to(H.dtype))
-    d = torch.linalg.solve(M, torch.where(on, b-u.sign(), 0.)) - u
+    best,failed = torch.linalg.solve_ex(M, torch.where(on, b-u.sign(), 0.))
+    d = torch.where((failed == 0)[:,None] & best.isfinite(), best-u, 0.) # features may be copies of each other
     at = torch.where(on & (u*(u+d) < 0), u/-d.where(d != 0, torch.ones_like(d)), torch.inf)
     t = at.amin(1, keepdim=True)
     return torch.where(at <= t.clamp_max(1.), 0., u + t.clamp_max(1.)*d)

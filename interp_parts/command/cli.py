@@ -6,16 +6,40 @@
 __all__ = ['main']
 
 # %% ../../nbs/30_command/01_cli.ipynb #04f9d199
-import json, os, sys
+import ast, contextlib, json, os, sys
 
 import typer
 
-from .shell import app, command, given, parse_set, run_command, split_reader, typed
+from .shell import app, command, run_command, typed
+from ..errors import ConfigError
 
 # %% ../../nbs/30_command/01_cli.ipynb #23ce636d
 def main():
     "Entry point of the command `interp-parts`"
     sys.exit(run_command())
+
+# %% ../../nbs/30_command/01_cli.ipynb #9cd981e4
+def _parse_set(pairs):
+    "Values by key: numbers, lists, booleans, None, or words"
+    out = {}
+    for p in pairs or []:
+        key,eq,val = p.partition('=')
+        if not eq: raise ConfigError('--set', repr(p), 'key=value')
+        out[key] = val
+        for read in (ast.literal_eval, json.loads):                           # of Python what JSON has too, no set or bytes
+            with contextlib.suppress(ValueError, SyntaxError, TypeError, RecursionError, MemoryError):
+                out[key] = json.loads(json.dumps(read(val)))
+    return out
+
+# %% ../../nbs/30_command/01_cli.ipynb #699b5cb0
+def _given(options, *but):
+    "Arguments of a command by name, but for those that it uses itself"
+    return {k:v for k,v in options.items() if k not in but}
+
+def _split_reader(options):
+    "Options of the reader, which start with `data.`, and all others"
+    reader = {k[5:]:v for k,v in options.items() if k.startswith('data.')}
+    return reader, {k:v for k,v in options.items() if not k.startswith('data.')}
 
 # %% ../../nbs/30_command/01_cli.ipynb #7b3be1c5
 @command()
@@ -63,14 +87,14 @@ def _train(
     set_:list[str]=[], # key=value: any further option of the method or the training; data.key=value: of the reader
 ):
     "Train a method; writes the folder --out"
-    options = given(locals(), 'method', 'out', 'recipe', 'config', 'resume', 'overwrite', 'num_processes', 'set_')
+    options = _given(locals(), 'method', 'out', 'recipe', 'config', 'resume', 'overwrite', 'num_processes', 'set_')
     if num_processes not in (None, 1):
         from interp_parts.command.processes import run_processes
         return run_processes(num_processes, typed)
     from interp_parts.command.settings import make_settings, recipe_note
     from interp_parts.command.train import train_run
     from interp_parts.files import read_json
-    settings = make_settings(method, recipe, read_json(config) if config else None, options, parse_set(set_))
+    settings = make_settings(method, recipe, read_json(config) if config else None, options, _parse_set(set_))
     if recipe: print(recipe_note(method, recipe))
     run = train_run(method, out, settings, resume, overwrite)
     if os.environ.get('RANK', '0') == '0': # of several processes, the first one
@@ -92,7 +116,7 @@ def _evaluate(
     from interp_parts.command.evaluate import evaluate_run
     from interp_parts.evaluation.removal import removal_rows
     from interp_parts.evaluation.scoring import format_metrics
-    scores = evaluate_run(run, path, protocol, split, baselines, device, workers, parse_set(set_))
+    scores = evaluate_run(run, path, protocol, split, baselines, device, workers, _parse_set(set_))
     print(format_metrics(scores))
     if 'without_parts' not in scores: return
     print(f"whole images, all parts {scores['without_parts']['all_parts']:.3f}; a part is removed by {scores['without_parts']['by']}")
@@ -114,18 +138,38 @@ def _visualize(
     print(visualize_run(run, n, path, seed, device, target, beside))
 
 # %% ../../nbs/30_command/01_cli.ipynb #2dd52ee2
+def _write_labels(run, images, file, device, on_bad_image, bs):
+    from interp_parts.command.settings import pick_device
+    from interp_parts.files import claim_file
+    from interp_parts.serving import Explainer, write_coco
+    claim_file(file)
+    found = Explainer(run, pick_device(device), bs).stream(images, on_bad_image=on_bad_image)
+    n = write_coco((e for e in found if hasattr(e, 'parts')), file)
+    print(f"{file}: {n['annotations']} parts in {n['images']} images; read it with --data coco_parts --path {file}")
+
 @command()
 def _predict(
     run:str, # Folder of a run
     images:list[str], # Image files and folders
-    out:str=None, # Folder for the pictures; default RUN/predictions
+    out:str=None, # File of answers, such as answers.jsonl; default: they are printed
+    pictures:str=None, # Folder for a picture of each explanation; default: none are drawn
+    topk:int=3, # Classes of an answer, at most
+    all_:bool=False, # All parts, instead of those that counted?
+    resume:bool=False, # Go on with a file of answers that exists?
     device:str='auto', # auto, cpu, cuda or cuda:N
     masks:str=None, # Folder of foreground masks named as the images, for methods without a background
     on_bad_image:str='error', # error, or skip: the line of that image says what is wrong
+    bs:int=16, # Images that go through the network together, at most
+    coco:str=None, # Write the parts as COCO annotations into this JSON file instead, to be corrected in a labelling tool
 ):
-    "One line of JSON for each image, and a picture of its explanation"
+    "One line of JSON for each image: its class, and where the parts are that counted"
+    if coco: return _write_labels(run, images, coco, device, on_bad_image, bs)
     from interp_parts.command.predict import predict_run
-    for answer in predict_run(run, images, out, device, masks, on_bad_image): print(json.dumps(answer), flush=True)
+    n,to_file = [0,0],out is not None and out.endswith('.jsonl')
+    for a in predict_run(run, images, out, device, masks, on_bad_image, pictures, topk, all_, resume, bs):
+        if not to_file: print(json.dumps(a), flush=True)
+        n['skipped' in a] += 1
+    if to_file: print(f"{out}: {sum(n)} new answers" + f', {n[1]} of images that cannot be read'*(n[1] > 0))
 
 # %% ../../nbs/30_command/01_cli.ipynb #10861bfc
 @command()
@@ -135,21 +179,50 @@ def _features(
     path:str=None, # Another folder of the same data
     split:str=None, # Rows of this split only
     device:str='auto', # auto, cpu, cuda or cuda:N
+    overwrite:bool=False, # Replace a file that this command wrote before?
 ):
     "Write embeddings, logits, presence and centres of the parts of each image as .npz"
     from interp_parts.command.features import features_run
-    print(f"{out}: {', '.join(f'{k} {v.shape}' for k,v in features_run(run, out, path, split, device).items())}")
+    arrays = features_run(run, out, path, split, device, overwrite=overwrite)
+    print(f"{out}: {', '.join(f'{k} {v.shape}' for k,v in arrays.items())}")
 
 # %% ../../nbs/30_command/01_cli.ipynb #0bd19bc6
 @command()
 def _export(
     run:str, # Folder of a finished training
     file:str, # model.onnx or model.pt2
+    overwrite:bool=False, # Replace files that this command wrote before?
 ):
     "Write the model of a run for other programs"
     from interp_parts.serving.exporting import export_run
-    about = export_run(run, file)
+    about = export_run(run, file, overwrite)
     print(f"{file}: from {about['input']['size']} px images to {', '.join(about['outputs'])}; batch {about['batch']}")
+
+# %% ../../nbs/30_command/01_cli.ipynb #169017c2
+@command()
+def _app(
+    run:str, # Folder of a run, or a hub id such as user/birds
+    port:int=7860, # Where the page answers
+    host:str='127.0.0.1', # Who may ask: this machine only; 0.0.0.0: everybody in the network
+    device:str='auto', # auto, cpu, cuda or cuda:N
+):
+    "Open a page: drop an image, see its parts, click one, name it"
+    from interp_parts.command.settings import pick_device
+    from interp_parts.serving.app import app_run
+    app_run(run, port, host, pick_device(device))
+
+# %% ../../nbs/30_command/01_cli.ipynb #ddd519e6
+@command()
+def _push(
+    run:str, # Folder of a run
+    to:str, # user/name on the Hugging Face hub
+    public:bool=False, # May everybody see it, if it is new?
+    split:bool=True, # Also the list of the images and their splits?
+):
+    "Send a run to the Hugging Face hub: weights, configuration, model card, names of parts"
+    from interp_parts.serving.hub import push_to_hub
+    commit = push_to_hub(run, to, private=not public, split=split)
+    print(f"{to}: from_pretrained('{to}', revision='{commit}')")
 
 # %% ../../nbs/30_command/01_cli.ipynb #23e51dc1
 @command()
@@ -170,9 +243,9 @@ def _foreground(
     set_:list[str]=[], # key=value: threshold or largest; data.key=value: of the reader
 ):
     "Learn foreground masks from the training images, and write one for every image"
-    options = given(locals(), 'data', 'path', 'out', 'protocol', 'set_')
+    options = _given(locals(), 'data', 'path', 'out', 'protocol', 'set_')
     from interp_parts.command.foreground import foreground_run
-    reader,more = split_reader(parse_set(set_))
+    reader,more = _split_reader(_parse_set(set_))
     settings = dict(data=data, path=path, protocol=protocol, reader=reader)
     n = len(foreground_run(out, settings, **options, **more))
     print(f'{out}: masks of {n} images; next, interp-parts evaluate RUN --set data.masks={out}')
@@ -232,8 +305,8 @@ def _recipes(
     json_:bool=False, # As JSON?
 ):
     "List the published settings"
-    from interp_parts.command.settings import all_recipes, recipe_lines
-    print(json.dumps(all_recipes(name), indent=1) if json_ else '\n'.join(recipe_lines(name)))
+    from interp_parts.command.settings import show_recipes
+    print(show_recipes(name, json_))
 
 # %% ../../nbs/30_command/01_cli.ipynb #c009874d
 @command()
@@ -319,6 +392,6 @@ def _table(
     set_:list[str]=[], # METHOD.key=value: a further option of one method; key=value: of all
 ):
     "Train and score every method on the same images; goes on where it was. Writes table.csv, table.md, report.html"
-    options = given(locals(), 'out', 'methods', 'seeds', 'explain_n', 'set_')
+    options = _given(locals(), 'out', 'methods', 'seeds', 'explain_n', 'set_')
     from interp_parts.command.comparison import make_table
-    make_table(out, options, methods.split(','), seeds, _of_methods(parse_set(set_)), explain_n)
+    make_table(out, options, methods.split(','), seeds, _of_methods(_parse_set(set_)), explain_n)

@@ -20,10 +20,10 @@ from ..files import claim, load_tensors, read_json, reading, write_json, write_t
 from ..training.runs import fingerprint, load_run
 from ..training.names import part_names
 from ..visualization.report import write_model_card, write_report
-from ..visualization.summary import read_metrics
+from ..visualization.summary import RunSummary
 
 # %% ../../nbs/30_command/02c_evaluate.ipynb #57244940
-_ours = {**{k:option_kinds(evaluate)[k] for k in ('fit','flip','use_mask','seed','ridge','classes')}, 'remove_parts':bool}
+_ours = {**{k:option_kinds(evaluate)[k] for k in ('fit','flip','use_mask','seed','ridge','classes','noisy')}, 'remove_parts':bool}
 
 def _evaluation_options(options, scores=None):
     "Options of the reader, of `evaluate`, and of the method's `scores`"
@@ -96,6 +96,11 @@ def _score_benchmark(run, path, benchmark, device, workers, options):
     return res
 
 # %% ../../nbs/30_command/02c_evaluate.ipynb #ee783689
+def _published(config, protocol, res):
+    "What the authors say of these scores, under the protocol `paper` or that of their data"
+    theirs = protocol in ('paper', config['training'].get('protocol'))
+    return {k:v for k,v in config.get('published', {}).items() if theirs and k in res}
+
 def _write_answers(run, logits, target, vocab):
     "Count the answers for each class in RUN/answers.csv; those of attributes are not counted"
     if target.ndim > 1: return
@@ -130,17 +135,16 @@ def evaluate_run(
     keep = lambda logits,target: _write_answers(run, logits, target, learn.dls.vocab)
     res = {**evaluate(learn, df, protocol, test=split, keep=keep, **opts), **mine, **removed}
     if baselines: res |= _baselines(learn, df, run, res, score, protocol, mine)
-    marks = learn.config.get('published', {}) if protocol == 'paper' else {}
-    if marks: res['published'] = {k:v for k,v in marks.items() if k in res}
+    if marks := _published(learn.config, protocol, res): res['published'] = marks
     if reader: res['reader'] = ', '.join(f'{k}={v}' for k,v in reader.items())
-    res |= dict(seed=learn.config['training'].get('seed'),
-                same_data=fingerprint(df) == learn.config['data']['fingerprint'])
+    was = learn.config['data']['fingerprint']
+    res |= dict(seed=learn.config['training'].get('seed'), same_data=fingerprint(df, like=was) == was)
     return _write_metrics(run, res)
 
 def _write_metrics(run, res):
     "Write the metrics into a run's files; those of a plain classifier and of benchmarks stay"
     f = Path(run)/'metrics.json'
-    res |= {k:v for k,v in read_metrics(run).items() if k in ('plain_classifier','benchmarks')}
+    res |= {k:v for k,v in RunSummary.read_metrics(run).items() if k in ('plain_classifier','benchmarks')}
     write_json(f, res)
     write_model_card(run)
     if (Path(run)/'report.html').exists(): write_report(run)

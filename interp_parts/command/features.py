@@ -17,7 +17,7 @@ from ..data.readers.registry import readers
 from ..data.rows import run_rows
 from ..evaluation.landmarks import part_centers
 from ..evaluation.scoring import split_rows
-from ..files import atomic_path, claim, claim_file, mark_npz, read_json
+from ..files import atomic_path, claim, claim_file, mark_npz, note_beside, read_json
 from ..training.runs import load_run
 from ..visualization.report import write_model_card
 
@@ -30,19 +30,27 @@ def _of_batch(p, b, more):
 
 def _write_arrays(out, res):
     with atomic_path(out) as tmp:
-        if _is_text(out): return np.savetxt(tmp, res['embedding'], fmt='%.8g')
         with open(tmp, 'wb') as f: np.savez(f, **res)
         mark_npz(tmp)
 
-def _is_text(out): return Path(out).suffix == '.txt'
-
-def _embedding_alone(out, learn, res):
-    "What a text file holds"
-    if 'embedding' in res: return dict(embedding=res['embedding'])
+def _write_text(out, learn, res):
+    "Write the embedding alone, and a note on it; returns what is written"
+    if 'embedding' in res:
+        with atomic_path(out) as tmp: np.savetxt(tmp, res['embedding'], fmt='%.8g')
+        note_beside(out, run=str(learn.run_dir), image=res['image'].tolist(), split=res['split'].tolist())
+        return dict(embedding=res['embedding'])
     raise ConfigError('--out', Path(out).name, 'a name ending in .npz',
                       f"{learn.config['method']} has no embedding to write as text")
 
 # %% ../../nbs/30_command/02e_features.ipynb #19c05da8
+def _claim(out, overwrite):
+    "Check that the file may be written; is it text?"
+    out = Path(out)
+    text = out.suffix == '.txt'
+    for f in (out, Path(f'{out}.json'))[:1+text]: claim_file(f, replace=overwrite)
+    if out.suffix in ('.npz','.txt'): return text
+    raise ConfigError('--out', out.name, 'a name ending in .npz or .txt', f'pass --out {out.stem or "features"}.npz')
+
 def features_run(
     run, # Folder of a run
     out, # The .npz file to be written; a name ending in .txt: rows of the embedding as text
@@ -50,9 +58,10 @@ def features_run(
     split:str=None, # Rows of this split only
     device:str='auto', # Where the model goes
     workers:int=2, # Processes that decode images
+    overwrite:bool=False, # Replace a file that it wrote before?
 )->dict:
     "Write, and return, arrays of all images of a run's data: image, split, label, presence, centers, embedding, logits"
-    claim_file(out)
+    text = _claim(out, overwrite)
     learn = load_run(run, pick_device(device), workers=workers)
     df = run_rows(learn.config, path, run)
     rows = split_rows(df, (split,)) if split else df
@@ -65,7 +74,7 @@ def features_run(
     cols = [np.stack(c) for c in zip(*(got[i].values() for i in rows.index))]
     res = dict(image=rows.image.to_numpy(str), split=rows.split.to_numpy(str), **dict(zip(got[rows.index[0]], cols)))
     if 'label' in rows: res['label'] = rows.label.to_numpy(int)
-    if _is_text(out): res = _embedding_alone(out, learn, res)
+    if text: return _write_text(out, learn, res)
     _write_arrays(out, res)
     return res
 

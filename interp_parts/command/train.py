@@ -39,6 +39,8 @@ def _workers(s, shm='/dev/shm'):
                   'images are read without them; give the container more, as --shm-size 1g')
     return 0
 
+_lacks = dict(init='starts from no other run', n_parts='has no parts to count', compat='has no original to follow')
+
 def make_learner(
     method:str, # Registered name
     s:dict, # From `make_settings`
@@ -50,8 +52,8 @@ def make_learner(
                    stats=backbone_stats(s['backbone']), workers=_workers(s), seed=s['seed'],
                    device=pick_device(s['device']), extra=get_method(method).extra, fast_decode=s['fast_decode'])
     names = option_kinds(get_method(method).learner, get_method(method).model)
-    if s['init'] and 'init' not in names:
-        raise ConfigError('--init', f'{method} starts from no other run', 'a training without it')
+    for k,lacks in _lacks.items():
+        if s[k] and k not in names: raise ConfigError(f"--{k.replace('_','-')}", f'{method} {lacks}', 'a training without it')
     common = {k:s[k] for k in ('init','backbone','weights','pretrained','freeze_bn','n_parts','compat') if k in names}
     return create_learner(method, dls, **common, **s['model'])
 
@@ -95,8 +97,8 @@ def _same_data(run, method, s):
     "Does the path hold the data that the run was started with?"
     config = run/'config.json'
     if not config.exists(): return False
-    begun = read_json(config, dict(data=dict(fingerprint=str)))['data']
-    return fingerprint(read_rows(s, method, run)) == begun['fingerprint']
+    begun = read_json(config, dict(data=dict(fingerprint=str)))['data']['fingerprint']
+    return fingerprint(read_rows(s, method, run), like=begun) == begun
 
 def _check_same(run, method, s, again):
     "An error for settings other than those of the run"

@@ -10,7 +10,6 @@ import cv2, numpy as np, torch
 from PIL import Image
 
 from .crops import instance_crop
-from .keypoint_scores import keypoint_suite
 from .losses import upsample_logits
 from ..core import Batch, DataError, pick
 from ..data.images import imagenet_stats, load_image, load_mask, normalize
@@ -113,7 +112,7 @@ def score_pixels(
         xy.update(_pixel_batch(i, *_pixel_item(fit.iloc[i], view, size, how)[1:]))
     for p,b,labels,mask in _pixel_streams(parts, df, view, size, how, stats, device):
         on = [k for k in range(p.n_parts) if k != p.background] # no background: the mask says where it is
-        if suite is None: suite = keypoint_suite(len(on), xy) if fit is not None else {'':lambda p,b: p}
+        if suite is None: suite = xy.suite(len(on)) if fit is not None else {'':lambda p,b: p}
         for end,make in suite.items():
             maps = make(p, b).maps[:,on if end == '' else slice(len(on))]
             scores.setdefault(end, _PixelScores()).update(

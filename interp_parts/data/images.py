@@ -117,9 +117,9 @@ def find_broken(
     decode:bool=False, # Decode them all, rather than look at both ends?
 )->list:
     "`(path, what is wrong)` of every file that is not a complete image"
+    if not decode: return [(p,why) for p in paths if (why := broken(p))]
     alone = Lock() # eight large images at once would fill the memory
-    look = (lambda p: _why_undecodable(p, alone)) if decode else broken
-    with ThreadPoolExecutor(8 if decode else 1) as pool: whys = pool.map(look, paths)
+    with ThreadPoolExecutor(8) as pool: whys = pool.map(lambda p: _why_undecodable(p, alone), paths)
     return [(p,why) for p,why in zip(paths, whys) if why]
 
 # %% ../../nbs/01_data/02_images.ipynb #203170d1

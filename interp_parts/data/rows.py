@@ -6,7 +6,6 @@
 __all__ = ['read_rows', 'run_rows']
 
 # %% ../../nbs/01_data/09_rows.ipynb #2f60d8f7
-from contextlib import nullcontext
 from pathlib import Path
 
 import pandas as pd
@@ -14,15 +13,15 @@ import pandas as pd
 from ..core import get_method
 from .masks import add_grabcut_masks
 from .readers.registry import read_data
-from .table import files_later, match_classes, usable_images, use_split
+from .table import match_classes, usable_images, use_split
 
 # %% ../../nbs/01_data/09_rows.ipynb #bc2411a5
 def _read(s, method, run):
     "The table of the settings, with masks if the method needs them"
     opts = {**s.get('reader', {}), **(dict(protocol=s['protocol']) if s.get('protocol') else {})}
     how = s.get('on_bad_image', 'error')
-    with nullcontext() if how == 'error' else files_later(): df = read_data(s['data'], s['path'], **opts)
-    if how != 'error': df = usable_images(df, how)
+    read = lambda: read_data(s['data'], s['path'], **opts)
+    df = read() if how == 'error' else usable_images(read, how)
     if method is None or 'mask' not in get_method(method).extra or 'mask' in df or 'box' not in df: return df
     return add_grabcut_masks(df, s.get('masks') or Path(run)/'masks')
 

@@ -4,11 +4,10 @@
 
 # %% auto #0
 __all__ = ['SPLITS', 'BAD_IMAGE', 'part_table', 'first_few', 'class_names', 'check_table', 'match_classes', 'content_groups',
-           'check_copies', 'files_later', 'split_and_class', 'usable_images', 'bad_image_line', 'write_split',
-           'use_split']
+           'check_copies', 'split_and_class', 'usable_images', 'bad_image_line', 'write_split', 'use_split']
 
 # %% ../../nbs/01_data/01_table.ipynb #0677f6d3
-import hashlib, os, unicodedata, warnings
+import hashlib, json, os, unicodedata, warnings
 from collections import Counter
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -208,8 +207,8 @@ def check_copies(
 BAD_IMAGE = ('error', 'skip', 'replace')
 
 @contextmanager
-def files_later():
-    "Inside the block `check_table` does not look at files: `usable_images` will"
+def _later():
+    "Inside the block `check_table` does not look at files"
     token = _files_later.set(True)
     try: yield
     finally: _files_later.reset(token)
@@ -231,11 +230,13 @@ def _next_like(kinds, good):
 
 # %% ../../nbs/01_data/01_table.ipynb #0ed0a08f
 def usable_images(
-    df:pd.DataFrame, # A table whose files nobody has looked at
+    read, # Function without arguments that reads the table, or the table itself
     on_bad_image:str='error', # 'error', 'skip' or 'replace'
 )->pd.DataFrame:
     "The table without unusable images; what they were, and why, is in `attrs['bad_images']`"
-    if pick(on_bad_image, BAD_IMAGE, '--on-bad-image') == 'error': return check_table(df)
+    if not callable(read): return usable_images(lambda: read, on_bad_image)
+    if pick(on_bad_image, BAD_IMAGE, '--on-bad-image') == 'error': return check_table(read())
+    with _later(): df = read()
     bad = dict(find_broken(df.image.unique(), decode=True))
     rows = range(len(df)) if on_bad_image == 'skip' else _next_like(split_and_class(df), (~df.image.isin(bad)).tolist())
     kept = [j for i,j in enumerate(rows) if j is not None and df.image.iloc[j] not in bad]
@@ -272,20 +273,29 @@ def write_split(
     path, # Text file to write
 ):
     "Write which image is in which split, one line an image: split, tab, path from the folder that holds all images"
-    rows = sorted({f'{s}\t{k}' for k,s in zip(_keys(df.image), df.split)})
-    said = f"# {df.attrs.get('name')}: {df.attrs.get('protocol')}".replace('\n', ' ')
+    rows = sorted({f'{s}\t{_quoted(k)}' for k,s in zip(_keys(df.image), df.split)})
+    said = ' '.join(f"# {df.attrs.get('name')}: {df.attrs.get('protocol')}".split()).encode('utf-8', 'replace').decode()
     write_text(path, '\n'.join([said, *rows]) + '\n')
 
+def _quoted(key):
+    "A path that is one line of text: one with line breaks, tabs or bytes of another encoding as JSON"
+    return key if key.isprintable() and not key.startswith('"') else json.dumps(key)
+
 # %% ../../nbs/01_data/01_table.ipynb #6287c823
+def _unquoted(key):
+    if not key.startswith('"'): return key
+    try: return json.loads(key)
+    except ValueError: return key
+
 def _read_split(path):
     "Splits of each image path of a list; an image for accuracy may be one for parts, too"
-    try: lines = [l.split('\t') for l in Path(path).read_text(encoding='utf-8-sig').splitlines() if l and l[0] != '#']
+    try: lines = [l.split('\t') for l in Path(path).read_text(encoding='utf-8-sig').split('\n') if l and l[0] != '#']
     except (OSError, UnicodeDecodeError):
         raise DataError(path, 'no such file', 'lines such as `train<tab>owl/1.jpg`') from None
     bad = [l for l in lines if len(l) != 2 or l[0] not in SPLITS]
     if bad:
         raise DataError(path, repr('\t'.join(bad[0])), f'lines such as `train<tab>owl/1.jpg`, of {", ".join(SPLITS)}')
-    out = {f:[s for s,_ in ls] for f,ls in _by(lambda l: l[1], lines).items()}
+    out = {_unquoted(f):[s for s,_ in ls] for f,ls in _by(lambda l: l[1], lines).items()}
     both = [f for f,s in out.items() if 'train' in s and {'test','eval'} & set(s)]
     if both: raise DataError(path, f'{first_few(both)} in several splits', 'one split an image')
     return out

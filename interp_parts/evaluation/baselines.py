@@ -7,6 +7,7 @@ __all__ = ['constant_parts', 'strip_parts', 'XYKMeans', 'LabKMeans']
 
 # %% ../../nbs/20_evaluation/03_baselines.ipynb #eb9f5269
 import cv2, numpy as np, torch, torch.nn.functional as F
+from fastcore.basics import patch
 from sklearn.cluster import KMeans
 
 from ..core import Batch, DataError, Parts
@@ -106,6 +107,16 @@ class XYKMeans:
         uv = _uv(batch, cell)
         dist = ((uv[:,None] - self.centers[None,:,:,None,None])**2).sum(2)
         return _box_parts(uv, dist.argmin(1), len(self.centers))
+
+# %% ../../nbs/20_evaluation/03_baselines.ipynb #e603af22
+@patch
+def suite(self:XYKMeans,
+    k:int, # Number of parts
+    seed:int=0, # Of k-means
+)->dict:
+    "What is scored, by the ending of its names: the parts, and two baselines that know the box"
+    self.fit(k, seed)
+    return {'':lambda p,b: p, '_strips':lambda p,b: strip_parts(b, k), '_xy_kmeans':lambda p,b: self.parts(b)}
 
 # %% ../../nbs/20_evaluation/03_baselines.ipynb #4706cb87
 def _to_lab(x):

@@ -8,6 +8,7 @@ __all__ = ['BASELINES', 'evaluate_parts']
 # %% ../../nbs/20_evaluation/04_parts.ipynb #e75d11e1
 from .areas import Comprehensiveness, Distinctiveness
 from .baselines import XYKMeans, constant_parts, strip_parts
+from .explanations import Consistency
 from .landmarks import KeypointError
 from .pixels import PartClustering, PixelClustering, Pointing, parts_at
 
@@ -20,7 +21,7 @@ BASELINES = {'keypoint_error':('mean_predictor','constant_parts'), 'pointing':('
              'part_iou':_by_place, 'named_part_iou':_by_place,
              **dict.fromkeys(('crop_fg_nmi','crop_fg_ari','masked_nmi','masked_ari'), _by_place),
              'distinctiveness':('constant_parts','strips'), 'comprehensiveness':('constant_parts','strips'),
-             'base_agreement':(), 'words_on_object':('random',),
+             'consistency':('constant_parts',), 'stability':(), 'base_agreement':(), 'words_on_object':('random',),
              'keypoint_purity':('random',), 'part_purity':('random',),
              **{f'attention_iou_{q}':('mean_cam','shuffled','centre') for q in (50,75,90)}}
 
@@ -36,10 +37,10 @@ def _suite(k, xy, use_mask, seed):
     xy.fit(k, seed)
     both = lambda: (PartClustering(use_mask),PixelClustering())
     areas = lambda: (Distinctiveness(),Comprehensiveness())
-    return {'':(lambda p,b: p, (*both(),Pointing(),*areas())),
+    return {'':(lambda p,b: p, (*both(),Pointing(),*areas(),Consistency())),
             '_strips':(lambda p,b: strip_parts(b, k), (*both(),*areas())),
             '_xy_kmeans':(lambda p,b: xy.parts(b), both()),
-            '_constant_parts':(lambda p,b: constant_parts(b, k), (Pointing(),*areas()))}
+            '_constant_parts':(lambda p,b: constant_parts(b, k), (Pointing(),*areas(),Consistency()))}
 
 # %% ../../nbs/20_evaluation/04_parts.ipynb #87e97556
 def evaluate_parts(

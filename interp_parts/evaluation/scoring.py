@@ -14,6 +14,7 @@ from fastcore.basics import patch
 from ..core import DataError, pick
 from ..data.table import match_classes
 from .baselines import LabKMeans
+from .explanations import evaluate_explanations
 from .parts import BASELINES, evaluate_parts
 from ..training.losses import attribute_accuracy
 
@@ -79,6 +80,11 @@ def _seen_logits(seen, rows):
     return torch.stack([seen[i] for i in rows.index]),_targets(rows)
 
 # %% ../../nbs/20_evaluation/07_scoring.ipynb #f164ddc0
+def _stability(learner, rows, n):
+    "Stability of the parts in `n` rows, evenly spread"
+    some = rows.iloc[::max(1, len(rows)//n)][:n]
+    return {k:v for k,v in evaluate_explanations(learner, some, steps=0).items() if k == 'stability'}
+
 PROTOCOLS = ('fixed', 'paper', 'accuracy', 'interpretability')
 
 def evaluate(
@@ -92,6 +98,7 @@ def evaluate(
     seed:int=0, # Of the k-means baseline
     ridge:bool=False, # Also `ridge_keypoint_error`, fair for any number of parts?
     classes:int=0, # Also the keypoint error on images of each of so many classes, the first ones
+    noisy:int=0, # Also the stability under noise, of so many test images
     keep=None, # Function that gets the logits and targets of the scored images
 )->dict:
     "All numbers that the annotations of the table allow"
@@ -107,6 +114,7 @@ def evaluate(
         items = [learner.parts(s, **view) for s in sets]
         parted = evaluate_parts(items[0], _watch(items[1], seen), df.attrs, protocol, use_mask, seed, ridge,
                                 classes)
+        if noisy and 'keypoints' in df: parted |= _stability(learner, sets[1], noisy)
     if protocol != 'interpretability' and learner.model.classifies and {'label','labels'} & set(df):
         train = df[df.split == 'train']
         answers = _seen_logits(seen, rows) or learner.logits(rows, flip=flip)

@@ -8,7 +8,7 @@ __all__ = ['STAGES', 'check_backbone', 'create_timm', 'Backbone', 'read_weights'
 # %% ../../nbs/03_models/01_backbones.ipynb #362be3f2
 from pathlib import Path
 
-import timm, torch, torchvision
+import timm, torch, torch.nn.functional as F, torchvision
 from fastcore.basics import patch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
@@ -112,6 +112,7 @@ def forward(self:Backbone,
 )->torch.Tensor:
     "The feature map (B,C,h,w) of images"
     if not self.fixed: return self._maps(x)
+    x = _whole_patches(self.net, x)
     try: f = self._maps(x)
     except (RuntimeError, AssertionError, ValueError) as e: raise self._other_size(x) from e
     off = [abs(a*self.stride - b) for a,b in zip(f.shape[2:], x.shape[2:])] if isinstance(f, torch.Tensor) else [0]
@@ -130,6 +131,15 @@ def _final_map(net, f, x):
         if not hasattr(getattr(net, 'patch_embed', None), 'dynamic_feat_size'): return as_map(f, x.shape[-2:], prefix)
         return f[:,prefix or 0:].transpose(1,2).unflatten(2, net.patch_embed.dynamic_feat_size(x.shape[-2:]))
     return f.permute(0,3,1,2) if str(getattr(net, 'output_fmt', 'NCHW')).endswith('NHWC') else f
+
+# %% ../../nbs/03_models/01_backbones.ipynb #8aaf441b
+def _whole_patches(net, x):
+    "Images (B,3,H,W), for a ViT of any size resized to the nearest whole number of patches"
+    patch = getattr(getattr(net, 'patch_embed', None), 'patch_size', None)
+    if patch is None or not getattr(net, 'dynamic_img_size', False): return x
+    to = [max(1, round(s/p))*p for s,p in zip(x.shape[2:], patch)]
+    if to == list(x.shape[2:]): return x
+    return F.interpolate(x, to, mode='bilinear', align_corners=False, antialias=True)
 
 # %% ../../nbs/03_models/01_backbones.ipynb #7b79fbea
 @patch

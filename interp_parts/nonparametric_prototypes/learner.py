@@ -8,15 +8,24 @@ __all__ = ['nonparametric_prototypes_recipes', 'nonparametric_prototypes_learner
 # %% ../../nbs/16_nonparametric_prototypes/09_learner.ipynb #3c74711a
 from fastcore.foundation import L
 
-from ..core import PartLearner, register
-from .cache import can_cache, token_dls
+from ..core import ConfigError, PartLearner, register
+from .cache import token_dls
 from .model import NonparametricPrototypes
-from .pictures import prototype_pictures
+from .pictures import prototype_details, prototype_pictures
 from .scores import prototype_scores
 from .training import PrototypeStages
 from ..training.losses import part_learner
 
 # %% ../../nbs/16_nonparametric_prototypes/09_learner.ipynb #871c49ec
+def _bring_masks(dls):
+    "DataLoaders of the same images whose batches bring the table's masks too"
+    if 'mask' not in dls.table: raise ConfigError('--set foreground', 'mask', 'data with masks', 'pass --masks, or another foreground')
+    for dl in dls.loaders:
+        ds = dl.dataset
+        if 'mask' in ds.extra: continue
+        ds.extra = [*ds.extra, 'mask']
+        ds.cols['mask'] = dls.table.mask.loc[ds.rows].tolist()
+
 def nonparametric_prototypes_learner(
     dls, # From `part_dls`
     backbone:str='vit_small_patch14_reg4_dinov2', # timm's name
@@ -35,11 +44,12 @@ def nonparametric_prototypes_learner(
     "A learner for non-parametric part prototypes (Zhu et al., CVPR 2025)"
     model = NonparametricPrototypes(dls.c, n_parts, backbone, dls.multi, pretrained=pretrained, weights=weights, compat=compat,
                                     **options)
+    if model.kind == 'mask': _bring_masks(dls)
     gamma = .99 if compat and gamma is None else gamma
     stages = PrototypeStages(cluster_epochs, gamma, ppd, start=not compat, align=not compat)
     learn = part_learner(dls, model, cbs=[stages, *L(cbs)])
-    if can_cache(dls) if cache is None else cache:
-        learn.dls = token_dls(dls, model.backbone, None if cache in (None,True) else cache, half)
+    if cache is not False:
+        learn.dls = token_dls(dls, model.backbone, None if cache in (None,True) else cache, half, must=cache is not None)
     return learn
 
 # %% ../../nbs/16_nonparametric_prototypes/09_learner.ipynb #cb8b7b5c
@@ -64,3 +74,4 @@ nonparametric_prototypes_recipes = dict(
 _method = register(nonparametric_prototypes_learner, NonparametricPrototypes, nonparametric_prototypes_recipes,
                    'class prototypes that are means of patches, on a frozen network (Zhu et al., CVPR 2025)',
                    scores=prototype_scores, pictures=prototype_pictures)
+_method.details = prototype_details

@@ -29,7 +29,7 @@ class _Matched:
     grid:tuple # Height and width of the map
 
 # %% ../../nbs/16_nonparametric_prototypes/06_model.ipynb #902d728f
-FOREGROUNDS = ('pca', 'mask', 'none', 'batch')
+FOREGROUNDS = ('pca', 'otsu', 'mask', 'none', 'batch')
 
 class NonparametricPrototypes(PartModel):
     "Non-parametric part prototypes (Zhu et al., CVPR 2025)"
@@ -54,7 +54,7 @@ class NonparametricPrototypes(PartModel):
         super().__init__()
         if multi: raise ConfigError('labels', 'attributes', 'one class an image: prototypes belong to classes')
         if n_parts < 1: raise ConfigError('--n-parts', n_parts, 'at least 1')
-        self.kind = pick(foreground or ('batch' if compat else 'pca'), FOREGROUNDS, 'foreground')
+        self.kind = pick(foreground or ('batch' if compat else 'pca'), FOREGROUNDS, '--set foreground')
         self.temperature = temperature
         self.backbone = TokenBackbone(backbone, expand, stride, stage, width, pretrained, weights, features)
         self.bank = PrototypeBank(n_classes, n_parts, self.backbone.channels)
@@ -86,7 +86,7 @@ def pseudo_labels(self:NonparametricPrototypes,
     "Class of each patch (B,N), C for the background"
     if self.kind == 'none': on = torch.ones(o.raw.shape[:2], dtype=torch.bool, device=y.device)
     elif self.kind == 'batch': on = batch_foreground(o.raw)[1]
-    elif self.kind == 'pca': on = self.foreground(o.raw)
+    elif self.kind in ('pca','otsu'): on = self.foreground(o.raw)
     elif mask is None:
         raise ConfigError('foreground', 'mask', 'masks in the batches', "pass part_dls(df, ..., extra=('mask',)) with a table that has masks")
     else: on = nn.functional.adaptive_avg_pool2d(mask[:,None].float(), o.grid).flatten(1) >= .5

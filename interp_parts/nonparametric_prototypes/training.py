@@ -11,7 +11,6 @@ from fastai.callback.core import CancelBackwardException, CancelStepException
 from fastcore.basics import patch
 
 from ..core import ConfigError, eval_mode
-from .foreground import fit_foreground
 from .losses import patch_contrast
 from .assignment import assign_patches
 from ..training.distributed import gather_rows, mean_weight, n_processes
@@ -54,14 +53,25 @@ def after_fit(self:PrototypeStages):
 
 # %% ../../nbs/16_nonparametric_prototypes/07_training.ipynb #30eaa5f6
 @patch
+def _check_enough(self:PrototypeStages, n_classes, n_parts, n_tokens):
+    "An error for a class whose images have fewer patches in all than it has prototypes"
+    d = self.dls
+    images = torch.bincount(torch.as_tensor(d.table.label.loc[d.train.dataset.rows].tolist()), minlength=n_classes)
+    for c in (images*n_tokens < n_parts).nonzero().flatten().tolist():
+        if images[c]: raise ConfigError('--n-parts', n_parts, f'at most {images[c]*n_tokens}, the patches of the {images[c]} training '
+                                        f'images of class {d.vocab[c]}', 'pass a smaller --n-parts, or a larger --size')
+
+@patch
 @torch.no_grad()
 def _begin(self:PrototypeStages, m):
     "Fit the foreground, and start the prototypes, on a sample of training images"
-    if not self.start and m.kind != 'pca': return
+    fits = m.kind in ('pca','otsu') and not m.foreground.fitted
+    if not (self.start or fits): return
     batches = list(self.sample())
     with eval_mode(m): seen = [(m(x.to(next(m.parameters()))),y.to(self.dls.device),mask) for x,y,mask in batches]
     raw = torch.cat([o.raw for o,_,_ in seen])
-    if m.kind == 'pca' and not m.foreground.fitted: fit_foreground(m.foreground, raw, seen[0][0].grid)
+    self._check_enough(*m.omega.shape, raw.shape[1])
+    if fits: m.foreground.fit(raw, seen[0][0].grid, m.kind == 'otsu')
     if not self.start: return
     labels = torch.cat([m.pseudo_labels(o, y, mask) for o,y,mask in seen])
     m.bank.start(raw.flatten(0,1), labels.flatten())

@@ -6,19 +6,22 @@
 __all__ = []
 
 # %% ../../nbs/15_part_discovery/00_part_discovery.ipynb #67ab702b
-from . import assignment, losses, equivariance, features, model, step, start, learner, recipes
+from . import (assignment, places, losses, equivariance, features, cell_votes, model,
+                                          step, start, learner, recipes)
 
 # %% ../../nbs/15_part_discovery/00_part_discovery.ipynb #9b919c6d
-__all__ = [*assignment.__all__, *losses.__all__, *equivariance.__all__, *features.__all__, *model.__all__,
-           *step.__all__, *start.__all__, *learner.__all__, *recipes.__all__,
+__all__ = [*assignment.__all__, *places.__all__, *losses.__all__, *equivariance.__all__, *features.__all__,
+           *cell_votes.__all__, *model.__all__, *step.__all__, *start.__all__, *learner.__all__, *recipes.__all__,
            'PartLearner', 'create_learner', 'part_table', 'check_table', 'part_dls', 'PartBatches', 'load_image',
            'fit_run', 'seed_everything', 'run_config', 'save_run', 'load_run']
 
 # %% ../../nbs/15_part_discovery/00_part_discovery.ipynb #7ca339cd
 from .assignment import *
+from .places import *
 from .losses import *
 from .equivariance import *
 from .features import *
+from .cell_votes import *
 from .model import *
 from .step import *
 from .start import *

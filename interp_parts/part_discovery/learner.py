@@ -11,6 +11,7 @@ from fastcore.foundation import L
 from ..core import PartLearner
 from .equivariance import RandomMove, Recolour
 from .model import PartDiscovery
+from .places import PlaceParts
 from .start import Recluster, cluster_prototypes
 from .step import DiscoveryTerms, HalveRates, MoveImages, SecondLook, prior_weights
 from ..training.losses import few_rows, part_learner
@@ -44,6 +45,8 @@ def part_discovery_learner(
     move_images:dict=None, # Options of `RandomMove` for the training images; None: they stay
     kmeans:bool=None, # Start prototypes from k-means? Default: unless the design is the paper's
     regroup:int=0, # Start them from k-means again before this epoch; 0: never
+    words:int=24, # Colours that the loss `cells` counts, where it has a weight
+    places:float=0., # Divide the parts by place in the object after this share of the training; 0: never
     halve:int=0, # Halve the learning rates after so many epochs; 0: never
     own_rates:bool=False, # Learning rates for backbone, prototypes, modulation and classifier?
     pretrained:bool=True, # Download the backbone's weights?
@@ -54,8 +57,9 @@ def part_discovery_learner(
     **options # Of `PartDiscovery`
 )->PartLearner:
     "A learner for part discovery (PDiscoNet, ICCV 2023; PDiscoFormer, ECCV 2024)"
+    counted = words if (losses or {}).get('cells') else 0
     model = PartDiscovery(dls.c, n_parts, backbone, dls.multi, design, compat, pretrained=pretrained, weights=weights,
-                          **options)
+                          **{'words':counted, 'placed':bool(places), **options})
     paper = model.config['design'] == 'paper'
     prior = prior or ('tv' if paper else 'own')
     ramp = (0. if paper else .25) if ramp is None else ramp
@@ -64,7 +68,9 @@ def part_discovery_learner(
     if move_images: own.append(MoveImages(RandomMove(**{'each':True, **move_images})))
     if halve: own.append(HalveRates(halve))
     if regroup: own.append(Recluster(regroup))
+    if places: own.append(PlaceParts(places))
     learn = part_learner(dls, model, cbs=[*own, *L(cbs)], compat=compat)
     if own_rates: learn.splitter = _four_groups
     if not paper if kmeans is None else kmeans: cluster_prototypes(model, learn.batches(few_rows(dls), whole=False))
+    if model.cells: model.cells.start(learn.batches(few_rows(dls), whole=False))
     return learn

@@ -6,7 +6,7 @@
 __all__ = ['MODULATIONS', 'DISCOVERY_DESIGNS', 'PartDiscovery']
 
 # %% ../../nbs/15_part_discovery/05_model.ipynb #fffe8ac9
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch, torch.nn.functional as F
 from fastcore.basics import patch
@@ -15,7 +15,9 @@ from torch import nn
 from ..core import ConfigError, PartModel, Parts, pick
 from ..models.backbones import backbone_stats
 from .assignment import assign_cells, gumbel_like, part_distances, part_vectors
+from .cell_votes import CellVotes
 from .features import ColourNet, GreyLook, part_features
+from .places import PlacedParts
 
 # %% ../../nbs/15_part_discovery/05_model.ipynb #369795d9
 class _Weights(nn.Module):
@@ -46,6 +48,7 @@ class _Discovered:
     scores:torch.Tensor # (B,C,K) votes
     vectors:torch.Tensor # (B,D,K+1) of the parts
     modulated:torch.Tensor # (B,D,K+1)
+    first:torch.Tensor|None=None # (B,K+1,h,w) maps before they were divided by place
 
 DISCOVERY_DESIGNS = ('adapted', 'paper')
 
@@ -70,6 +73,8 @@ class PartDiscovery(PartModel):
         align_corners:bool=False, # See `JoinedStages`
         trained:str='all', # See `part_features`
         grey_maps:bool=False, # Maps from grey images, votes from a `ColourNet` on the true ones?
+        words:int=0, # Colours of `CellVotes`, for the loss `cells`; 0: none
+        placed:bool=False, # Divide the maps by place in the object (`PlacedParts`)?
         raw:bool=False, # Does the network take images in 0..1, without mean and deviation (PDiscoNet)?
         raw_parts:bool=False, # Are its maps, not its logits, made from such images (a quirk of PDiscoFormer)?
         freeze_bn:bool=False, # Keep the backbone's batch norm statistics?
@@ -84,7 +89,7 @@ class PartDiscovery(PartModel):
         floor = (0. if paper else .02) if floor is None else floor
         super().__init__(n_classes=n_classes, n_parts=n_parts, backbone=backbone, multi=multi, design=design, compat=compat,
                          modulation=modulation, floor=floor, noise=noise, dropout=dropout, stride=stride, joined=joined, width=width,
-                         align_corners=align_corners, trained=trained, grey_maps=grey_maps, raw=raw, raw_parts=raw_parts,
+                         align_corners=align_corners, trained=trained, grey_maps=grey_maps, words=words, placed=placed, raw=raw, raw_parts=raw_parts,
                          freeze_bn=freeze_bn, freeze_early=freeze_early)
         if n_parts < 1: raise ConfigError('--n-parts', n_parts, 'at least 1')
         if not 0 <= dropout < 1: raise ConfigError('dropout', dropout, 'a probability below 1')
@@ -95,6 +100,9 @@ class PartDiscovery(PartModel):
             backbone, stride, joined, trained, width=width, align_corners=align_corners, pretrained=pretrained,
             weights=weights, freeze_bn=freeze_bn, freeze_early=freeze_early)
         self.grey_maps = grey_maps
+        if words and (multi or not grey_maps): raise ConfigError('words', words, '0 for attributes or without `grey_maps`')
+        self.cells = CellVotes(n_classes, n_parts, words) if words else None
+        self.places = PlacedParts(n_parts) if placed else None
         self._heads(n_classes, design, modulation)
         for k,v in zip(('mean','std'), backbone_stats(backbone)):
             self.register_buffer(k, torch.tensor(v)[:,None,None], persistent=False)
@@ -167,8 +175,20 @@ def forward(self:PartDiscovery,
 )->_Discovered:
     "Logits, maps, votes and vectors of a batch"
     f = self.features(x)
-    maps = self.assign(f)
-    return self.vote(self._seen(x, maps) if self.grey_maps else f, maps)
+    first = self.assign(f)
+    maps = self.places(first) if self.places else first
+    out = self.vote(self._seen(x, maps) if self.grey_maps else f, maps)
+    return replace(out, first=first) if self.places else out
+
+@patch
+def take_places(self:PartDiscovery,
+    maps:torch.Tensor, # (N,K+1,h,w) of `assign`, of training images
+):
+    "Divide the parts by place in the object from now on; a new part weighs its votes as the old ones in it did"
+    share = self.places.fit(maps).to(self.prototypes)
+    if isinstance(self.modulation, _Weights):
+        w = self.modulation.weight.data
+        w[...,:-1] = w[...,:-1]@share.T
 
 @patch
 def _seen(self:PartDiscovery, x, maps):
@@ -197,4 +217,4 @@ def original_views(self:PartDiscovery,
     if isinstance(self.modulation, _Weights): names['modulation.weight'] = 'modulation'
     tensors = self.state_dict() if tensors is None else tensors
     plain = lambda k: k.removeprefix('backbone.').removeprefix('net.')
-    return {names.get(k, plain(k)):v for k,v in tensors.items() if not k.startswith('scaler.')}
+    return {names.get(k, plain(k)):v for k,v in tensors.items() if not k.startswith(('scaler.','cells.','places.'))}

@@ -36,10 +36,9 @@ def _pdiscoformer(data, k, size, bs, **more):
 
 # %% ../../nbs/15_part_discovery/09_recipes.ipynb #cc9bc220
 _synthetic = dict(
-    n_parts=8, backbone='test_resnet', stride=4, joined=3, width=64, grey_maps=True, recolour=False, ramp=.3,
-    move=dict(degrees=45.),
-    losses=dict(prediction=2., presence=1., background=1., concentration=200., total_variation=.2, entropy=.2,
-                orthogonality=.3, equivariance=3.))
+    n_parts=8, backbone='test_resnet', stride=4, joined=3, width=64, grey_maps=True, ramp=.3, places=.7,
+    losses=dict(prediction=1., presence=.3, background=.5, total_variation=.2, entropy=0, orthogonality=.05,
+                equivariance=0, cells=8., area=.4))
 part_discovery_recipes = {
     **{f'cub_pdisconet_res101_p{k}':_pdisconet('cub', k, 448, 16, 28, 5) for k in (4,8,16)},
     **{f'cub_pdiscoformer_vitb_p{k}':_pdiscoformer('cub', k, 518, 32) for k in (4,8,16)},

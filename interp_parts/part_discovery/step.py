@@ -7,6 +7,7 @@ __all__ = ['PRIORS', 'prior_weights', 'map_terms', 'SecondLook', 'DiscoveryTerms
 
 # %% ../../nbs/15_part_discovery/06_step.ipynb #c2926348
 from contextlib import contextmanager
+from dataclasses import replace
 
 import torch
 from fastai.callback.core import Callback
@@ -25,7 +26,7 @@ PRIORS = dict(
     tv=dict(prediction=1., presence=1., background=2., total_variation=1., entropy=1., orthogonality=1., equivariance=1.),
     own=dict(prediction=2., presence=1., background=2., total_variation=.25, entropy=.1, orthogonality=1.,
              equivariance=2.))
-_terms = 'presence background concentration total_variation entropy orthogonality equivariance'.split()
+_terms = 'presence background concentration total_variation entropy orthogonality equivariance cells area'.split()
 
 def prior_weights(
     prior:str='own', # One of `PRIORS`
@@ -51,7 +52,7 @@ def map_terms(
     strength = lambda: strongest(a, cut=2) if net else strongest(a[:,:-1])
     return dict(presence=lambda: presence_loss(gather_rows(strength())), background=lambda: background_loss(a[:,-1], compat),
                 concentration=lambda: concentration_loss(a), total_variation=lambda: total_variation(a, cells),
-                entropy=lambda: entropy_loss(a),
+                entropy=lambda: entropy_loss(a), area=lambda: 1 - a[:,-1].mean(),
                 orthogonality=lambda: orthogonality_loss(out.vectors if net else out.modulated))
 
 # %% ../../nbs/15_part_discovery/06_step.ipynb #6a18d8be
@@ -123,12 +124,19 @@ class DiscoveryTerms(LossTerms):
     def _equivariance(self):
         skipped = self.training and self.iter % self.every
         if skipped: return self.learn.loss_grad.new_zeros(())
-        return self.look(self.learn.model, self.xb[0], self.learn.out.maps)*(self.every if self.training else 1)
+        return self.look(self.learn.model, self.xb[0], self._first().maps)*(self.every if self.training else 1)
+
+    def _first(self):
+        "What the model computed, with the maps before places divide them"
+        out = self.learn.out
+        return out if out.first is None else replace(out, maps=out.first)
+
+    def _cells(self): return self.learn.model.cells(self.xb[0], self._first().maps, self.yb[0])
 
     def terms(self):
-        out,growth = self.learn.out,self._growth()
+        out,growth = self._first(),self._growth()
         cells = self.dls.bs*out.maps[0,0].numel() if self.compat else None
-        fs = dict(map_terms(out, self.prior, self.compat, cells), equivariance=self._equivariance)
+        fs = dict(map_terms(out, self.prior, self.compat, cells), equivariance=self._equivariance, cells=self._cells)
         return {k:self.weights[k]*(growth if k in _late else 1.)*fs[k]() for k in self.names}
 
 # %% ../../nbs/15_part_discovery/06_step.ipynb #0312eb9c

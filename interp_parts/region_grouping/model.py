@@ -12,7 +12,7 @@ import torch
 from fastcore.basics import patch
 from torch import nn
 
-from ..core import ConfigError, PartModel, Parts, TrainingError, pick
+from ..core import ConfigError, PartModel, Parts, TrainingError, eval_mode, pick
 from ..models.backbones import Backbone
 from .grouping import GroupingUnit
 from .prior import occurrence

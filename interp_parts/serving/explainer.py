@@ -6,14 +6,15 @@
 __all__ = ['Explainer']
 
 # %% ../../nbs/22_serving/02_explainer.ipynb #985a34ba
-from itertools import islice
+from dataclasses import dataclass
 from pathlib import Path
+from threading import Lock
 
 import numpy as np, torch
 from fastcore.basics import patch
 from PIL import Image
 
-from ..core import ConfigError, DataError
+from ..core import ConfigError, DataError, get_method, pick
 from ..data.images import IMAGE_SUFFIXES, denormalize, load_image, normalize
 from ..data.readers.files import DataFolder
 from ..data.views import View
@@ -54,6 +55,13 @@ class Explainer:
         self.learn = load_run(self.run, torch.device(device))
         view = self.learn.dls.view
         self.view = View(view.size, view.resize, whole=True)
+        self._lock,self._add = Lock(),None
+
+    def _details(self, parts, which):
+        "What the method adds to parts; prepared at the first call, since it may read the training table"
+        with self._lock:
+            if self._add is None: self._add = get_method(self.learn.config['method']).details(self.learn)
+        return self._add(parts, which)
 
     @property
     def vocab(self)->list:
@@ -69,14 +77,34 @@ def _input(self:Explainer, item):
     x = np.asarray(at.image(im)).copy()
     return normalize(torch.from_numpy(x).permute(2,0,1)[None], self.learn.dls.stats)[0],at,file
 
+@dataclass
+class _Skipped:
+    "An image that cannot be read, where it would have been"
+    image:str # File
+    why:str
+
+    def to_dict(self, **options): return dict(image=self.image, skipped=self.why)
+
+@patch
+def _inputs(self:Explainer, items, on_bad_image):
+    "An input for each image"
+    for o in items:
+        for f in _files(o):
+            try: yield self._input(f)
+            except DataError as e:
+                if on_bad_image == 'error': raise
+                yield _Skipped(str(f) if isinstance(f, (str,Path)) else '', e.got)
+
 def _alike(inputs, bs):
-    "Lists of at most `bs` neighbours of one shape"
+    "Lists of at most `bs` neighbours of one shape; a skipped image alone"
     group = []
     for o in inputs:
-        if group and (len(group) == bs or o[0].shape != group[0][0].shape):
+        skipped = isinstance(o, _Skipped)
+        if group and (skipped or len(group) == bs or o[0].shape != group[0][0].shape):
             yield group
             group = []
-        group.append(o)
+        if skipped: yield o
+        else: group.append(o)
     if group: yield group
 
 # %% ../../nbs/22_serving/02_explainer.ipynb #eb2209cb
@@ -84,17 +112,28 @@ def _alike(inputs, bs):
 def stream(self:Explainer,
     items, # Files, folders, PIL images or (H,W,3) uint8 arrays
     target:int=None, # Class or attribute to explain; None: the predicted one
+    on_bad_image:str='error', # 'error', or 'skip': yield what has only `image`, `why` and a `to_dict` that says `skipped`
 ):
     "Yield an `Explanation` for each image, `bs` at a time; nothing is kept"
     learn = self.learn
+    pick(on_bad_image, ('error','skip'), 'on_bad_image')
     if target is not None and not (type(target) is int and 0 <= target < len(self.vocab)):
         raise ConfigError('target', repr(target), f'a number from 0 to {len(self.vocab)-1}', 'see Explainer.vocab')
-    for group in _alike((self._input(f) for o in items for f in _files(o)), self.bs):
-        x = torch.stack([o[0] for o in group])
-        p = learn.model.parts(x.to(learn.dls.device), target).cpu().named(given_names(self.run))
-        names = [p.name(k) for k in range(p.n_parts)]
-        for i,(_,at,file) in enumerate(group):
-            yield Explanation(file, denormalize(x[i:i+1], learn.dls.stats)[0], p[i], at, self.vocab, names, learn.dls.multi)
+    for group in _alike(self._inputs(items, on_bad_image), self.bs):
+        if isinstance(group, _Skipped): yield group
+        else: yield from self._explain(group, target)
+
+@patch
+def _explain(self:Explainer, group, target):
+    "Explanations of inputs of one shape"
+    learn = self.learn
+    x = torch.stack([o[0] for o in group])
+    p = learn.model.parts(x.to(learn.dls.device), target).cpu().named(given_names(self.run))
+    names = [p.name(k) for k in range(p.n_parts)]
+    details = self._details if get_method(learn.config['method']).details else None
+    for i,(_,at,file) in enumerate(group):
+        pixels = denormalize(x[i:i+1], learn.dls.stats)[0]
+        yield Explanation(file, pixels, p[i], at, self.vocab, names, learn.dls.multi, details)
 
 @patch
 def __call__(self:Explainer,

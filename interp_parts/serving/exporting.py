@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from ..core import ConfigError, eval_mode, pick
-from ..files import atomic_path, claim_file, write_json, write_text
+from ..files import atomic_path, claim_file, made_by, write_json, write_text
 from .explainer import Explainer
 from ..training.names import part_names
 
@@ -50,12 +50,13 @@ def _about(ask, p, batch):
     c,view = ask.learn.config,ask.learn.dls.view
     names = [n for n in _OUTPUTS if getattr(p, n) is not None]
     image = dict(name='images', layout='NCHW, RGB, values in 0..1', size=view.size, resize=view.resize)
-    return dict(method=c['method'], input=image, outputs=names, batch=batch, classes=ask.vocab, multi=ask.learn.dls.multi,
+    return dict(made_by=made_by(), method=c['method'], input=image, outputs=names, batch=batch, classes=ask.vocab, multi=ask.learn.dls.multi,
                 parts=part_names(ask.run, p.n_parts, p.background), contribution_kind=p.contribution_kind,
                 data=c['data'].get('name', ''), licence=c['data'].get('licence', ''), citation=c.get('citation', ''))
 
 # %% ../../nbs/22_serving/03_export.ipynb #1d7e0bc9
-_use = """import json, sys
+_use = """# Made by interp_parts: asks the model beside it
+import json, sys
 from pathlib import Path
 import numpy as np, onnxruntime
 from PIL import Image, ImageOps
@@ -95,6 +96,7 @@ def _write_onnx(program, about, file):
         warnings.simplefilter('ignore')
         made = torch.onnx.export(program, dynamo=True, input_names=['images'], output_names=about['outputs'], verbose=False)
     model = made.model_proto
+    model.producer_name,model.producer_version = about['made_by'].split()
     about['opset'] = next(o.version for o in model.opset_import if o.domain in ('','ai.onnx'))
     for k,v in about.items(): model.metadata_props.add(key=k, value=v if isinstance(v, str) else json.dumps(v))
     with atomic_path(file) as tmp: tmp.write_bytes(model.SerializeToString())
@@ -103,25 +105,26 @@ def _write_onnx(program, about, file):
 def export_run(
     run, # Folder of a run
     file, # model.onnx or model.pt2
+    overwrite:bool=False, # Replace files of an earlier export?
 )->dict:
     "Write the model of a run for other programs, with .json (and .py for ONNX) beside it; returns what the JSON says"
     file = Path(file)
     pick(file.suffix, ('.onnx','.pt2'), 'ending of the file')
+    also = [file.with_suffix(s) for s in ('.json','.py')[:1+(file.suffix == '.onnx')]]
+    for f in (file, *also): claim_file(f, replace=overwrite)
     ask = Explainer(run)
     model,size = ask.learn.model,ask.learn.dls.view.size
     if model.needs_grad:
         raise ConfigError('export', f"{ask.learn.config['method']} finds its parts by gradients",
                           'a method whose parts are a forward pass', 'serve it with Explainer')
     graph = _Graph(model, ask.learn.dls.stats)
-    also = [file.with_suffix(s) for s in ('.json','.py')[:1+(file.suffix == '.onnx')]]
-    for f in (file, *also): claim_file(f, kinds=('run',))
     with eval_mode(graph):
         with torch.no_grad(): about = _about(ask, graph.parts(torch.rand(1, 3, size, size)), None)
         program,about['batch'] = _program(graph, size)
     file.parent.mkdir(parents=True, exist_ok=True)
     if file.suffix == '.onnx': _write_onnx(program, about, file)
     else:
-        with atomic_path(file) as tmp: torch.export.save(program, tmp)
+        with atomic_path(file) as tmp: torch.export.save(program, tmp, extra_files=dict(interp_parts=about['made_by']))
     write_json(also[0], about)
     if also[1:]: write_text(also[1], _use)
     return about

@@ -39,7 +39,8 @@ def small_settings(
     "Settings of a training of seconds"
     base = runs and get_method(method).base
     init = dict(init=str(Path(runs)/base)) if base else {}
-    options = {**small_shared, 'n_parts':4, 'path':str(path), **init, **options}
+    counted = {} if method == 'classifier' else dict(n_parts=4)
+    options = {**small_shared, **counted, 'path':str(path), **init, **options}
     return make_settings(method, options=options, extra=small_own.get(method))
 
 # %% ../../nbs/40_testing/02_contract.ipynb #43686ccf

@@ -41,6 +41,7 @@ START_RULES = dict(
     normal_01=lambda shape: _Start(0., .01),
     normal_02=lambda shape: _Start(0., .02),
     uniform=lambda shape: _Start(.5, 12**-.5, 1.),
+    halves=lambda shape: _Start(.5, 0.),
     cut_02=lambda shape: _Start(0., .02*.8796, .04))
 
 # %% ../../nbs/40_testing/07_starts.ipynb #008f61c2

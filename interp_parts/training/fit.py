@@ -24,7 +24,6 @@ from .distributed import this_process
 from .guards import StopNonFinite, WatchParts
 from .optim import keep_memory, schedules, torch_opt
 from .precision import Precision
-from .runs import keep_split
 from .shared import ShareBatches
 from .state import SaveState, say_unsaved
 
@@ -188,7 +187,7 @@ def _fit_into(learn, epochs, lrs, cbs, run, save_every, resume, keep_best=None):
     "Fit with a history and a state in the run"
     save = SaveState(run, save_every, resume)
     state = save.state
-    try: keep_split(learn, run)
+    try: learn.keep_split(run)
     except OSError as e: say_unsaved(Path(run)/'split.txt', e)
     if state: print(f"resumed at epoch {save.start} step {state['step']}")
     keep = [_History(run, save.start), *([_KeepBest(run, keep_best, save.start)] if keep_best else [])]

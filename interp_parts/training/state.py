@@ -120,12 +120,15 @@ def say_unsaved(
     print(f'{path}: not saved ({e.strerror or e}); the training goes on, what was saved before is intact')
 
 # %% ../../nbs/04_training/04_state.ipynb #45047e94
-def _facts(learn):
-    "What a training depends on outside of its state"
+def _data(learn, was=None):
+    "Fingerprint of the images and labels, by the rule of another one"
     table = vars(learn.dls).get('table')
     rows = [r for dl in learn.dls.loaders for r in getattr(dl.dataset, 'rows', ())]
-    return dict(data=fingerprint(table.loc[rows], contents=True) if table is not None else None,
-                versions=versions(), processes=this_process()[1], threads=torch.get_num_threads())
+    return None if table is None else fingerprint(table.loc[rows], contents=True, **dict(like=was) if was else {})
+
+def _facts(learn):
+    "What a training depends on outside of its state"
+    return dict(data=_data(learn), versions=versions(), processes=this_process()[1], threads=torch.get_num_threads())
 
 def _compare(run, old, new):
     "Raise an error for other data, print a line for other libraries or another number of processes or threads"
@@ -152,7 +155,7 @@ class SaveState(Callback):
 
     def before_fit(self):
         self.facts = _facts(self.learn)
-        if self.state: _compare(self.dir.parent, self.state, self.facts)
+        if self.state: _compare(self.dir.parent, self.state, dict(self.facts, data=_data(self.learn, self.state.get('data'))))
 
     def before_train(self): self.looping,self.begin = True,self.learn.dl.rng.getstate()
     before_validate = before_train

@@ -16,7 +16,7 @@ from torch import nn
 from ..core import CheckpointError, ConfigError, DataError, pick
 from ..files import reading
 from ..models.backbones import load_network
-from ..networks import LayerMap, as_map, forward_hooks, plain_network
+from ..networks import LayerMap, as_map, forward_hooks
 from ..training.runs import load_run
 from .maps import resize_maps, to_unit
 
@@ -49,7 +49,7 @@ class BaseModel(nn.Module):
         layer:str='backbone', # Name of a submodule
     ):
         super().__init__()
-        model = plain_network(model)
+        model = LayerMap.plain(model)
         self.model = model.eval().requires_grad_(False)
         self.layer = layer
         self.at = [dict(model.named_modules())[pick(layer, [n for n,_ in model.named_modules() if n], 'layer')]]

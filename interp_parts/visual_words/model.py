@@ -18,7 +18,7 @@ from ..core import ConfigError, PartLearner, PartModel, pick, register
 from ..training.losses import few_rows, part_learner
 from .attended import attended_dls
 from .base import BaseModel, read_attention
-from .explanations import local_words, word_pictures
+from .explanations import word_details, word_picture, word_pictures
 from .layer import nearest_words
 from .losses import WordLoss, WordLosses
 from .network import VisualWords
@@ -143,6 +143,10 @@ def _attend(learn, base, files, compat):
     return _cams(base) if base else stored
 
 # %% ../../nbs/12_visual_words/14_model.ipynb #6e3623c5
+def _nothing_to_follow(weight):
+    do = 'train one, interp-parts train classifier --recipe base_resnet34 ..., or pass --set attend=0'
+    return ConfigError('--init', f'missing, and attend={weight:g}', 'the run of a classifier that words attend to', do)
+
 @_lists(Words, Phases, WordLosses)
 def visual_words_learner(
     dls, # From `part_dls`
@@ -163,7 +167,9 @@ def visual_words_learner(
     **options # Options of `Words`, `Phases`, `WordLosses` and `VisualWords` by their names
 )->PartLearner:
     "A learner for visual words (Xiao et al., 2022) or ProtoPNet (Chen et al., NeurIPS 2019)"
+    asked = options.get('attend', 0)
     words,phases,losses,options = _settings(words, phases, losses, options)
+    if asked and not (init or base or attention): raise _nothing_to_follow(asked)
     if losses.class_specific and dls.multi: raise ConfigError('class_specific', 'attributes', 'one class an image')
     base = _first_base(init, base, backbone, dls, layer)
     base = base and base.to(dls.device)
@@ -184,7 +190,7 @@ def _recipe(data, classes, note):
     return dict(data=data, size=224, resize='squash', bs=80, brightness=0.,
                 model=dict(backbone='resnet34.tv_in1k', n_parts=5*classes, words_from='uniform', trunk=False,
                            freeze_early=False, warm=10, start=10, every=10, last_epochs=20, last_lr=1e-4, step=5,
-                           gamma=.1, weight_decay=1e-3, reset=True),
+                           gamma=.1, weight_decay=1e-3, reset=True, attend=10.),
                 fit=dict(optimizer='adam', epochs=201, lr=(1e-4,3e-3), schedule='constant'), note=note)
 
 _state = 'transcribed, full scale not run; needs --init RUN of a base model'
@@ -201,7 +207,7 @@ _protopnet = dict(data='folder', size=224, resize='squash', bs=80, brightness=0.
          '(whose patches words become) and test_cropped, of images cropped to their boxes')
 
 _own = dict(bs=32, freeze_bn=True, note='ours, not published; measured on CUB classes 1 to 40; needs --init RUN',
-            model=dict(depth=0, start_gain=.3, nearest=9, cluster=.3, attend_warm=True, warm=2, start=2, every=3,
+            model=dict(depth=0, start_gain=.3, nearest=9, cluster=.3, attend=10., attend_warm=True, warm=2, start=2, every=3,
                        last_epochs=20, last_lr=3e-4),
             fit=dict(epochs=3, lr=(1e-5,1e-4)))
 
@@ -214,4 +220,4 @@ visual_words_recipes = dict(
 _method = register(visual_words_learner, VisualWords, visual_words_recipes,
                    'similarities to patches of training images (LVW; ProtoPNet)',
                    scores=word_scores, base='classifier', pictures=word_pictures)
-_method.answer = local_words
+_method.details,_method.picture = word_details,word_picture

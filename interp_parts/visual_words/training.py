@@ -35,7 +35,7 @@ class Phases:
     weight_decay:float=0. # Of backbone and added layers, coupled as in Adam
     reset:bool=False # Fresh optimiser for the joint phase?
     distinct:bool=None # A patch of its own for each word? Default: unless `compat`
-    prune:bool=False # Drop words that nobody needs when all is done?
+    prune:bool=False # Drop needless words when all is done?
     keep:int=None # Words that then stay at most, those that say most for the right class
 
     def __post_init__(self):

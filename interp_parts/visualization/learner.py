@@ -41,9 +41,10 @@ def show_parts(self:PartLearner,
     n:int=10, # Images, from the first
     ncols:int=5, # Images in a row
     soft:bool=False, # Fade the overlays by presence and by the map's value?
+    counted:bool=False, # Show what counted where instead?
 )->Picture:
     "Contact sheet of the parts of the first `n` images"
-    return assignment_grid(islice(self.items(data), n), self.dls.vocab, ncols, soft)
+    return assignment_grid(islice(self.items(data), n), self.dls.vocab, ncols, soft, counted)
 
 @patch
 def show_gallery(self:PartLearner,

@@ -9,7 +9,9 @@ __all__ = ['write_model_card']
 import html, re
 from pathlib import Path
 
+from ..core import get_method, method_names
 from ..files import keep_theirs, write_text
+from ..training.names import given_names
 from .summary import RunSummary
 
 # %% ../../nbs/21_visualization/06_model_card.ipynb #97b5ddb4
@@ -24,6 +26,8 @@ def _md_table(head, rows):
     return ''.join(f"| {' | '.join(map(_md, r))} |\n" for r in (head, ['---']*len(head), *rows)) if rows else ''
 
 # %% ../../nbs/21_visualization/06_model_card.ipynb #fdaa6e7b
+def _seed(run): return (run.config.get('training') or {}).get('seed', 'not noted')
+
 def _limits(run):
     "What the model cannot do, as far as its files say"
     n,m = len(run.config.get('vocab') or []),run.metrics.get('n_images')
@@ -33,7 +37,53 @@ def _limits(run):
     yield 'Its parts were found without part labels: another training may find others, and a person might name others.'
     yield 'Part maps are coarse; an overlay is exact to about one cell of the map.'
     yield f'The scores hold for images like the {m} they were measured on.' if m else 'It has not been scored yet.'
+    if m: yield f'They are those of one training (seed {_seed(run)}); how far another one differs is not in this folder.'
     if run.config.get('valid_is_train'): yield 'No validation images were held out: nothing was chosen by validation.'
+    yield 'Time and energy of the training were not measured.'
+
+# %% ../../nbs/21_visualization/06_model_card.ipynb #3452b2be
+def _task(run):
+    "What the model answers, in a sentence"
+    n = len(run.config.get('vocab') or [])
+    if run.config.get('multi'): return f'For an image it says which of {n} attributes are true, and which parts speak for it.'
+    if n: return f'For an image it says which of {n} classes it shows, and which parts speak for it.'
+    return 'For an image it says where its parts are.'
+
+def _reading(run):
+    "How the parts are to be read, and their names"
+    text = ('A part is a map over the image: high where the model sees it. What a part counted is a share of the logit, an attention '
+            'weight or a similarity, as each answer says; only shares of the logit add up to it. Whether a part is needed is said by '
+            '`interp-parts evaluate RUN --set remove_parts=true`.\n')
+    named = getattr(run, 'part_names', {})
+    return text + ('\n' + ''.join(f'- part {k}: {_md(v)}\n' for k,v in sorted(named.items())) if named else '')
+
+# %% ../../nbs/21_visualization/06_model_card.ipynb #c3251e18
+_faces = ('celeba', 'lfw', 'casia', 'ijb', 'face', 'people', 'mafl')
+_PEOPLE = """It was trained on images of people. Use it on images of people who consented to it, and never to identify or to
+track strangers, or to judge anybody. What it says of a face is not what a person is. Error rates may differ between groups of
+people; no such comparison is in this folder.
+"""
+
+def _shows_people(run):
+    "Was it trained on faces?"
+    name = str((run.config.get('data') or {}).get('name', '')).lower()
+    return run.config.get('method') == 'activation_diversity' or name == 'ar' or any(f in name for f in _faces)
+
+# %% ../../nbs/21_visualization/06_model_card.ipynb #ced68325
+_PAPERS = dict(
+    region_grouping='Zixuan Huang, Yin Li: Interpretable and Accurate Fine-grained Recognition via Region Grouping. CVPR 2020, arXiv 2005.10411',
+    contrastive_reconstruction='Subhabrata Choudhury, Iro Laina, Christian Rupprecht, Andrea Vedaldi: Unsupervised Part Discovery from Contrastive Reconstruction. NeurIPS 2021, arXiv 2111.06349',
+    visual_words='Wenxiao Xiao, Zhengming Ding, Hongfu Liu: Learnable Visual Words for Interpretable Image Recognition. 2022, arXiv 2205.10724',
+    activation_diversity='Bangjie Yin, Luan Tran, Haoxiang Li, Xiaohui Shen, Xiaoming Liu: Towards Interpretable Face Recognition. ICCV 2019, arXiv 1805.00611',
+    classification_specific_parts='Dimitri Korsch, Paul Bodesheim, Joachim Denzler: Classification-Specific Parts for Improving Fine-Grained Visual Categorization. GCPR 2019, arXiv 1909.07075')
+
+def _citations(run):
+    "Of the data, the method and the library"
+    name = run.config.get('method')
+    if run.config.get('citation'): yield f"Data: {run.config['citation']}"
+    own = _PAPERS.get(name) or (get_method(name).summary if name in method_names else '')
+    if own: yield f'Method: {own}'
+    yield 'Library: please cite interp_parts (Apache-2.0) with the version below'
 
 # %% ../../nbs/21_visualization/06_model_card.ipynb #f6234d49
 _LOAD = '''```python
@@ -51,13 +101,15 @@ def _card(run):
     scores = [(k, v, ', '.join(f'{b} {x}' for b,x in base.items())) for k,v,base in run.scores]
     sections = {'How to load it': _LOAD,
                 'Scores': _md_table(('', 'this model', 'baselines and other models'), scores) or 'Not scored yet.\n',
+                'How to read the parts': _reading(run),
                 'Data': _md_table(('', ''), run.section('data').items()),
                 'Settings': _md_table(('', ''), run.settings('model', 'view', 'training').items()),
                 'Licences': _md_table(('of', 'licence'), run.licences.items()) or 'None is stated.\n',
                 'Limits': ''.join(f'- {_md(l)}\n' for l in _limits(run)),
-                'Citation': f"{_md(run.config.get('citation') or '')}\n",
+                'People': _PEOPLE if _shows_people(run) else '',
+                'Citation': ''.join(f'- {_md(c)}\n' for c in _citations(run)),
                 'Versions': f"{_md(', '.join(f'{k} {v}' for k,v in run.section('versions').items()))}\n"}
-    intro = f'# {_md(run.title)}\n\nMade by interp_parts: {_md(run.lead)}.\n\n'
+    intro = f'# {_md(run.title)}\n\nMade by interp_parts: {_md(run.lead)}. {_task(run)}\n\n'
     return intro + '\n'.join(f'## {k}\n\n{v}' for k,v in sections.items() if v.strip())
 
 # %% ../../nbs/21_visualization/06_model_card.ipynb #4916e3cf
@@ -66,5 +118,7 @@ def write_model_card(
 )->Path:
     "Write RUN/README.md and return its path"
     out = Path(run_dir)/'README.md'
-    if not keep_theirs(out): write_text(out, _card(RunSummary(run_dir)))
+    run = RunSummary(run_dir)
+    run.part_names = given_names(run_dir)
+    if not keep_theirs(out): write_text(out, _card(run))
     return out

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['to_rgb', 'part_colors', 'hard_assignment', 'draw_boxes', 'parts_overlay', 'attention_map', 'heat_scale',
-           'attention_overlay', 'part_region', 'Picture', 'clip_lines']
+           'attention_overlay', 'part_region', 'Picture']
 
 # %% ../../nbs/21_visualization/01_overlays.ipynb #83a15122
 import colorsys, io
@@ -193,8 +193,8 @@ class Picture(Figure):
 
     def draw(self, renderer):
         "Draw with every `$` escaped, but for those in matplotlib's own tick labels"
-        said = {t:t.get_text() for t in self.findobj(Text) if '$' in t.get_text() and 'mathdefault' not in t.get_text()}
-        for t,s in said.items(): t.set_text(s.replace('$', r'\$'))
+        said = {t:t.get_text() for t in self.findobj(Text) if 'mathdefault' not in t.get_text()}
+        for t,s in said.items(): t.set_text(_in_utf8(s).replace('$', r'\$'))
         try: super().draw(renderer)
         finally:
             for t,s in said.items(): t.set_text(s)
@@ -214,11 +214,15 @@ class Picture(Figure):
         from IPython.display import display
         display({'image/png': b64encode(self.png()).decode()}, raw=True)
 
+def _in_utf8(text):
+    "The text, with a question mark for each byte of another encoding"
+    return text.encode('utf-8', 'replace').decode()
+
 def _png(fig, title, text, dpi=100):
     "Any figure as a PNG file of 256 colours"
     full,small,info = io.BytesIO(),io.BytesIO(),PngInfo()
     fig.savefig(full, format='png', dpi=dpi, facecolor='white')
-    for k,v in (('Title',title), ('Description',text), ('Software','interp_parts')): info.add_itxt(k, v)
+    for k,v in (('Title',title), ('Description',text), ('Software','interp_parts')): info.add_itxt(k, _in_utf8(v))
     _few_colors(Image.open(full).convert('RGB'), fig).save(small, format='png', optimize=True, pnginfo=info)
     return small.getvalue()
 
@@ -250,7 +254,8 @@ def save(self:Picture,
 
 
 # %% ../../nbs/21_visualization/01_overlays.ipynb #39449f43
-def clip_lines(
+@patch(cls_method=True)
+def clipped(cls:Picture,
     text:str, # One line or several
     n:int=22, # Characters a line, at most
 )->str:

@@ -162,7 +162,8 @@ _unread_suffixes = {'.avif', '.heic', '.heif', '.jxl', '.jp2', '.j2k', '.tga', '
 # %% ../../../nbs/01_data/readers/01_files.ipynb #3339ead5
 def _is_yours(p):
     "Is it neither hidden, nor of a system, nor made by this library?"
-    return not p.name.startswith(('.','__','@')) and (p.is_file() or made(p) is None)
+    if p.name.startswith(('.','__','@')): return False
+    return p.is_file() and p.suffix != '.png' or made(p) is None
 
 def _walk(folder, seen=()):
     "Files below a folder, in order; through links, but into no folder within itself"
@@ -175,11 +176,19 @@ def _walk(folder, seen=()):
 
 # %% ../../../nbs/01_data/readers/01_files.ipynb #66b19f1a
 @patch
+def each_image(self:DataFolder,
+    *within:str, # Sub-folder; default all of it
+):
+    "Yield all images below a folder, in order; nothing but the names of one folder is kept"
+    for p in _walk(self.path.joinpath(*within)):
+        if p.suffix.lower() in IMAGE_SUFFIXES: yield p
+
+@patch
 def images(self:DataFolder,
     *within:str, # Sub-folder; default all of it
 )->list:
     "All images below a folder, in order"
-    return sorted(p for p in _walk(self.path.joinpath(*within)) if p.suffix.lower() in IMAGE_SUFFIXES)
+    return sorted(self.each_image(*within))
 
 @patch
 def folders(self:DataFolder)->list:
@@ -202,7 +211,7 @@ def cache(self:DataFolder,
     "Folder to keep `what` in: in the data set if that can be written, else in the user's cache"
     home = os.environ.get('INTERP_PARTS_CACHE')
     if not home and os.access(self.path, os.W_OK): return self/'.interp_parts'/what
-    key = hashlib.sha256(str(self.path).encode()).hexdigest()[:8]
+    key = hashlib.sha256(os.fsencode(self.path)).hexdigest()[:8]
     return Path(home or Path.home()/'.cache'/'interp_parts')/f'{self.path.name}-{key}'/what
 
 # %% ../../../nbs/01_data/readers/01_files.ipynb #00eaf5df

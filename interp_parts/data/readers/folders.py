@@ -61,7 +61,7 @@ def random_split(
     for c in np.unique(labels):
         rows = np.flatnonzero(labels == c)
         n = min(max(round(test*len(rows)), test > 0), len(rows)-1)
-        order = np.random.default_rng([seed, zlib.crc32(c.encode())]).permutation(rows)
+        order = np.random.default_rng([seed, zlib.crc32(c.encode('utf-8', 'surrogateescape'))]).permutation(rows)
         _add_test(order, groups, side, n)
     return np.array([side[g] for g in groups], dtype=object)
 

@@ -19,6 +19,11 @@ from .matlab import read_mat
 from ..table import check_table, part_table
 
 # %% ../../../nbs/01_data/readers/04a_people.ipynb #5effd60d
+def _names(df):
+    "Names of the people of a table whose classes they are, by number"
+    known = df.attrs.get('classes') if 'label' in df else None
+    return {str(i):known[k] for i,k in zip(df.identity, df.label)} if known else {}
+
 def people_table(
     df:pd.DataFrame, # A table with `identity`
     least:int=1, # Leave out people with fewer images
@@ -32,7 +37,7 @@ def people_table(
     train = set(out.identity[out.split == 'train'])
     people = sorted(train)+sorted(set(out.identity)-train)
     number = {p:i for i,p in enumerate(people)}
-    names = df.attrs.get('people') or {}
+    names = df.attrs.get('people') or _names(df)
     out['label'] = out.identity.map(number)
     kept = {k:v for k,v in df.attrs.items() if k not in ('attributes','people')}
     out.attrs = dict(kept, classes=[names.get(str(p), str(p)) for p in people])
