@@ -8,7 +8,7 @@ __all__ = ['SCHEMA', 'MARK', 'atomic_path', 'write_text', 'write_json', 'write_c
            'keep_theirs', 'claim_file', 'read_json']
 
 # %% ../nbs/00a_files.ipynb #0d02d418
-import errno, hashlib, json, os, re, tempfile, warnings, zipfile
+import errno, hashlib, json, os, re, tempfile, zipfile
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -18,6 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from .core import CheckpointError, ConfigError, DataError, InterpPartsError, TrainingError
+from .errors import warn_user
 from .kinds import read_json
 from .lock import LOCK
 
@@ -310,7 +311,7 @@ def keep_theirs(
 )->bool:
     "Is there a file of this name that the library did not write? It stays, and a warning says so"
     theirs = os.path.lexists(path) and made(path) != 'file'
-    if theirs: warnings.warn(f'{path}: not written, since interp_parts did not write the file that is there; rename it')
+    if theirs: warn_user(f'{path}: not written, since interp_parts did not write the file that is there; rename it')
     return theirs
 
 _of_runs = {'config.json', 'settings.json', 'metrics.json', 'split.txt', 'history.csv', 'model.safetensors'}

@@ -6,7 +6,7 @@
 __all__ = ['visualize_run', 'predict_run']
 
 # %% ../../nbs/30_command/02d_predict.ipynb #0fcbb8db
-import inspect, os, re, warnings
+import inspect, os, re
 from contextlib import nullcontext
 from dataclasses import replace
 from itertools import chain, repeat, tee
@@ -21,6 +21,7 @@ from ..data.images import IMAGE_SUFFIXES, broken, load_mask
 from ..data.readers.files import DataFolder
 from ..data.rows import run_rows
 from ..data.table import first_few
+from ..errors import warn_user
 from ..evaluation.scoring import split_rows
 from ..files import claim, claim_file, free_name, occupied
 from ..replace import remove_unfinished
@@ -148,14 +149,14 @@ def _check_images(images, how, masks, folder):
         raise DataError(', '.join(map(str, images)), 'no image in it', f"files ending in {' '.join(IMAGE_SUFFIXES)}")
     if bad: raise DataError(f'{len(bad)} of {n} images', first_few(bad), 'complete images',
                             'restore them, or pass --on-bad-image skip')
-    if lost: warnings.warn(f'{folder}: no mask for {len(lost)} of {n} images ({lost[0]}): parts everywhere')
+    if lost: warn_user(f'{folder}: no mask for {len(lost)} of {n} images ({lost[0]}): parts everywhere')
 
 def _outputs(out, pictures):
     "The file of answers and the folder of pictures; the latter was once `out`"
     if out is None or Path(out).suffix == '.jsonl': return out,pictures
     if pictures or Path(out).suffix and not Path(out).is_dir():
         raise ConfigError('--out', out, 'a name ending in .jsonl', 'for a folder of pictures pass --pictures')
-    warnings.warn(f'--out {out}: --out is the file of answers now, such as {out}.jsonl; pass --pictures {out}')
+    warn_user(f'--out {out}: --out is the file of answers now, such as {out}.jsonl; pass --pictures {out}')
     return None,out
 
 def _picture_files(images, out):

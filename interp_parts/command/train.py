@@ -6,7 +6,7 @@
 __all__ = ['make_learner', 'train_run']
 
 # %% ../../nbs/30_command/02b_train.ipynb #79224c20
-import json, os, shutil, time, warnings
+import json, os, shutil, time
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -17,6 +17,7 @@ from ..core import ConfigError, DataError, PartLearner, create_learner, get_meth
 from ..data.loaders import part_dls
 from ..data.rows import read_rows
 from ..data.table import bad_image_line
+from ..errors import warn_user
 from ..files import claim, occupied, read_json, save_tensors, write_json
 from ..models.backbones import backbone_stats
 from ..replace import remove_unfinished, replaceable, start_folder
@@ -35,7 +36,7 @@ def _workers(s, shm='/dev/shm'):
     need = 4*3*s['bs']*s['size']**2*(2*s['workers']+1)
     free = shutil.disk_usage(shm).free
     if free >= need: return s['workers']
-    warnings.warn(f"{shm} has {free/2**20:.0f} MB free, {s['workers']} workers need {need/2**20:.0f} MB: "
+    warn_user(f"{shm} has {free/2**20:.0f} MB free, {s['workers']} workers need {need/2**20:.0f} MB: "
                   'images are read without them; give the container more, as --shm-size 1g')
     return 0
 
@@ -111,7 +112,7 @@ def _check_same(run, method, s, again):
 def _check_data(run, method, s, again):
     "An error if a finished run was trained on other data than there are now; a warning if that cannot be seen"
     try: same = _same_data(run, method, s)
-    except DataError as e: return warnings.warn(f'{run}: its data cannot be read ({e.got}), and are not compared')
+    except DataError as e: return warn_user(f'{run}: its data cannot be read ({e.got}), and are not compared')
     if not same: raise ConfigError(run, 'is finished, and was trained on other images, splits or labels',
                                    'the data it was trained on', 'use another --out' + again)
 

@@ -6,7 +6,6 @@
 __all__ = ['PUBLISHED', 'evaluate_unsupervised', 'reconstruction_scores', 'paper_reading', 'descriptor_features']
 
 # %% ../../nbs/11_contrastive_reconstruction/08_scores.ipynb #d36fbbd4
-import warnings
 from types import SimpleNamespace
 
 from .clusters import FeatureKMeans
@@ -16,6 +15,7 @@ from .keypoint_scores import score_keypoints, score_regression
 from .pixel_scores import score_pixels
 from ..core import DataError, InterpPartsError, pick
 from ..data.images import denormalize
+from ..errors import warn_user
 
 # %% ../../nbs/11_contrastive_reconstruction/08_scores.ipynb #810f55e0
 PUBLISHED = dict(cub={ # kp 001, 002, 003, all, FG-NMI, FG-ARI, NMI, ARI
@@ -103,7 +103,7 @@ def _phi_of(config, lost='no clusters of the frozen network beside the scores'):
     weights = o.get('weights')
     pretrained = t.get('pretrained', False)
     try: return perceptual(name, pretrained=pretrained and not weights, **o) if weights or pretrained else None
-    except InterpPartsError as e: warnings.warn(f'{lost}: {e}')
+    except InterpPartsError as e: warn_user(f'{lost}: {e}')
 
 # %% ../../nbs/11_contrastive_reconstruction/08_scores.ipynb #5b4dcdce
 def reconstruction_scores(
@@ -142,7 +142,7 @@ def descriptor_features(
     lost = 'no descriptors of the parts'
     phi,d = _phi_of(learner.config, lost),learner.dls
     if phi is None:
-        warnings.warn(f'{lost}: the run had a frozen network of random weights, or does not say which')
+        warn_user(f'{lost}: the run had a frozen network of random weights, or does not say which')
         return lambda x,p,b: {}
     phi = phi.to(d.device)
     def describe(x, p, b):

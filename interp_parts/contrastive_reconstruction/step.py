@@ -6,7 +6,6 @@
 __all__ = ['Views', 'Reconstruction']
 
 # %% ../../nbs/11_contrastive_reconstruction/04a_step.ipynb #bd8d8f90
-import warnings
 from dataclasses import dataclass
 
 import torch
@@ -20,6 +19,7 @@ from .losses import (contrastive_loss, draw_positives, equivariance_loss,
 from .warps import ColorJitter, RandomWarp, warp
 from ..core import ConfigError
 from ..data.images import denormalize
+from ..errors import warn_user
 from ..training.distributed import gather_rows, n_processes, same_everywhere
 from ..training.losses import LossTerms
 
@@ -147,7 +147,7 @@ def after_epoch(self:Reconstruction):
     self.mass = None
     lost = [] if share is None else (share < .01).nonzero()[:,0].tolist()
     noun = 'parts' if len(lost) > 1 else 'part'
-    if lost: warnings.warn(f"epoch {self.epoch}: {noun} {', '.join(map(str, lost))} of {len(share)} "
+    if lost: warn_user(f"epoch {self.epoch}: {noun} {', '.join(map(str, lost))} of {len(share)} "
                            'have less than 1 % of the foreground: lower the learning rate, or --n-parts')
 
 # %% ../../nbs/11_contrastive_reconstruction/04a_step.ipynb #6615c7c2

@@ -6,7 +6,7 @@
 __all__ = ['sources', 'get_data', 'list_files']
 
 # %% ../../nbs/01_data/08_download.ipynb #b73e487d
-import os, time, warnings
+import os, time
 from pathlib import Path
 
 import pandas as pd
@@ -14,6 +14,7 @@ import pandas as pd
 from ..core import DataError, pick
 from .archives import extract
 from .transfer import download_file, wrong_content
+from ..errors import warn_user
 from ..files import free_name
 
 # %% ../../nbs/01_data/08_download.ipynb #0dd355ba
@@ -149,7 +150,7 @@ def get_data(
         try: _get_file(f, dest, f.get('page', src['page']))
         except DataError as e:
             if f['need']: raise
-            warnings.warn(f'left out {e}')
+            warn_user(f'left out {e}')
     return dest/src['folder']
 
 # %% ../../nbs/01_data/08_download.ipynb #fd99ab81

@@ -7,7 +7,7 @@ __all__ = ['SPLITS', 'BAD_IMAGE', 'part_table', 'first_few', 'class_names', 'che
            'check_copies', 'split_and_class', 'usable_images', 'bad_image_line', 'write_split', 'use_split']
 
 # %% ../../nbs/01_data/01_table.ipynb #0677f6d3
-import hashlib, json, os, unicodedata, warnings
+import hashlib, json, os, unicodedata
 from collections import Counter
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -17,6 +17,7 @@ import numpy as np, pandas as pd
 
 from ..core import DataError, pick
 from .images import find_broken
+from ..errors import warn_user
 from ..files import write_text
 
 # %% ../../nbs/01_data/01_table.ipynb #2e70b646
@@ -118,16 +119,16 @@ def _other_classes(df, new, vocab):
     unknown = [n for n,i in zip(df.attrs['classes'], new) if i is None]
     n = int(df.label.map(lambda l: new[l] is None).sum())
     if n:
-        warnings.warn(f'{name}: {n} images of classes that the model does not know are left out: {first_few(unknown)}')
+        warn_user(f'{name}: {n} images of classes that the model does not know are left out: {first_few(unknown)}')
     absent = [v for v in vocab if _same_name(v) not in known]
     if absent:
-        warnings.warn(f"{name}: no image of {len(absent)} of the model's {len(vocab)} classes: {first_few(absent)}")
+        warn_user(f"{name}: no image of {len(absent)} of the model's {len(vocab)} classes: {first_few(absent)}")
 
 # %% ../../nbs/01_data/01_table.ipynb #2cb40b3d
 def _match_labels(df, new, vocab):
     "The rows of known classes with the model's numbers; without labels if it knows none"
     if not any(i is not None for i in new):
-        warnings.warn(f"{df.attrs.get('name', 'table')}: the model knows none of the classes "
+        warn_user(f"{df.attrs.get('name', 'table')}: the model knows none of the classes "
                       f"{first_few(df.attrs['classes'])}, but {first_few(list(vocab))}: classes are not scored")
         return df.drop(columns='label')
     _other_classes(df, new, vocab)
@@ -331,7 +332,7 @@ def use_split(
     if new and not (later and split.notna().any()):
         raise DataError(path, f'no line for {len(new)} of {len(df)} images: {first_few(new)}',
                         'the list of these images')
-    if new: warnings.warn(f'{path}: {len(new)} images that it does not name are left out: {first_few(new)}')
+    if new: warn_user(f'{path}: {len(new)} images that it does not name are left out: {first_few(new)}')
     out = df.assign(split=split)[split.notna()].reset_index(drop=True)
     out.attrs = {**{k:v for k,v in df.attrs.items() if k != 'drawn'}, 'protocol':f'split of the list {Path(path).name}'}
     return out

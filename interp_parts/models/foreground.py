@@ -6,7 +6,7 @@
 __all__ = ['foreground_learner', 'predict_masks', 'supervised_labels']
 
 # %% ../../nbs/03_models/03_foreground.ipynb #6a8d0469
-import os, warnings
+import os
 from pathlib import Path
 
 import cv2, numpy as np, pandas as pd, torch, torch.nn.functional as F
@@ -21,6 +21,7 @@ from ..data.masks import add_masks
 from ..data.readers.files import save_png
 from ..data.table import SPLITS
 from ..data.views import View
+from ..errors import warn_user
 from ..files import SCHEMA, claim, load_tensors, read_json, save_tensors, write_json
 from .backbones import Backbone, backbone_stats
 from ..training.fit import fit_run
@@ -149,7 +150,7 @@ def predict_masks(
             empty += not mask.any()
             save_png((folder/names[i]).with_suffix('.png'),
                      (_largest(mask) if largest else mask).astype(np.uint8)*255)
-    if empty: warnings.warn(f'nothing found in {empty} of {len(rows)} images: their masks are empty')
+    if empty: warn_user(f'nothing found in {empty} of {len(rows)} images: their masks are empty')
     return add_masks(df, folder, splits)
 
 # %% ../../nbs/03_models/03_foreground.ipynb #771ae156

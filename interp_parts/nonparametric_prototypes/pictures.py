@@ -6,7 +6,6 @@
 __all__ = ['nearest_tokens', 'prototype_details', 'prototype_pictures']
 
 # %% ../../nbs/16_nonparametric_prototypes/11_pictures.ipynb #49378aab
-import warnings
 from pathlib import Path
 
 import numpy as np, pandas as pd, torch
@@ -14,6 +13,7 @@ from fastcore.basics import patch
 
 from ..core import PartLearner, eval_mode
 from ..data.images import image_size, load_image
+from ..errors import warn_user
 from ..files import read_json, write_json, write_text
 from ..visualization.overlays import Picture
 
@@ -108,7 +108,7 @@ def prototype_details(
     if kept.is_file() and kept.stat().st_mtime >= weights.stat().st_mtime: known = read_json(kept, list)
     else:
         known = None
-        warnings.warn(f'prototypes without their training patches: run interp-parts visualize {run} once')
+        warn_user(f'prototypes without their training patches: run interp-parts visualize {run} once')
     return lambda parts, which: [dict(source=known and known[parts.target[0]][k]) for k in which]
 
 # %% ../../nbs/16_nonparametric_prototypes/11_pictures.ipynb #b2b6b3d1

@@ -6,8 +6,6 @@
 __all__ = ['PlacedParts', 'PlaceParts']
 
 # %% ../../nbs/15_part_discovery/01a_places.ipynb #0dff7e15
-import warnings
-
 import torch
 from fastai.callback.core import Callback
 from fastcore.basics import patch
@@ -15,6 +13,7 @@ from sklearn.cluster import KMeans
 from torch import nn
 
 from ..core import ConfigError, eval_mode
+from ..errors import warn_user
 from ..training.losses import few_rows
 
 # %% ../../nbs/15_part_discovery/01a_places.ipynb #a1311298
@@ -155,5 +154,5 @@ class PlaceParts(Callback):
             rows = self.learn.batches(few_rows(self.dls, self.n), whole=False)
             maps = torch.cat([model.assign(model.features(x.to(model.prototypes.device))) for x,_ in rows])
             model.take_places(maps)
-        if not model.places.fitted: warnings.warn(f'epoch {self.epoch}: too little foreground to divide it by place; '
+        if not model.places.fitted: warn_user(f'epoch {self.epoch}: too little foreground to divide it by place; '
                                                   'the parts stay as they are')

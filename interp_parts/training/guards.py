@@ -6,13 +6,12 @@
 __all__ = ['StopNonFinite', 'WatchParts']
 
 # %% ../../nbs/04_training/02_guards.ipynb #8f42dccb
-import warnings
-
 import torch
 from fastai.callback.core import Callback
 
-from ..core import Parts, TrainingError
+from ..core import Parts, TrainingError, methods
 from ..data.table import first_few
+from ..errors import warn_user
 
 # %% ../../nbs/04_training/02_guards.ipynb #d1846042
 class StopNonFinite(Callback):
@@ -79,14 +78,18 @@ def _collapsed(p, least=0.05, alike=0.999):
                                     (pairs, f'one part under two numbers: {first_few(pairs)}')] if found]
 
 # %% ../../nbs/04_training/02_guards.ipynb #4af78178
+def _method_of(model):
+    "Name of the method whose model it is, else of its class"
+    return next((n for n,m in methods.items() if m.model is type(model)), type(model).__name__)
+
 class WatchParts(Callback):
-    "Warn, after an epoch, of parts that have collapsed"
+    "Warn of parts that have collapsed in two epochs running"
     order = 79
     def __init__(self,
         n:int=8, # Images that are looked at
     ):
         self.n,self.images = n,None
-        self.said = set()
+        self.seen,self.said = set(),set()
 
     def before_batch(self):
         if not self.training and self.iter == 0: self.images = self.xb[0][:self.n]
@@ -96,9 +99,9 @@ class WatchParts(Callback):
         if self.images is None or ready is not None and (not ready or self.images.ndim < 4): return
         try: found = _collapsed(self.learn.model.parts(self.images).cpu())
         except (NotImplementedError, AttributeError): found = []
-        for text in found:
-            if text[:12] not in self.said:
-                warnings.warn(f'epoch {self.epoch}: {text} ({len(self.images)} images looked at); try fewer parts, '
-                              'another learning rate or other weights of the losses', stacklevel=2)
-        self.said.update(t[:12] for t in found)
+        again = [t for t in found if t[:12] in self.seen - self.said]
+        if again: warn_user(f"{_method_of(self.learn.model)}, epoch {self.epoch}: {'; '.join(again)} ({len(self.images)} images looked "
+                            'at); try fewer parts, another learning rate or other weights of the losses')
+        self.seen = {t[:12] for t in found}
+        self.said.update(t[:12] for t in again)
         self.images = None

@@ -6,7 +6,7 @@
 __all__ = ['word_details', 'word_picture', 'word_pictures']
 
 # %% ../../nbs/12_visual_words/18_explanations.ipynb #cc7e70ce
-import io, warnings
+import io
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
@@ -18,6 +18,7 @@ from fastcore.basics import patch
 from ..core import InterpPartsError, PartLearner
 from ..data.images import image_size, load_image
 from ..data.rows import run_rows
+from ..errors import warn_user
 from ..files import atomic_path, claim_file, write_csv
 from ..training.runs import fingerprint
 from .fields import ReceptiveField, activation_boxes
@@ -103,7 +104,7 @@ def _training_table(learn):
         was = learn.config['data']['fingerprint']
         if fingerprint(table, like=was) == was: return table
         lost = f"{learn.config['training']['path']} holds other images than the training had"
-    warnings.warn(f'words without the patches that they are: {lost}')
+    warn_user(f'words without the patches that they are: {lost}')
 
 # %% ../../nbs/12_visual_words/18_explanations.ipynb #ed1bd173
 def _patch_of(learn, table, j, grid):

@@ -6,7 +6,6 @@
 __all__ = ['evaluate_words', 'word_scores']
 
 # %% ../../nbs/12_visual_words/22_scores.ipynb #b12fdce0
-import warnings
 from pathlib import Path
 
 import numpy as np, pandas as pd, torch
@@ -14,6 +13,7 @@ from PIL import Image
 
 from ..core import ConfigError
 from ..data.images import load_mask
+from ..errors import warn_user
 from ..evaluation.scoring import accuracy, split_rows
 from .base import BaseModel, read_attention
 from .fidelity import AttentionFidelity
@@ -115,7 +115,7 @@ def word_scores(
     if protocol == 'accuracy' or learner.dls.multi or not {'train','test'} <= set(df.split): return {}
     run = (getattr(learner, 'config', {}).get('training') or {}).get('init')
     base = BaseModel.of_run(run, learner.dls.device)[0] if run and Path(run).exists() else None
-    if run and not base: warnings.warn(f'{run}, which the words explain, is gone: no agreement, no attention')
+    if run and not base: warn_user(f'{run}, which the words explain, is gone: no agreement, no attention')
     true = 'part_mask' in df
     labels = dict(labels=_SeenLabels(df.part_mask, learner.dls.view), n_labels=len(df.attrs['parts'])) if true else {}
     if attention: labels['attention'] = _stored(learner, attention, split_rows(df, ('test',)))

@@ -6,7 +6,6 @@
 __all__ = ['Phases', 'WordPhases']
 
 # %% ../../nbs/12_visual_words/13_training.ipynb #70cdda82
-import warnings
 from dataclasses import dataclass, replace
 
 import torch
@@ -15,6 +14,7 @@ from fastcore.basics import patch
 
 from ..core import ConfigError
 import interp_parts.visual_words.pruning # gives `VisualWords` its methods for fewer words
+from ..errors import warn_user
 from .last_layer import fit_last
 from .layer import weight_norm
 from .projection import project_words
@@ -141,7 +141,7 @@ def project(self:WordPhases):
     project_words(m, self.push_images(), self.distinct, self.learn.word_loss.class_specific)
     n = m.n_patches
     if n >= .9*len(m.words): return
-    warnings.warn(f'{len(m.words)} words are {n} different patches; fewer words (--n-parts {n}) would say the same')
+    warn_user(f'{len(m.words)} words are {n} different patches; fewer words (--n-parts {n}) would say the same')
 
 # %% ../../nbs/12_visual_words/13_training.ipynb #1a13768f
 @patch

@@ -6,7 +6,7 @@
 __all__ = ['readers', 'read_list', 'DataFolder', 'save_png']
 
 # %% ../../../nbs/01_data/readers/01_files.ipynb #92989f86
-import hashlib, os, warnings
+import hashlib, os
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -18,6 +18,7 @@ from ...core import CheckpointError, DataError
 from ..images import IMAGE_SUFFIXES, broken
 from .matlab import read_mat
 from ..table import first_few
+from ...errors import warn_user
 from ...files import atomic_path, made, read_json, write_json
 
 # %% ../../../nbs/01_data/readers/01_files.ipynb #0cfc0a25
@@ -200,7 +201,7 @@ def folders(self:DataFolder)->list:
 def warn_unread(self:DataFolder):
     "Say which files below the folder are images that cannot be read"
     left = [p.name for p in _walk(self.path) if p.suffix.lower() in _unread_suffixes]
-    if left: warnings.warn(f'{self.path}: {len(left)} images of formats that cannot be read are left out: '
+    if left: warn_user(f'{self.path}: {len(left)} images of formats that cannot be read are left out: '
                            f'{first_few(left)}; convert them to JPEG or PNG')
 
 # %% ../../../nbs/01_data/readers/01_files.ipynb #70800150

@@ -6,7 +6,7 @@
 __all__ = ['left_right_pairs', 'folder_split', 'random_split', 'new_split', 'read_folder']
 
 # %% ../../../nbs/01_data/readers/02_folders.ipynb #85f00dc3
-import os, re, warnings, zlib
+import os, re, zlib
 from pathlib import Path
 
 import numpy as np, pandas as pd
@@ -15,6 +15,7 @@ from ...core import ConfigError, DataError
 from ..images import IMAGE_SUFFIXES
 from .files import DataFolder, readers
 from ..table import check_copies, check_table, content_groups, first_few, part_table
+from ...errors import warn_user
 
 # %% ../../../nbs/01_data/readers/02_folders.ipynb #1b949860
 def left_right_pairs(
@@ -123,7 +124,7 @@ def _labelled(splits):
     bare = [p for p,s in splits.items() if s != 'train' and not DataFolder(p).folders() and _images_in(p)]
     train = [p for p,s in splits.items() if s == 'train' and DataFolder(p).folders()]
     for p in bare if train else ():
-        warnings.warn(f'{p}: {len(DataFolder(p).images())} images without class folders are left out')
+        warn_user(f'{p}: {len(DataFolder(p).images())} images without class folders are left out')
     return {p:s for p,s in splits.items() if not (train and p in bare)}
 
 # %% ../../../nbs/01_data/readers/02_folders.ipynb #d3c567d7
