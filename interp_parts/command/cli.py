@@ -10,7 +10,7 @@ import ast, contextlib, json, os, sys
 
 import typer
 
-from .hand_on import label_run
+from .hand_on import label_run, say_without
 from .shell import app, command, run_command, typed
 from ..errors import ConfigError
 
@@ -115,13 +115,10 @@ def _evaluate(
 ):
     "Score a run and its baselines; writes RUN/metrics.json"
     from interp_parts.command.evaluate import evaluate_run
-    from interp_parts.evaluation.removal import removal_rows
     from interp_parts.evaluation.scoring import format_metrics
     scores = evaluate_run(run, path, protocol, split, baselines, device, workers, _parse_set(set_))
     print(format_metrics(scores))
-    if 'without_parts' not in scores: return
-    print(f"whole images, all parts {scores['without_parts']['all_parts']:.3f}; a part is removed by {scores['without_parts']['by']}")
-    for name,value,change,most in removal_rows(scores['without_parts']): print(f'without {name:14} {value} {change}  {most}'.rstrip())
+    if 'without_parts' in scores: say_without(scores['without_parts'])
 
 # %% ../../nbs/30_command/01_cli.ipynb #be66f3f5
 @command()
