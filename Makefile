@@ -24,7 +24,7 @@ $(STAMP): settings.ini setup.py
 
 install: $(STAMP) ## create .venv and install the library with its tools
 
-demo: $(STAMP) ## train, evaluate and show region grouping on synthetic birds: demo-run/report.html
+demo: $(STAMP) ## train, evaluate and show part discovery on synthetic birds: demo-run/report.html
 	$(BIN)/interp-parts demo --out demo-run
 
 test: $(STAMP) ## every check and every notebook, without slow cells (12 minutes at most on 2 cores)

@@ -10,6 +10,7 @@ import ast, contextlib, json, os, sys
 
 import typer
 
+from .hand_on import label_run
 from .shell import app, command, run_command, typed
 from ..errors import ConfigError
 
@@ -138,15 +139,6 @@ def _visualize(
     print(visualize_run(run, n, path, seed, device, target, beside))
 
 # %% ../../nbs/30_command/01_cli.ipynb #2dd52ee2
-def _write_labels(run, images, file, device, on_bad_image, bs):
-    from interp_parts.command.settings import pick_device
-    from interp_parts.files import claim_file
-    from interp_parts.serving import Explainer, write_coco
-    claim_file(file)
-    found = Explainer(run, pick_device(device), bs).stream(images, on_bad_image=on_bad_image)
-    n = write_coco((e for e in found if hasattr(e, 'parts')), file)
-    print(f"{file}: {n['annotations']} parts in {n['images']} images; read it with --data coco_parts --path {file}")
-
 @command()
 def _predict(
     run:str, # Folder of a run
@@ -163,7 +155,7 @@ def _predict(
     coco:str=None, # Write the parts as COCO annotations into this JSON file instead, to be corrected in a labelling tool
 ):
     "One line of JSON for each image: its class, and where the parts are that counted"
-    if coco: return _write_labels(run, images, coco, device, on_bad_image, bs)
+    if coco: return label_run(run, images, coco, device, on_bad_image, bs)
     from interp_parts.command.predict import predict_run
     n,to_file = [0,0],out is not None and out.endswith('.jsonl')
     for a in predict_run(run, images, out, device, masks, on_bad_image, pictures, topk, all_, resume, bs):
@@ -197,32 +189,6 @@ def _export(
     from interp_parts.serving.exporting import export_run
     about = export_run(run, file, overwrite)
     print(f"{file}: from {about['input']['size']} px images to {', '.join(about['outputs'])}; batch {about['batch']}")
-
-# %% ../../nbs/30_command/01_cli.ipynb #169017c2
-@command()
-def _app(
-    run:str, # Folder of a run, or a hub id such as user/birds
-    port:int=7860, # Where the page answers
-    host:str='127.0.0.1', # Who may ask: this machine only; 0.0.0.0: everybody in the network
-    device:str='auto', # auto, cpu, cuda or cuda:N
-):
-    "Open a page: drop an image, see its parts, click one, name it"
-    from interp_parts.command.settings import pick_device
-    from interp_parts.serving.app import app_run
-    app_run(run, port, host, pick_device(device))
-
-# %% ../../nbs/30_command/01_cli.ipynb #ddd519e6
-@command()
-def _push(
-    run:str, # Folder of a run
-    to:str, # user/name on the Hugging Face hub
-    public:bool=False, # May everybody see it, if it is new?
-    split:bool=True, # Also the list of the images and their splits?
-):
-    "Send a run to the Hugging Face hub: weights, configuration, model card, names of parts"
-    from interp_parts.serving.hub import push_to_hub
-    commit = push_to_hub(run, to, private=not public, split=split)
-    print(f"{to}: from_pretrained('{to}', revision='{commit}')")
 
 # %% ../../nbs/30_command/01_cli.ipynb #23e51dc1
 @command()

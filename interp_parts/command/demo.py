@@ -17,11 +17,8 @@ from ..files import claim, write_json
 from ..synthetic.birds import synthetic_birds
 
 # %% ../../nbs/30_command/03_demo.ipynb #68bc6128
-_settings = dict(backbone='test_resnet', pretrained=False, size=96, resize='squash',
-                     bs=50, epochs=11, workers=2, brightness=0.)
-_fit = dict(lr=(6e-3,6e-3), clip=2.)
-_parts = dict(n_parts=8, stride=8, stage='stride', coeff=.2, regroup=3)
-_plain = dict(epochs=8)
+_plain = dict(backbone='test_resnet', pretrained=False, size=96, resize='squash', bs=50, epochs=8, workers=2,
+              brightness=0., fit=dict(lr=(6e-3,6e-3), clip=2.))
 
 # %% ../../nbs/30_command/03_demo.ipynb #37fcaf43
 def run_demo(
@@ -35,10 +32,10 @@ def run_demo(
     out,t = claim(out, 'demo'),time.time()
     synthetic_birds(out/'birds', n=n, size=96, seed=seed, workers=2)
     say(f"{n} synthetic birds in {out/'birds'}: {time.time()-t:.0f} s")
-    common = dict(data='cub', path=str(out/'birds'), seed=seed, epochs=epochs)
-    plain = _plain if epochs is None else {}
-    for method,run,extra in (('region_grouping',out,_parts), ('classifier',out/'plain',plain)):
-        settings = make_settings(method, config=_settings, options=common, extra={**_fit, **extra})
+    common = dict(data='cub', path=str(out/'birds'), seed=seed, epochs=epochs, workers=2)
+    parts = make_settings('part_discovery', 'synthetic_birds_p8', options=common)
+    plain = make_settings('classifier', config=_plain, options=common)
+    for method,run,settings in (('part_discovery',out,parts), ('classifier',out/'plain',plain)):
         train_run(method, run, settings, resume=True, say=say)
     return _score(out, t, say)
 

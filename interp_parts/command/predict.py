@@ -27,7 +27,6 @@ from ..files import claim, claim_file, free_name, occupied
 from ..replace import remove_unfinished
 from ..serving.explainer import Explainer
 from ..serving.lines import AnswerFile, weights_hash
-from ..training.names import given_names
 from ..training.runs import load_run
 from ..visualization.figures import explain, save_visualization
 from ..visualization.findings import Findings
@@ -119,8 +118,7 @@ def _on_foreground(p, mask):
     m = F.interpolate(mask[:,None].float(), p.maps.shape[2:], mode='bilinear', align_corners=False)
     maps = torch.cat([p.maps*m, 1-m], 1)
     counts = None if p.contribution is None else F.pad(p.contribution, (0,1))
-    return replace(p, maps=maps, presence=maps.amax((2,3)), background=p.n_parts, contribution=counts, boxes=None,
-                   names=None)
+    return replace(p, maps=maps, presence=maps.amax((2,3)), background=p.n_parts, contribution=counts, boxes=None)
 
 # %% ../../nbs/30_command/02d_predict.ipynb #bd9df8dc
 def _mask_files(folder):
@@ -136,7 +134,7 @@ def _masked(ask, e, mask):
     im = load_mask(mask)
     if im.size != e.placement.original: raise DataError(mask, f'{im.size} pixels', f'{e.placement.original} as its image')
     on = torch.from_numpy(np.asarray(e.placement.image(im)).copy()) >= 128
-    p = _on_foreground(e.parts, on[None]).named(given_names(ask.run))
+    p = _on_foreground(e.parts, on[None])
     return replace(e, parts=p, names=[p.name(k) for k in range(p.n_parts)], details=None)
 
 # %% ../../nbs/30_command/02d_predict.ipynb #da3637fe

@@ -141,14 +141,14 @@ class _Page:
         return (gr.Dropdown(choices=choices, value=k), _map(e, k), _line(_change(self.ask, e, k)),
                 gr.Gallery(value=patches, visible=bool(patches)), '' if given in ('background',f'part {k}') else given)
 
-# %% ../../nbs/22_serving/05_app.ipynb #00370ba5
+# %% ../../nbs/22_serving/05_app.ipynb #3422dce4
 @patch
-def choose(self:_Page, e, k):
+def _choose(self:_Page, e, k):
     "A part was taken from the list"
     return self.part(e, k)[1:] if e is not None and k is not None else [self.gr.skip()]*4
 
 @patch
-def name(self:_Page, e, k, name):
+def _name(self:_Page, e, k, name):
     "A part gets its name"
     if e is None or k is None: raise ConfigError('part', None, 'a part of an image', 'drop an image first')
     name_part(self.ask.run, k, name)
@@ -156,7 +156,7 @@ def name(self:_Page, e, k, name):
     return _line(f'Part {k} is called {e.names[k]} from now on.'),e,_bars(e),self.part(e, k)[0]
 
 @patch
-def compare(self:_Page, a, b):
+def _compare(self:_Page, a, b):
     "Two images, the parts of both for the answer of the first"
     if not a or not b: return _line('Drop two images.'),None,None,''
     a = self.ask(a)
@@ -168,7 +168,7 @@ def compare(self:_Page, a, b):
     return (_line(f'{_says(a)}; {_says(b)}. Below: {what}.'), _overlay(a), _overlay(b),
             f'<table class="parts"><tr><th>part</th><th>first</th><th>second</th></tr>{rows}</table>')
 
-# %% ../../nbs/22_serving/05_app.ipynb #ea3317e5
+# %% ../../nbs/22_serving/05_app.ipynb #eb43ff84
 @patch
 def build(self:_Page):
     "The page: one image, and two beside each other"
@@ -210,9 +210,9 @@ def _events(self:_Page, file, said, seen, bars, own, two, compared):
         return self.part(e, _part_at(e, at.index[0]/w, at.index[1]/h))
     file.change(_guarded(self.look, 8), file, [said,e,seen,bars,k,*chosen], **quick)
     seen.select(clicked, e, [k,*chosen], **quick)
-    k.input(self.choose, [e,k], list(chosen), **quick)
-    for event in (save.click, name.submit): event(_guarded(self.name, 3), [e,k,name], [said,e,bars,k], **quick)
-    for f in two: f.change(_guarded(self.compare, 3), list(two), list(compared), **quick)
+    k.input(self._choose, [e,k], list(chosen), **quick)
+    for event in (save.click, name.submit): event(_guarded(self._name, 3), [e,k,name], [said,e,bars,k], **quick)
+    for f in two: f.change(_guarded(self._compare, 3), list(two), list(compared), **quick)
 
 @patch(as_prop=True)
 def title(self:_Page):

@@ -128,7 +128,8 @@ def _explain(self:Explainer, group, target):
     "Explanations of inputs of one shape"
     learn = self.learn
     x = torch.stack([o[0] for o in group])
-    p = learn.model.parts(x.to(learn.dls.device), target).cpu().named(given_names(self.run))
+    p = learn.model.parts(x.to(learn.dls.device), target).cpu()
+    p.names = given_names(self.run)
     names = [p.name(k) for k in range(p.n_parts)]
     details = self._details if get_method(learn.config['method']).details else None
     for i,(_,at,file) in enumerate(group):

@@ -132,7 +132,7 @@ def _bad_arguments():
             'no epoch':((*t,'--epochs','0'), 'at least 1'), 'unknown data':((*t[:3],'cubb',*t[4:]), 'did you mean cub'),
             'no data':(t[:2], '--data and --path'), 'no folder':((*t[:5],'NONE',*t[6:]), 'NONE'),
             'unknown backbone':((*t,'--backbone','resnet5'), 'did you mean'),
-            'unknown recipe':((*t,'--recipe','cub'), 'did you mean'),
+            'unknown recipe':((*t,'--recipe','cub'), 'expected one of base_resnet34'),
             'unknown device':((*t,'--device','tpu'), '--device'),
             'unknown policy':((*t,'--on-bad-image','skp'), 'did you mean skip'),
             'unknown view':((*t,'--resize','crop'), '--resize'), 'no config':((*t,'--config','NONE'), 'no such file'),

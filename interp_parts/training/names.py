@@ -13,7 +13,7 @@ import torch
 from ..core import ConfigError, Parts
 from ..files import read_json, write_json
 
-# %% ../../nbs/04_training/06a_names.ipynb #5fa59ffe
+# %% ../../nbs/04_training/06a_names.ipynb #538539e0
 def given_names(
     run, # Folder of a run
 )->dict:
@@ -28,7 +28,7 @@ def part_names(
 )->list:
     "The name of each part: yours if you gave one, else `background` or `part K`"
     m = torch.zeros(1, n_parts, 1, 1)
-    p = Parts(m, m[...,0,0], background=background).named(given_names(run))
+    p = Parts(m, m[...,0,0], background=background, names=given_names(run))
     return [p.name(k) for k in range(n_parts)]
 
 # %% ../../nbs/04_training/06a_names.ipynb #de93a2ae
