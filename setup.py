@@ -10,6 +10,7 @@ cfg = parser['DEFAULT']
 
 extras = dict(dev=cfg['dev_requirements'].split(), track=['tensorboard', 'wandb'], hub=['huggingface_hub'],
               distributed=['accelerate'], export=['onnx', 'onnxscript', 'onnxruntime'],
+              docs=['nbdev>=2.4.14,<3', 'quarto-cli'],
               app=['gradio>=6,<7'])
 
 setup(name=cfg['lib_name'], version=cfg['version'], description=cfg['description'], keywords=cfg['keywords'],

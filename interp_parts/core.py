@@ -249,29 +249,6 @@ class PartLearner(Learner):
             self.one_batch(i, b)
         if done == self.n_iter: put_back()
 
-# %% ../nbs/00_core.ipynb #ca9af025
-class _Rows:
-    "Prints rows of a training, their names first"
-    def __init__(self, learn): self.learn,self.names = learn,None
-
-    def __call__(self, row):
-        names = list(self.learn.recorder.metric_names)
-        text = [f'{v:.4f}' if isinstance(v, float) else '' if v is None else str(v) for v in row]
-        line = lambda cells: print('  '.join(f'{c:>{max(10, len(n))}}' for c,n in zip(cells, names)))
-        if names != self.names: line(names)
-        self.names = names
-        line(text)
-
-@patch
-@contextmanager
-def no_bar(self:PartLearner):
-    "Fit without a progress bar, in rows of numbers below their names"
-    was = self.logger
-    if was is print: self.logger = _Rows(self)
-    try:
-        with Learner.no_bar(self): yield self
-    finally: self.logger = was
-
 # %% ../nbs/00_core.ipynb #fa7b515a
 @dataclass
 class _Method:

@@ -24,13 +24,13 @@ def _parameter(p, help):
     return p.replace(default=typer.Option(p.default, *names, help=help))
 
 def command(
-    to:typer.Typer=app, # Where it is added: the command itself, or a group of commands
+    to:typer.Typer=None, # Where it is added: a group of commands; None: the command itself
 ):
     "Decorator: add a function to the command under its name without underscores"
     def add(f):
         docs,sig = docments(f),inspect.signature(f)
         f.__signature__ = sig.replace(parameters=[_parameter(p, docs[p.name]) for p in sig.parameters.values()])
-        to.command(f.__name__.strip('_'))(_no_empty_words(f))
+        (to or app).command(f.__name__.strip('_'))(_no_empty_words(f))
         return f
     return add
 
