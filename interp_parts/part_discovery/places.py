@@ -105,7 +105,7 @@ def _at_border(maps, least=.5):
     m = maps[:,:-1].mean(0)
     inner = torch.zeros_like(m[0], dtype=torch.bool)
     inner[1:-1,1:-1] = True
-    out = m[:,~inner].mean(1) >= least*m.mean((1,2))
+    out = m[:,~inner].mean(1) > least*m.mean((1,2))
     return out & ~out.all()
 
 @patch
