@@ -111,7 +111,7 @@ def _evaluate(
     baselines:bool=True, # Also the untrained model and Lab-colour clusters?
     device:str='auto', # auto, cpu, cuda or cuda:N
     workers:int=2, # Processes that decode images
-    set_:list[str]=[], # data.key=value: of the reader, as data.masks=DIR; key=value: remove_parts, ridge, flip, use_mask, seed, fit, classes, or of the method's scores
+    set_:list[str]=[], # data.key=value: of the reader, as data.masks=DIR; key=value: remove_parts, ridge, flip, use_mask, seed, fit, classes, noisy, or of the method's scores
 ):
     "Score a run and its baselines; writes RUN/metrics.json"
     from interp_parts.command.evaluate import evaluate_run

@@ -61,7 +61,7 @@ class _TokenDataset(PartDataset):
     def __getitem__(self, i):
         flip = self._flipped(i)
         y = self.kind(torch.tensor(self.cols[self.target][i]))
-        x = torch.from_numpy(np.asarray(self.tokens[flip,self.at[self.rows[i]]], dtype=np.float32))
+        x = torch.from_numpy(np.array(self.tokens[flip,self.at[self.rows[i]]], dtype=np.float32))
         return (x, y, *self._moved_mask(i, flip))
 
 @patch

@@ -24,7 +24,7 @@ def _bring_masks(dls):
         ds = dl.dataset
         if 'mask' in ds.extra: continue
         ds.extra = [*ds.extra, 'mask']
-        ds.cols['mask'] = dls.table.mask.loc[ds.rows].tolist()
+        ds.cols['mask'] = dls.table['mask'].loc[ds.rows].tolist()
 
 def nonparametric_prototypes_learner(
     dls, # From `part_dls`
