@@ -8,10 +8,7 @@ parser = ConfigParser(delimiters=['='], interpolation=None)
 parser.read(here/'settings.ini', encoding='utf-8')
 cfg = parser['DEFAULT']
 
-extras = dict(dev=cfg['dev_requirements'].split(), track=['tensorboard', 'wandb'], hub=['huggingface_hub'],
-              distributed=['accelerate'], export=['onnx', 'onnxscript', 'onnxruntime'],
-              docs=['nbdev>=2.4.14,<3', 'quarto-cli'],
-              app=['gradio>=6,<7'])
+extras = dict(dev=cfg['dev_requirements'].split(), **{k[6:]:v.split() for k,v in cfg.items() if k.startswith('extra_')})
 
 setup(name=cfg['lib_name'], version=cfg['version'], description=cfg['description'], keywords=cfg['keywords'],
       author=cfg['author'], author_email=cfg['author_email'], url=cfg['git_url'], license='Apache-2.0',

@@ -34,7 +34,8 @@ def _unfinished(run, f):
 def _begun(f, end):
     "Did an earlier version begin the picture or the arrays? Their first bytes say so; `end` is what it added to the name"
     with open(f, 'rb') as o: head = o.read(2**16)
-    if not head: return f.suffix == '.png' and f.parent.name in ('visualization','predictions') and bool(re.search(r'[\d_]', end))
+    if not re.search(r'[\d_]', end): return False # .my-holidays.png is a name that people give
+    if not head: return f.suffix == '.png' and f.parent.name in ('visualization','predictions')
     says = lambda *words: all(w in head for w in words)
     if f.suffix == '.npz': return head.startswith(b'PK') and says(b'image.npy')
     return f.suffix == '.png' and (says(b'Software\0', b'interp_parts') or says(b'Title\0', b'Description\0'))

@@ -129,18 +129,19 @@ def house():
     yield from problems()
 
 def requirements():
-    "Whatever the package imports is declared in settings.ini"
+    "Whatever the package imports is declared in settings.ini; what only a function imports may be declared for an extra"
     plain = lambda o: re.split(r'[^A-Za-z0-9._-]', o)[0].lower().replace('_', '-')
     declared = {plain(o) for o in settings().requirements.split()}
+    extra = {plain(o) for k,v in settings().d.items() if k.startswith('extra_') for o in v.split()}
     names,seen = packages_distributions(),{}
     for m in modules(ROOT).values():
         for node in ast.walk(m.tree):
             tops = [o.name for o in node.names] if isinstance(node, ast.Import) else []
             if isinstance(node, ast.ImportFrom) and not node.level: tops = [node.module]
-            for o in tops: seen.setdefault(o.split('.')[0], m.name)
-    for top,where in sorted(seen.items()):
+            for o in tops: seen.setdefault((o.split('.')[0], node.col_offset > 0), m.name)
+    for (top,inside),where in sorted(seen.items()):
         if top in sys.stdlib_module_names or top == 'interp_parts': continue
-        if not declared & {plain(o) for o in names.get(top, [top])}: yield f'{where} imports {top}; declare it in settings.ini'
+        if not (declared | extra if inside else declared) & {plain(o) for o in names.get(top, [top])}: yield f'{where} imports {top}; declare it in settings.ini'
 
 def surface():
     "Public names, arguments and default values are those of tests/surface.txt, and there are no more than its limit"

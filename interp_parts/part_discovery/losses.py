@@ -14,19 +14,18 @@ import torch, torch.nn.functional as F
 from ..core import ConfigError
 
 # %% ../../nbs/15_part_discovery/02_losses.ipynb #e1c385c9
-def _pool3(maps):
-    "3x3 means (B,P,h-2,w-2)"
-    if min(maps.shape[2:]) < 3:
-        raise ConfigError('--size', f'a {maps.shape[2]}x{maps.shape[3]} part map', 'at least 3x3 cells', 'raise --size')
-    return F.avg_pool2d(maps, 3, stride=1)
+def _pool3(maps, cut=0):
+    "3x3 means of maps without `cut` cells at each side"
+    (h,w),need = maps.shape[2:],3 + 2*cut
+    if min(h,w) < need: raise ConfigError('--size', f'a {h}x{w} part map', f'at least {need}x{need} cells', 'raise --size')
+    return F.avg_pool2d(maps[...,cut:h-cut,cut:w-cut], 3, stride=1)
 
 def strongest(
     maps:torch.Tensor, # (B,P,h,w)
     cut:int=0, # Cells left out at each side
 )->torch.Tensor:
     "The highest 3x3 mean (B,P) of each map"
-    h,w = maps.shape[2:]
-    return _pool3(maps[...,cut:h-cut,cut:w-cut]).flatten(2).max(2).values
+    return _pool3(maps, cut).flatten(2).max(2).values
 
 # %% ../../nbs/15_part_discovery/02_losses.ipynb #7c693ef0
 def presence_loss(

@@ -32,8 +32,8 @@ def _backbone(recipe, small):
     return next((v for k,v in _small.items() if name.startswith(k)), name) if small else name
 
 def _side(name, recipe):
-    "Side of the images: what a network takes, or five cells of 16 pixels at least"
-    return next((v for k,v in _sides.items() if name.startswith(k)), 96 if recipe['method'] == 'region_grouping' else 64)
+    "Side of the images: what a network takes, or a map of enough cells"
+    return next((v for k,v in _sides.items() if name.startswith(k)), dict(region_grouping=96, part_discovery=128).get(recipe['method'], 64))
 
 # %% ../../nbs/40_testing/09_recipes.ipynb #fdfeaab1
 _epochs = dict(visual_words=dict(warm=1, start=1, every=1, last_epochs=2), nonparametric_prototypes=dict(cluster_epochs=1))
