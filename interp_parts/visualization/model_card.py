@@ -71,6 +71,10 @@ def _shows_people(run):
 
 # %% ../../nbs/21_visualization/06_model_card.ipynb #ced68325
 _PAPERS = dict(
+    part_discovery='van der Klis et al.: PDiscoNet: Semantically consistent part discovery for fine-grained recognition. ICCV 2023; '
+        'Aniraj et al.: PDiscoFormer: Relaxing Part Discovery Constraints with Vision Transformers. ECCV 2024, arXiv 2407.04538',
+    nonparametric_prototypes='Zhu, Fan, Pagnucco, Song: Interpretable Image Classification via Non-parametric Part Prototype Learning. '
+        'CVPR 2025, arXiv 2503.10247',
     region_grouping='Zixuan Huang, Yin Li: Interpretable and Accurate Fine-grained Recognition via Region Grouping. CVPR 2020, arXiv 2005.10411',
     contrastive_reconstruction='Subhabrata Choudhury, Iro Laina, Christian Rupprecht, Andrea Vedaldi: Unsupervised Part Discovery from Contrastive Reconstruction. NeurIPS 2021, arXiv 2111.06349',
     visual_words='Wenxiao Xiao, Zhengming Ding, Hongfu Liu: Learnable Visual Words for Interpretable Image Recognition. 2022, arXiv 2205.10724',
