@@ -44,7 +44,7 @@ def nearest(
 )->list:
     "The `n` of `options` that are spelt most like `name`, best first"
     like = {o:_likeness(_letters(name), str(o)) for o in options}
-    found = [o for o in options if not close or like[o] >= (True,0) or like[o][1] >= .7]
+    found = [o for o in options if not close or like[o] >= (True,0) or like[o][1] >= .65]
     return sorted(found, key=like.get, reverse=True)[:n]
 
 def _likeness(typed, option):
