@@ -44,14 +44,15 @@ def nearest(
 )->list:
     "The `n` of `options` that are spelt most like `name`, best first"
     like = {o:_likeness(_letters(name), str(o)) for o in options}
-    found = [o for o in options if not close or like[o] >= (True,0) or like[o][1] >= .65]
+    found = [o for o in options if not close or like[o] >= (True,0) or like[o][1] >= .7]
     return sorted(found, key=like.get, reverse=True)[:n]
 
 def _likeness(typed, option):
-    "Has the option the same letters, the same beginning, or what was typed as a word; and how much is the same"
+    "Is it the same but for the order, one letter, the rest of a name, or other words; and how much is the same"
     o = _letters(option)
     same = sorted(typed) == sorted(o) or len(typed) > 1 and o.startswith(typed) or typed in option.lower().split('_')
-    return same, difflib.SequenceMatcher(None, typed, o).ratio()
+    slip = len(typed) == len(o) > 2 and sum(a != b for a,b in zip(typed, o)) == 1
+    return same or slip, difflib.SequenceMatcher(None, typed, o).ratio()
 
 # %% ../nbs/00e_errors.ipynb #968f5d08
 def pick(

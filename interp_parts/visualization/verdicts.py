@@ -73,7 +73,7 @@ def _compared(metrics):
 class Verdict:
     "One question about a run, its answer in a word, and the numbers it rests on"
     question:str # What is asked
-    answer:str # 'Yes', 'No', 'Only in 1 of 2 scores' or 'Not measured'
+    answer:str # 'Yes', 'No', 'Only in 1 of 2 scores', 'Too few images to say' or 'Not measured'
     words:str # The sentence that names the numbers
 
 def _said(k, v, name, best): return f"{k.replace('_', ' ')} {v:.3f} (best rival: {name} {best:.3f})"
@@ -87,7 +87,10 @@ def _right(metrics, multi):
     plain = (metrics.get('plain_classifier') or {}).get('accuracy')
     if _is_number(base): words += f' Always giving the most frequent answer gives {100*base:.1f} %.'
     if _is_number(plain): words += f' A plain classifier with the same backbone gives {100*plain:.1f} %.'
-    return Verdict(ask, 'Not measured' if not _is_number(base) else 'Yes' if v > base else 'No', words)
+    if not _is_number(base): return Verdict(ask, 'Not measured', words)
+    by_chance = 2*(base*(1-base)/max(1, metrics.get('n_images') or 10**9))**.5 # two standard errors of guessing
+    if 0 < v-base <= by_chance: return Verdict(ask, 'Too few images to say', words + ' So small a gap may be chance.')
+    return Verdict(ask, 'Yes' if v > base else 'No', words)
 
 # %% ../../nbs/21_visualization/04a_verdict.ipynb #113fef95
 def _parts(metrics):
