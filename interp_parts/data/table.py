@@ -107,7 +107,7 @@ def check_table(
     bad = find_broken(df.image.unique()) if files and not _files_later.get() else []
     broken = [f'{p} ({why})' for p,why in bad]
     if bad: raise DataError(name, f"{len(bad)} unusable file{'s'*(len(bad) != 1)}: {first_few(broken)}", 'complete images',
-                            'restore them or take their rows out')
+                            'restore them, take their rows out, or pass --on-bad-image skip')
     return df
 
 # %% ../../nbs/01_data/01_table.ipynb #877a7c0b
