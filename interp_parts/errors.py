@@ -48,11 +48,11 @@ def nearest(
     return sorted(found, key=like.get, reverse=True)[:n]
 
 def _likeness(typed, option):
-    "Is it the same but for the order, one letter, the rest of a name, or other words; and how much is the same"
+    "Is it the same but for the order, the rest of a name, or other words; and how much is the same"
     o = _letters(option)
     same = sorted(typed) == sorted(o) or len(typed) > 1 and o.startswith(typed) or typed in option.lower().split('_')
     slip = len(typed) == len(o) > 2 and sum(a != b for a,b in zip(typed, o)) == 1
-    return same or slip, difflib.SequenceMatcher(None, typed, o).ratio()
+    return same, max(.7*slip, difflib.SequenceMatcher(None, typed, o).ratio()) # a slip is close, in short words too
 
 # %% ../nbs/00e_errors.ipynb #968f5d08
 def pick(
