@@ -79,7 +79,7 @@ def _image(ax, im, title=None, color='black', size=9):
     "Show an image without axes"
     ax.imshow(to_rgb(im).astype(np.uint8), interpolation='nearest', aspect='equal')
     ax.set_axis_off()
-    if title: ax.set_title(title, fontsize=size, color=color)
+    ax.set_title(title or '', fontsize=size, color=color, y=1)       # or matplotlib measures all ticks to place it
 
 def _number_parts(ax, parts, size, which):
     "Write the number of each part where it owns most pixels"

@@ -16,6 +16,7 @@ from fastcore.basics import patch
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from matplotlib import colormaps
+from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from matplotlib.text import Text
@@ -193,7 +194,7 @@ class Picture(Figure):
 
     def draw(self, renderer):
         "Draw with every `$` escaped, but for those in matplotlib's own tick labels"
-        said = {t:t.get_text() for t in self.findobj(Text) if 'mathdefault' not in t.get_text()}
+        said = {t:t.get_text() for t in _seen(self, Text) if 'mathdefault' not in t.get_text()}
         for t,s in said.items(): t.set_text(_in_utf8(s).replace('$', r'\$'))
         try: super().draw(renderer)
         finally:
@@ -214,6 +215,14 @@ class Picture(Figure):
         from IPython.display import display
         display({'image/png': b64encode(self.png()).decode()}, raw=True)
 
+def _seen(artist, kind):
+    "Artists of a kind, but for the ticks of axes that are switched off: matplotlib would make them first"
+    off = getattr(artist, 'axison', True) is False
+    for o in artist.get_children():
+        if off and isinstance(o, Axis): continue
+        if isinstance(o, kind): yield o
+        yield from _seen(o, kind)
+
 def _in_utf8(text):
     "The text, with a question mark for each byte of another encoding"
     return text.encode('utf-8', 'replace').decode()
@@ -221,23 +230,26 @@ def _in_utf8(text):
 def _png(fig, title, text, dpi=100):
     "Any figure as a PNG file of 256 colours"
     full,small,info = io.BytesIO(),io.BytesIO(),PngInfo()
-    fig.savefig(full, format='png', dpi=dpi, facecolor='white')
+    fig.savefig(full, format='rgba', dpi=dpi, facecolor='white')
+    width = int(fig.get_figwidth()*dpi)
+    im = Image.frombytes('RGBA', (width, full.tell()//(4*width)), full.getvalue()).convert('RGB')
     for k,v in (('Title',title), ('Description',text), ('Software','interp_parts')): info.add_itxt(k, _in_utf8(v))
-    _few_colors(Image.open(full).convert('RGB'), fig).save(small, format='png', optimize=True, pnginfo=info)
+    _few_colors(im, fig).save(small, format='png', optimize=True, pnginfo=info)
     return small.getvalue()
 
 # %% ../../nbs/21_visualization/01_overlays.ipynb #da958120
 def _few_colors(im, fig):
     "The image with 256 colours, those of the figure's bars and keys among them unchanged"
-    shapes = fig.findobj(Patch) + [b for t in fig.findobj(Text) if (b := t.get_bbox_patch())]
+    shapes = [*_seen(fig, Patch), *(b for t in _seen(fig, Text) if (b := t.get_bbox_patch()))]
     flat = {tuple(round(255*v) for v in o.get_facecolor()[:3]) for o in shapes}
     keep = sorted(flat | {(0,0,0),(255,255,255)})[-64:]
     palette,n = Image.new('P', (1,1)),256-len(keep)
     palette.putpalette([v for c in keep for v in c] + im.reduce(2).quantize(n).getpalette()[:3*n])
     out = im.quantize(palette=palette, dither=Image.Dither.NONE)
-    idx,rgb = np.array(out),np.asarray(im)
-    for i,c in enumerate(keep): idx[(rgb == c).all(2)] = i      # Pillow looks up neighbours, to within 4 levels
-    new = Image.fromarray(idx)
+    number = lambda rgb: np.asarray(rgb, np.uint32) @ np.array([65536,256,1], np.uint32)
+    kept,pixels = number(keep),number(im)                      # in order, as `keep` is
+    at = np.searchsorted(kept, pixels).clip(max=len(kept)-1)
+    new = Image.fromarray(np.where(kept[at] == pixels, at, out).astype(np.uint8)) # Pillow looks up neighbours, to within 4 levels
     new.putpalette(out.getpalette())
     return new
 
