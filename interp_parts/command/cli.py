@@ -12,7 +12,7 @@ import typer
 
 from .hand_on import label_run, say_without
 from .shell import app, command, run_command, typed
-from ..errors import ConfigError
+from ..errors import ConfigError, method_names
 
 # %% ../../nbs/30_command/01_cli.ipynb #23ce636d
 def main():
@@ -58,11 +58,11 @@ def _train(
     pretrained:bool=None, # Download timm's weights? Default: yes
     freeze_bn:bool=None, # Keep the backbone's batch norm statistics?
     n_parts:int=None, # Parts, the background included; default: the method's own
-    epochs:int=None, # Passes over the training images
+    epochs:int=None, # Passes over the training images; default 12, or the recipe's
     steps:int=None, # Steps of the training, instead of --epochs
-    bs:int=None, # Images in a batch
-    size:int=None, # Side, or shorter side, of the network input in pixels
-    resize:str=None, # short, squash or pad
+    bs:int=None, # Images in a batch; default 32, or the recipe's
+    size:int=None, # Side, or shorter side, of the network input in pixels; default 224, or the recipe's
+    resize:str=None, # short (default), squash or pad
     seed:int=None, # Same seed, same weights
     workers:int=None, # Processes that decode images
     device:str=None, # auto, cpu, cuda or cuda:N
@@ -326,7 +326,6 @@ def _cost(
 # %% ../../nbs/30_command/01_cli.ipynb #7831d051
 def _of_methods(options):
     "Options by method: `METHOD.key` for one, `key` for all"
-    from interp_parts.core import method_names
     own = {m:{} for m in method_names}
     for k,v in options.items():
         m,_,key = k.partition('.')

@@ -71,7 +71,15 @@ def _place(settings, method, key, value):
     elif key in flat: settings[key] = value
     elif key in fit: settings['fit'][key] = value
     elif key in optim: settings['fit'].setdefault('options', {})[key] = value
-    else: _place_in_model(settings, method, pick(key, sorted(model | fit | flat-_foreign(model) | optim), '--set'), value)
+    else: _place_in_model(settings, method, _spelt(key, sorted(model | fit | flat-_foreign(model) | optim)), value)
+
+_elsewhere = dict(learningrate='lr', batchsize='bs', imagesize='size', imgsize='size', numepochs='epochs', numworkers='workers')
+
+def _spelt(key, names):
+    "The key, if it is one of the names; other libraries' names for ours get ours as advice"
+    ours = _elsewhere.get(key.lower().replace('_', '').replace('-', ''))
+    if key not in names and ours: raise ConfigError('--set', repr(key), '', f'did you mean {ours}?')
+    return pick(key, names, '--set')
 
 _of_models = {'init','backbone','weights','pretrained','freeze_bn','n_parts','compat'}
 

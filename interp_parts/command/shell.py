@@ -7,9 +7,13 @@ __all__ = ['app', 'typed', 'command', 'run_command']
 
 # %% ../../nbs/30_command/01a_shell.ipynb #ac32d10c
 import contextlib, functools, inspect, os, signal, sys, threading, warnings
+from pathlib import Path
 
 import typer
 from fastcore.docments import docments
+
+from ..errors import CheckpointError, ConfigError, DataError, method_names, pick
+from ..kinds import read_json
 
 # %% ../../nbs/30_command/01a_shell.ipynb #827f051c
 app = typer.Typer(rich_markup_mode=None, pretty_exceptions_enable=False, no_args_is_help=True, add_completion=False,
@@ -30,19 +34,40 @@ def command(
     def add(f):
         docs,sig = docments(f),inspect.signature(f)
         f.__signature__ = sig.replace(parameters=[_parameter(p, docs[p.name]) for p in sig.parameters.values()])
-        (to or app).command(f.__name__.strip('_'))(_no_empty_words(f))
+        (to or app).command(f.__name__.strip('_'))(_looked_at(f))
         return f
     return add
 
-def _no_empty_words(f):
-    "The function, which complains about an empty word: what a shell makes of a variable that is not set"
+def _looked_at(f):
+    "The function, after a first look at what was typed"
     @functools.wraps(f)
     def checked(**options):
-        from interp_parts.core import ConfigError
-        empty = [k for k,v in options.items() if v == '' or isinstance(v, (list,tuple)) and '' in v]
-        if empty: raise ConfigError(f"--{empty[0].strip('_').replace('_','-')}", "''", 'a word', 'is a variable of the shell not set?')
+        _no_empty_words(options)
+        _first_look(**options)
         return f(**options)
     return checked
+
+def _no_empty_words(options):
+    "Complain about an empty word: what a shell makes of a variable that is not set"
+    empty = [k for k,v in options.items() if v == '' or isinstance(v, (list,tuple)) and '' in v]
+    if empty: raise ConfigError(f"--{empty[0].strip('_').replace('_','-')}", "''", 'a word', 'is a variable of the shell not set?')
+
+# %% ../../nbs/30_command/01a_shell.ipynb #67f1d2e6
+def _first_look(method=None, data=None, path=None, config=None, **more):
+    "Complain about what can be seen without any library, in the words that the library would use"
+    here = getattr(sys.modules.get('interp_parts.core'), 'methods', ())         # those that a program registered too
+    if method is not None: pick(method, [*method_names, *here], 'method')
+    if config is not None: read_json(config)
+    if data and path and not Path(path).exists(): raise DataError(path, 'no such file or folder', f'the data of --data {data}', 'check --path')
+    _lost_run(**more)
+
+def _lost_run(run=None, images=None, port=None, to=None, **more):
+    "Complain about a run that is not there, unless its name may be one of the hub, and about images that are not"
+    for p in images or ():
+        if not Path(p).exists(): raise DataError(p, 'no such file or folder', 'an image or a folder of images')
+    on_hub = images or port or to
+    if run is not None and not on_hub and not Path(run, 'config.json').exists():
+        raise CheckpointError(run, 'no config.json', 'a folder written by `interp-parts train`')
 
 # %% ../../nbs/30_command/01a_shell.ipynb #6ee81c14
 def _one_line(text): return ''.join(c if c.isprintable() else repr(c)[1:-1] for c in str(text))
