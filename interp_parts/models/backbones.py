@@ -6,6 +6,7 @@
 __all__ = ['STAGES', 'check_backbone', 'create_timm', 'Backbone', 'read_weights', 'backbone_stats', 'load_network']
 
 # %% ../../nbs/03_models/01_backbones.ipynb #362be3f2
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import timm, torch, torch.nn.functional as F, torchvision
@@ -15,6 +16,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from ..core import CheckpointError, ConfigError, eval_mode, nearest, pick
+from ..data.transfer import server_answers
 from ..networks import as_map
 
 # %% ../../nbs/03_models/01_backbones.ipynb #2846a3a6
@@ -41,14 +43,24 @@ def create_timm(
 def _create(name, pretrained, options):
     for drop in ((), ('dynamic_img_size',), ('output_stride',), ('dynamic_img_size','output_stride')):
         kw = {k:v for k,v in options.items() if k not in drop}
-        try: return timm.create_model(name, pretrained=pretrained, **kw)
+        try:
+            with _no_waiting() if pretrained else nullcontext(): return timm.create_model(name, pretrained=pretrained, **kw)
         except (TypeError, AssertionError, NotImplementedError): continue
         except Exception as e: raise _no_download(name, e) if pretrained else e
     raise ConfigError('--backbone', name, 'a model that takes images of any size')
 
+@contextmanager
+def _no_waiting():
+    "Within the block the hub's library keeps to its cache if the hub is out of reach; it would try for a minute"
+    from huggingface_hub import constants # comes with timm
+    was = constants.HF_HUB_OFFLINE
+    constants.HF_HUB_OFFLINE = was or not server_answers(constants.ENDPOINT)
+    try: yield
+    finally: constants.HF_HUB_OFFLINE = was
+
 def _no_download(name, e):
     return CheckpointError(f'pretrained weights of {name}', f'could not be had ({type(e).__name__})',
-                           'a network connection', 'pass --weights FILE.safetensors or --no-pretrained')
+                           'a network connection', 'pass --weights FILE.safetensors, or --no-pretrained for random numbers')
 
 # %% ../../nbs/03_models/01_backbones.ipynb #528679f8
 STAGES = ('stride', 'last', 'final')

@@ -12,6 +12,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from ..core import CheckpointError, ConfigError
+from ..data.transfer import server_answers
 from ..files import claim, claim_file, read_json, save_tensors, write_json, write_text
 from ..training.runs import load_run
 from ..visualization.model_card import write_model_card
@@ -82,7 +83,7 @@ def _hub():
         raise ConfigError('hub', 'huggingface_hub is missing', 'that library', "pip install 'interp_parts[hub]'")
     import huggingface_hub
     endpoint = os.environ.get('HF_ENDPOINT') or huggingface_hub.constants.ENDPOINT
-    offline = os.environ.get('HF_HUB_OFFLINE', '').upper() in ('1','ON','YES','TRUE')
+    offline = os.environ.get('HF_HUB_OFFLINE', '').upper() in ('1','ON','YES','TRUE') or not server_answers(endpoint)
     return huggingface_hub,endpoint,offline
 
 @contextmanager
@@ -100,7 +101,7 @@ def _asking(repo, revision=None):
                                   'check the name; for a private model, hf auth login') from None
         if name in ('LocalEntryNotFoundError','OfflineModeIsEnabled') or code is None and isinstance(e, OSError):
             raise CheckpointError(repo, 'not in the cache, and the hub is not reached', 'a folder, or a network',
-                                  'unset HF_HUB_OFFLINE to download it') from None
+                                  'check the connection; unset HF_HUB_OFFLINE to download it') from None
         raise CheckpointError(repo, f'the hub said: {said}', 'a model') from e
 
 # %% ../../nbs/22_serving/04_hub.ipynb #e71633b7
@@ -154,7 +155,7 @@ def push_to_hub(
     "Send what `save_pretrained` writes to the hub; returns the commit, which `from_pretrained` takes as `revision`"
     if not _hub_id.fullmatch(str(repo)): raise ConfigError('hub id', repr(repo), 'user/name')
     hub,endpoint,offline = _hub()
-    if offline: raise ConfigError('HF_HUB_OFFLINE', '1', 'a network', 'unset it to send')
+    if offline: raise ConfigError(endpoint, 'out of reach, or HF_HUB_OFFLINE is set', 'a network', 'check the connection; unset HF_HUB_OFFLINE')
     api = hub.HfApi(endpoint, token=token)
     with tempfile.TemporaryDirectory() as tmp:
         folder = save_pretrained(run, Path(tmp)/'model', split)
