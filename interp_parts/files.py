@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['SCHEMA', 'MARK', 'atomic_path', 'write_text', 'write_json', 'write_csv', 'reading', 'save_tensors', 'load_tensors',
-           'made', 'occupied', 'relation', 'free_name', 'another_folder', 'claim', 'mark_npz', 'made_by', 'note_beside',
-           'keep_theirs', 'claim_file', 'read_json']
+           'made', 'occupied', 'relation', 'free_name', 'another_folder', 'claim', 'sign', 'made_by', 'keep_theirs',
+           'claim_file', 'read_json']
 
 # %% ../nbs/00a_files.ipynb #0d02d418
 import errno, hashlib, json, os, re, tempfile, zipfile
@@ -285,24 +285,21 @@ def _check_claim(p, kind, data, new):
 
 
 # %% ../nbs/00a_files.ipynb #14679b02
-def mark_npz(
-    path, # .npz file that was just written
+def sign(
+    path, # File that was just written
+    **about # What else a note beside it says; an .npz gets a comment instead
 ):
-    "Say in the comment of an archive that the library wrote it"
-    with zipfile.ZipFile(path, 'a') as z: z.comment = b'interp_parts'
+    "Say of a file that the library wrote it: within an archive, beside a file of plain numbers"
+    if Path(path).suffix == '.npz':
+        with zipfile.ZipFile(path, 'a') as z: z.comment = b'interp_parts'
+        return
+    with open(path, 'rb') as f: sha256 = hashlib.file_digest(f, 'sha256').hexdigest()
+    write_json(_note(path), dict(made_by=made_by(), file=Path(path).name, sha256=sha256, **about))
 
 def made_by()->str:
     "What our files say of who wrote them"
     from interp_parts import __version__
     return f'interp_parts {__version__}'
-
-def note_beside(
-    path, # File of plain numbers that was just written
-    **about # What else the note says
-):
-    "Say beside a file that the library wrote it"
-    with open(path, 'rb') as f: sha256 = hashlib.file_digest(f, 'sha256').hexdigest()
-    write_json(_note(path), dict(made_by=made_by(), file=Path(path).name, sha256=sha256, **about))
 
 
 # %% ../nbs/00a_files.ipynb #7f47f241

@@ -22,7 +22,7 @@ from interp_parts.contrastive_reconstruction.pictures import (_drawing_centers a
                                                               _voc_colors as voc_colors)
 from interp_parts.contrastive_reconstruction.pixel_scores import (_PixelScores as PixelScores,
                                                                   _pad_square as pad_square, _scale_longest as scale_longest)
-from interp_parts.contrastive_reconstruction.published import original_net
+from interp_parts.contrastive_reconstruction.published import _original_net
 from interp_parts.contrastive_reconstruction.step import Reconstruction
 from interp_parts.contrastive_reconstruction.warps import (RandomWarp, warp, _control_points as control_points,
     _move_points as move_points, _projective as projective, _random_similarity as random_similarity,
@@ -153,7 +153,7 @@ def matrices(r):
 def recorded_net(keys, shapes):
     "Our network for recorded names and shapes"
     state = {k: torch.empty([int(n) for n in s.split('x') if n], device='meta') for k,s in zip(keys, shapes)}
-    return ContrastiveReconstruction(**original_net(state))
+    return ContrastiveReconstruction(**_original_net(state))
 
 def deeplab(r):
     "Names, what is trained, outputs and gradients: 1e-3; in training 3e-3"

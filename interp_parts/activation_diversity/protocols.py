@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np, pandas as pd
 
 from ..core import ConfigError, DataError, get_method
-from ..data.readers.protocols import read_ar, read_ijba, read_ijbc, read_pairs
+from ..data.readers.protocols import FaceLists
 from ..data.readers.registry import read_data
 from ..data.rows import run_rows
 from ..data.table import check_table, first_few, part_table
@@ -78,7 +78,7 @@ def _score_lfw(
 )->dict:
     "Verification on the folds of LFW"
     df = read_data('lfw', path)
-    return _score_list(learn, df, read_pairs(_one(path, 'pairs.txt'), df), features)
+    return _score_list(learn, df, FaceLists.pairs(_one(path, 'pairs.txt'), df), features)
 
 def _score_pairs(
     learn, # A `PartLearner` of this method
@@ -87,7 +87,7 @@ def _score_pairs(
 )->dict:
     "Verification on a list of pairs of images of the run's own data"
     df = run_rows(learn.config)
-    return _score_list(learn, df, read_pairs(path if Path(path).is_file() else _one(path, 'pairs.txt'), df), features)
+    return _score_list(learn, df, FaceLists.pairs(path if Path(path).is_file() else _one(path, 'pairs.txt'), df), features)
 
 # %% ../../nbs/13_activation_diversity/13_protocols.ipynb #900d7b2e
 def _ijba_features(learn, path, splits, features, index):
@@ -138,13 +138,13 @@ def _score_ijba(
     "Verification and search on the splits of IJB-A that are there"
     known = sorted(int(p.stem.rpartition('_')[2]) for p in Path(path).rglob('verify_metadata_*.mat'))
     if not known: raise DataError(path, 'no verify_metadata_1.mat', 'the files of IJB-A', 'check --path')
-    f,splits = _ijba_features(learn, path, [read_ijba(path, k, index) for k in known], features, index)
+    f,splits = _ijba_features(learn, path, [FaceLists.ijba(path, k, index) for k in known], features, index)
     return dict(recognition=_mean_std([_ijba_fold(f, s, occluded) for s in splits]), folds=len(known), n_images=len(f))
 
 # %% ../../nbs/13_activation_diversity/13_protocols.ipynb #dcaff552
 def _ijbc_templates(path, names, at):
     "Templates of CSV files, with the feature rows of their images; images without features are left out"
-    t = pd.concat([read_ijbc(_one(path, n)) for n in names])
+    t = pd.concat([FaceLists.ijbc(_one(path, n)) for n in names])
     t = t.assign(image=[at.get(k, -1) for k in zip(t.subject, t.file)])
     return Templates.group(t.template[t.image >= 0], t.subject[t.image >= 0], t.image[t.image >= 0])
 
@@ -154,7 +154,7 @@ def _score_ijbc(
     features=None, # File of stored features, one row for each (occluded) row of ijbc_metadata.csv
 )->dict:
     "Verification and closed-set search of pooled templates on IJB-C"
-    m = read_ijbc(_one(path, 'ijbc_metadata.csv'), 'metadata')
+    m = FaceLists.ijbc(_one(path, 'ijbc_metadata.csv'), 'metadata')
     f = embeddings(learn, read_data('ijbc', path)) if features is None else _stored(features)
     m = m if len(m) == len(f) else m[m.covered]
     _rows_of(f, len(m), features)
@@ -162,7 +162,7 @@ def _score_ijbc(
     for i,k in enumerate(zip(m.subject, m.file)): at.setdefault(k, i)
     known,strangers = ('ijbc_1N_gallery_G1.csv','ijbc_1N_gallery_G2.csv'),('ijbc_1N_probe_mixed.csv',)
     gallery,probe,both = (_ijbc_templates(path, names, at) for names in (known, strangers, known+strangers))
-    pairs = read_ijbc(_one(path, 'ijbc_11_G1_G2_matches.csv'), 'matches')
+    pairs = FaceLists.ijbc(_one(path, 'ijbc_11_G1_G2_matches.csv'), 'matches')
     a,b = (both.find(p) for p in pairs[np.isin(pairs, both.ids).all(1)].T)
     out = Verification(Templates.pooled_distances(both.pooled(f), a, b), both.subject[a] == both.subject[b]).rates()
     found = Identification(Templates.pooled_distances(probe.pooled(f), other=gallery.pooled(f)), probe.subject, gallery.subject)
@@ -178,11 +178,11 @@ def _score_ar(
 )->dict:
     "Mean and standard deviation of the EER on AR"
     root = Path(path) if Path(path).is_dir() else Path(path).parent
-    if Path(path).is_file(): rows = read_ar(path)
+    if Path(path).is_file(): rows = FaceLists.ar(path)
     else:
         files = sorted(p.name for p in root.rglob('[mwfMWF]-*-*.*') if p.suffix.lower() in ('.bmp','.png','.jpg'))
         if not files: raise DataError(path, 'no image such as m-001-10.bmp', 'images of AR', 'check --path')
-        rows = read_ar(files)
+        rows = FaceLists.ar(files)
     if features is not None: f = _rows_of(_stored(features), len(rows), features)
     else:
         images = [str(_one(root, n)) for n in rows.file]

@@ -16,7 +16,7 @@ from torchvision.ops import roi_align
 from ..core import CheckpointError, DataError
 from ..data.images import load_image
 from ..data.views import View
-from ..files import atomic_path, claim, claim_file, mark_npz, read_json, reading, write_json
+from ..files import atomic_path, claim, claim_file, read_json, reading, sign, write_json
 
 # %% ../../nbs/14_classification_specific_parts/06_files.ipynb #8f79ed95
 def _file_crops(path, boxes, size, crops='squash'):
@@ -58,7 +58,7 @@ def write_features(
         out[f'{s}/features'],out[f'{s}/labels'] = np.asarray(f, np.float32),np.asarray(y)
     with atomic_path(claim_file(path, ('parts','run'))) as tmp:
         np.savez(tmp, **out)
-        mark_npz(tmp)
+        sign(tmp)
 
 # %% ../../nbs/14_classification_specific_parts/06_files.ipynb #ad9da922
 def _arrays(path, expected, do=''):

@@ -10,7 +10,7 @@ import ast, contextlib, json, os, sys
 
 import typer
 
-from .hand_on import label_run, say_without
+from .hand_on import label_run
 from .shell import app, command, run_command, typed
 from ..errors import ConfigError, method_names
 
@@ -102,6 +102,12 @@ def _train(
         print(f'{run}: next, interp-parts evaluate {run}; interp-parts visualize {run}')
 
 # %% ../../nbs/30_command/01_cli.ipynb #91567d7e
+def _say_without(scores):
+    "Print the accuracy without each part"
+    from interp_parts.evaluation.removal import removal_rows
+    print(f"whole images, all parts {scores['all_parts']:.3f}; a part is removed by {scores['by']}")
+    for name,value,change,most in removal_rows(scores): print(f'without {name:14} {value} {change}  {most}'.rstrip())
+
 @command()
 def _evaluate(
     run:str, # Folder of a run
@@ -118,7 +124,7 @@ def _evaluate(
     from interp_parts.evaluation.scoring import format_metrics
     scores = evaluate_run(run, path, protocol, split, baselines, device, workers, _parse_set(set_))
     print(format_metrics(scores))
-    if 'without_parts' in scores: say_without(scores['without_parts'])
+    if 'without_parts' in scores: _say_without(scores['without_parts'])
 
 # %% ../../nbs/30_command/01_cli.ipynb #be66f3f5
 @command()

@@ -17,7 +17,7 @@ from ..data.readers.registry import readers
 from ..data.rows import run_rows
 from ..evaluation.landmarks import part_centers
 from ..evaluation.scoring import split_rows
-from ..files import atomic_path, claim, claim_file, mark_npz, note_beside, read_json
+from ..files import atomic_path, claim, claim_file, read_json, sign
 from ..training.runs import load_run
 from ..visualization.report import write_model_card
 
@@ -31,13 +31,13 @@ def _of_batch(p, b, more):
 def _write_arrays(out, res):
     with atomic_path(out) as tmp:
         with open(tmp, 'wb') as f: np.savez(f, **res)
-        mark_npz(tmp)
+        sign(tmp)
 
 def _write_text(out, learn, res):
     "Write the embedding alone, and a note on it; returns what is written"
     if 'embedding' in res:
         with atomic_path(out) as tmp: np.savetxt(tmp, res['embedding'], fmt='%.8g')
-        note_beside(out, run=str(learn.run_dir), image=res['image'].tolist(), split=res['split'].tolist())
+        sign(out, run=str(learn.run_dir), image=res['image'].tolist(), split=res['split'].tolist())
         return dict(embedding=res['embedding'])
     raise ConfigError('--out', Path(out).name, 'a name ending in .npz',
                       f"{learn.config['method']} has no embedding to write as text")

@@ -23,7 +23,7 @@ from ..data.rows import run_rows
 from ..data.table import first_few
 from ..errors import warn_user
 from ..evaluation.scoring import split_rows
-from ..files import claim, claim_file, free_name, occupied
+from ..files import claim, claim_file, free_name
 from ..replace import remove_unfinished
 from ..serving.explainer import Explainer
 from ..serving.lines import AnswerFile, weights_hash
@@ -162,7 +162,7 @@ def _outputs(out, pictures):
 def _picture_files(images, out):
     "The file of each image's picture, none of which is there already and not ours"
     if out is None: return repeat(None)
-    if not occupied(out): claim(out, 'pictures')
+    claim(out, 'pictures')
     do = f'pass a new folder, such as --pictures {free_name("pictures")}'
     return [claim_file(Path(out)/f'{name}.png', do=do) for name in _picture_names(list(map(Path, _each_image(images))))]
 
@@ -210,7 +210,8 @@ def predict_run(
     _check_images(images, on_bad_image, known, masks)
     files = zip(_each_image(images), _picture_files(images, pictures))
     with AnswerFile(out, weights_hash(run), resume) if out else nullcontext() as lines:
-        todo = (f for f in files if not out or f[0] not in lines.done)
+        done = set(map(os.path.realpath, lines.done)) if out else ()               # however you spell the folder
+        todo = (f for f in files if os.path.realpath(f[0]) not in done)
         for a in _answers(ask, todo, known, own and pictures and own(ask.learn), on_bad_image, dict(top=topk, every=every)):
             if out: lines.write(a)
             yield a

@@ -6,11 +6,12 @@
 __all__ = ['make_learner', 'train_run']
 
 # %% ../../nbs/30_command/02b_train.ipynb #79224c20
-import json, os, shutil, time
+import json, os, shutil, sys, time
 from contextlib import nullcontext
 from pathlib import Path
 
 import pandas as pd, timm
+from fastcore.imports import in_notebook
 
 from .settings import check_kind, check_settings, option_kinds, pick_device, settings_defaults
 from ..core import ConfigError, DataError, PartLearner, create_learner, get_method
@@ -134,6 +135,7 @@ def _say_start(method, learn, say):
     n = sum(p.numel() for p in learn.model.parameters())
     say(f"{method}: {len(d.train.dataset)} training images, {d.c} {'attributes' if d.multi else 'classes'}, "
         f"{n:,} parameters, {d.device}")
+    if d.valid_is_train: say('no image has the split valid: the columns valid_* are of training images')
 
 def _weights_about(name, pretrained=False, weights=None):
     "Where a backbone's weights come from and their licence, for a run's config"
@@ -161,8 +163,12 @@ def _backbone(learn, s):
     if not (s['frozen'] or s['cache_features']): return nullcontext()
     return frozen_backbone(learn, s['cache_features'], s['views'], s['cache_gb'], s['cache_half'])
 
+def _rows_in_files(learn):
+    "A block that prints rows instead of a progress bar, if what is printed goes to a file or a pipe"
+    return nullcontext() if in_notebook() or sys.stdout.isatty() else learn.no_bar()
+
 def _train(learn, run, s, config, resume, start):
-    with _backbone(learn, s): fit_run(learn, s['epochs'], run, resume, save_every=s['save_every'], **s['fit'])
+    with _backbone(learn, s), _rows_in_files(learn): fit_run(learn, s['epochs'], run, resume, save_every=s['save_every'], **s['fit'])
     if this_process()[0]: return
     save_run(learn, run, dict(config, model=learn.model.config, seconds=round(time.time()-start, 1)))
 

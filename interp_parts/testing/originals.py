@@ -6,7 +6,7 @@
 __all__ = ['original_commands', 'run_originals']
 
 # %% ../../nbs/40_testing/10_originals.ipynb #3d5a996f
-import contextlib, io, json, os, re, shlex, shutil
+import json, os, re, shlex, shutil
 from pathlib import Path
 
 import numpy as np, pandas as pd, timm, torch, typer
@@ -14,7 +14,6 @@ from safetensors.torch import save_file
 from scipy.io import savemat
 
 from ..classification_specific_parts.imported import chainer_names
-from ..command.cli import run_command
 from ..command.shell import app
 from ..contrastive_reconstruction.networks import DeepLab
 from ..data.readers.file_lists import write_file_list
@@ -23,6 +22,7 @@ from ..files import read_json, write_json
 from ..region_grouping.model import RegionGrouping
 from ..synthetic.folders import write_image
 from .layouts import write_layout
+from .recipes import outcome
 from ..visual_words.network import VisualWords
 
 # %% ../../nbs/40_testing/10_originals.ipynb #f634fe4f
@@ -89,16 +89,8 @@ _short = '--bs 4 --workers 0 --device cpu --no-pretrained'
 
 def _train(line):
     "Run `interp-parts train` with small settings; an error if it fails"
-    code,said = _told(shlex.split(f'train {line} {_short}'))
-    if code: raise RuntimeError(f'train {line}: {said[-500:]}')
-
-def _told(words):
-    "Exit code of a command, and all it said"
-    out = io.StringIO()
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(out):
-        try: code = run_command(words)
-        except Exception as e: return 1,f'{type(e).__name__}: {e}'
-    return code,out.getvalue()
+    result,_ = outcome(shlex.split(f'train {line} {_short}'))
+    if result != 'ok': raise RuntimeError(f'train {line}: {result}')
 
 def _place(name, to, size=64):
     "A layout in the working folder under a name"
@@ -224,7 +216,7 @@ def run_originals(
     os.chdir(folder)
     try:
         data,rows = _setups[rows.section.iloc[0]](),rows[rows.words.notna()].reset_index(drop=True)
-        said = [_result(_runnable(w, _out(i, w), next((d for k,d in _data_of.items() if k in w), data))) for i,w in enumerate(rows.words)]
+        said = [outcome(_runnable(w, _out(i, w), next((d for k,d in _data_of.items() if k in w), data)))[0] for i,w in enumerate(rows.words)]
         return rows.assign(result=said)
     finally: os.chdir(here)
 
@@ -232,7 +224,3 @@ def _out(i, words):
     "Name of the folder that a command makes: as on the page, if a later one uses it"
     name = words[words.index('--out')+1] if '--out' in words else 'RUN'
     return f'out-{i}' if name == 'RUN' else name
-
-def _result(words):
-    code,said = _told(words)
-    return 'ok' if not code else next((l for l in reversed(said.splitlines()) if l.startswith('interp-parts:')), said)[-400:]

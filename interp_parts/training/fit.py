@@ -25,7 +25,7 @@ from .guards import StopNonFinite, WatchParts
 from .optim import keep_memory, schedules, torch_opt
 from .precision import Precision
 from .shared import ShareBatches
-from .state import SaveState, say_unsaved
+from .state import SaveState
 
 # %% ../../nbs/04_training/05_fit.ipynb #fdfa89bc
 class _History(Callback):
@@ -42,7 +42,7 @@ class _History(Callback):
         names = list(self.learn.recorder.metric_names)
         self.rows.append(dict(zip(names, [self.epoch, *(float(v) for v in self.learn.recorder.values[-1])])))
         try: write_csv(self.path, pd.DataFrame(self.rows))
-        except OSError as e: say_unsaved(self.path, e)
+        except OSError as e: SaveState.say_unsaved(self.path, e)
 
 # %% ../../nbs/04_training/05_fit.ipynb #51b67cf3
 def read_history(
@@ -188,7 +188,7 @@ def _fit_into(learn, epochs, lrs, cbs, run, save_every, resume, keep_best=None):
     save = SaveState(run, save_every, resume)
     state = save.state
     try: learn.keep_split(run)
-    except OSError as e: say_unsaved(Path(run)/'split.txt', e)
+    except OSError as e: SaveState.say_unsaved(Path(run)/'split.txt', e)
     if state: print(f"resumed at epoch {save.start} step {state['step']}")
     keep = [_History(run, save.start), *([_KeepBest(run, keep_best, save.start)] if keep_best else [])]
     if save.start < epochs:
