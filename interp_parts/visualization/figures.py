@@ -58,15 +58,15 @@ def _explain_words(parts, name):
     return f'Bars: similarity of each part to that of {name}. They are not parts of a sum.'
 
 # %% ../../nbs/21_visualization/02_figures.ipynb #fd6b51a8
-def _against(parts, yes):
-    "Do the contributions to the logit, all together, speak against the answer? Then the constant decided"
-    return parts.contribution_kind == 'logit' and (parts.contribution[0].sum().item() < 0) == yes
+def _against(parts):
+    "Do the contributions to the logit, all together, speak against the class? Then the constant decided"
+    return parts.contribution_kind == 'logit' and parts.contribution[0].sum().item() < 0
 
 def _explain_title(parts, name, target=None, classes=None, multi=False):
     "Title of the explanation of class `target`; `multi`: attributes, each yes or no"
     if parts.logits is None or target is None: return f'{name}: these parts'
     yes = not multi or parts.logits[0,target].item() > 0
-    why = 'although these parts speak against it' if _against(parts, yes) else 'because of these parts'
+    why = 'although these parts speak against it' if yes and _against(parts) else 'because of these parts'
     if multi: return f"{name}: {'yes' if yes else 'no'}, {why}"
     best = parts.logits[0].argmax().item()
     if best == target: return f'{name} {why}'
