@@ -274,9 +274,16 @@ def write_split(
     path, # Text file to write
 ):
     "Write which image is in which split, one line an image: split, tab, path from the folder that holds all images"
+    _check_list(path)
     rows = sorted({f'{s}\t{_quoted(k)}' for k,s in zip(_keys(df.image), df.split)})
     said = ' '.join(f"# {df.attrs.get('name')}: {df.attrs.get('protocol')}".split()).encode('utf-8', 'replace').decode()
     write_text(path, '\n'.join([said, *rows]) + '\n')
+
+def _check_list(path):
+    "Raise an error for a file that is no list of splits"
+    if not os.path.lexists(path): return
+    with open(path, 'rb') as f: ours = f.read(2) in (b'# ', b'')
+    if not ours: raise DataError(path, 'exists, and is no list of splits', 'a new file')
 
 def _quoted(key):
     "A path that is one line of text: one with line breaks, tabs or bytes of another encoding as JSON"
