@@ -14,11 +14,12 @@ import pandas as pd
 from .settings import check_kind, option_kinds, pick_device
 from ..core import CheckpointError, ConfigError, DataError, get_method, pick
 from ..data.rows import run_rows
+from ..errors import warn_user
 from ..evaluation.baselines import LabKMeans
 from ..evaluation.removal import remove_parts
 from ..evaluation.scoring import PROTOCOLS, evaluate
 from ..files import claim, keep_theirs, load_tensors, read_json, reading, write_csv, write_json
-from ..training.runs import fingerprint, load_run
+from ..training.runs import data_changed, load_run
 from ..training.names import part_names
 from ..visualization.report import write_model_card, write_report
 from ..visualization.summary import RunSummary
@@ -137,8 +138,9 @@ def evaluate_run(
     if baselines: res |= _baselines(learn, df, run, res, score, protocol, mine)
     if marks := _published(learn.config, protocol, res): res['published'] = marks
     if reader: res['reader'] = ', '.join(f'{k}={v}' for k,v in reader.items())
-    was = learn.config['data']['fingerprint']
-    res |= dict(seed=learn.config['training'].get('seed'), same_data=fingerprint(df, like=was) == was)
+    changed = data_changed(learn.config, df)
+    if changed and path is None and not reader: warn_user(f'{run}: scored on {changed} than those of its training')
+    res |= dict(seed=learn.config['training'].get('seed'), same_data=not changed)
     return _write_metrics(run, res)
 
 def _write_metrics(run, res):

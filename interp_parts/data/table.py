@@ -41,9 +41,13 @@ def first_few(
     "The first items as text, and how many more there are"
     return ', '.join(map(str, items[:n])) + (f' and {len(items)-n} more' if len(items) > n else '')
 
+def _fits(v, ok):
+    try: return ok(v)
+    except (TypeError, ValueError, IndexError): return False # of another kind
+
 def _bad_rows(df, col, ok):
     "Complain about the rows of `col` that are not `ok`"
-    rows = [i for i,v in enumerate(df[col]) if not ok(v)]
+    rows = [i for i,v in enumerate(df[col]) if not _fits(v, ok)]
     if rows: raise DataError(f"{df.attrs['name']}: column {col}", f'row {first_few(rows)}: {df[col].iloc[rows[0]]}',
                              _column_doc[col].format(**{k:len(v) for k,v in df.attrs.items() if isinstance(v, list)}))
 
