@@ -39,7 +39,7 @@ def _is_list(f):
 # %% ../nbs/00f_replace.ipynb #f04bd751
 _picture = _starts(b'\x93NUMPY', b'\x89PNG', b'\xff\xd8\xff')
 _run_files = {MARK:_holds(kind=str), LOCK:_holds(), 'config.json':_holds(method=str), 'settings.json':_holds(method=str, path=str),
-              'history.csv':_starts(b'epoch,'), 'metrics.json':_is_scores, 'split.txt':_starts(b'# '), 'part_names.json':_is_names,
+              'history.csv':_starts(b'epoch,'), 'metrics.json':_is_scores, 'split.txt':_starts(b'# ', b'train\t', b'test\t', b'valid\t'), 'part_names.json':_is_names,
               'state/state.json':_holds(epoch=int, files=dict), 'state/initial.json':_holds(), 'state/loop-*.pt':_starts(b'PK'),
               **dict.fromkeys(('model.safetensors','state/model-*.safetensors','state/initial.safetensors','state/best.safetensors'), _starts(b'{', at=8)),
               'visualization/findings.json':_holds(schema=int, n_images=int, n_parts=int), 'visualization/prototypes.json':_starts(b'['),

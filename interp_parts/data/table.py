@@ -286,7 +286,9 @@ def write_split(
 def _check_list(path):
     "Raise an error for a file that is no list of splits"
     if not os.path.lexists(path): return
-    with open(path, 'rb') as f: ours = f.read(2) in (b'# ', b'')
+    ours = os.path.isfile(path) and not os.path.islink(path)
+    if ours:
+        with open(path, 'rb') as f: ours = f.read(9).startswith((b'# ', *(f'{s}\t'.encode() for s in SPLITS)))
     if not ours: raise DataError(path, 'exists, and is no list of splits', 'a new file')
 
 def _quoted(key):
