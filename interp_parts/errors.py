@@ -8,6 +8,7 @@ __all__ = ['method_names', 'InterpPartsError', 'DataError', 'ConfigError', 'Chec
 
 # %% ../nbs/00e_errors.ipynb #3331190c
 import difflib, sys, warnings
+from collections.abc import Hashable
 
 # %% ../nbs/00e_errors.ipynb #5f317dd3
 class InterpPartsError(ValueError):
@@ -62,7 +63,7 @@ def pick(
     what:str='name', # What is looked up, as the user knows it
 ):
     "`options[name]` of a dict, or `name` itself; an unknown name is answered with the nearest ones"
-    if name in options: return options[name] if isinstance(options, dict) else name
+    if isinstance(name, Hashable) and name in options: return options[name] if isinstance(options, dict) else name
     if like := nearest(name, options, close=True): raise ConfigError(what, repr(name), '', f"did you mean {', '.join(like)}?")
     raise ConfigError(what, repr(name), f'one of {_listed(list(options))}')
 

@@ -143,8 +143,14 @@ def _npz_is_ours(path):
 def _text_is_ours(path):
     with open(path, encoding='utf-8') as f: return bool(re.search('Made by interp_parts|"interp_parts"', f.read(2000)))
 
+def _lines_are_ours(path):
+    "Are they answers, as `predict` writes them?"
+    with open(path, encoding='utf-8') as f: line = f.readline()
+    return line.startswith('{"image": ') and '"model": ' in line
+
 def _json_is_ours(path):
-    with open(path, encoding='utf-8') as f: return bool(re.match(r'\{\s*"made_by": "interp_parts', f.read(100)))
+    with open(path, encoding='utf-8') as f: named = bool(re.match(r'\{\s*"made_by": "interp_parts', f.read(100)))
+    return named or {'schema','n_images','n_parts','frame'} <= _json(path).keys() # what `visualize` found
 
 def _graph_is_ours(path):
     "An ONNX file names its producer in its first bytes, a .pt2 archive holds a file that does"
@@ -160,11 +166,11 @@ def _numbers_are_ours(path):
 def _note(path): return Path(f'{path}.json')
 
 def _csv_is_ours(path):
-    "Is it a table of words, as `visualize` writes it?"
+    "Is it a table of words, as `visualize` writes it, or of answers, as `evaluate` does?"
     with open(path, encoding='utf-8') as f: head = f.readline()
-    return head.startswith(('word,image,cell,', 'image,true_class,answer,'))
+    return head.startswith(('word,image,cell,', 'image,true_class,answer,', 'class,answer,images', 'class,prototype,'))
 
-_kinds = {'.png':_png_is_ours, '.npz':_npz_is_ours, '.csv':_csv_is_ours, '.txt':_numbers_are_ours, '.json':_json_is_ours,
+_kinds = {'.png':_png_is_ours, '.npz':_npz_is_ours, '.csv':_csv_is_ours, '.txt':_numbers_are_ours, '.json':_json_is_ours, '.jsonl':_lines_are_ours,
           **dict.fromkeys(['.md','.html','.py'], _text_is_ours), **dict.fromkeys(['.onnx','.pt2'], _graph_is_ours)}
 
 def _is_our_file(p):
@@ -218,15 +224,17 @@ def occupied(
 
 # %% ../nbs/00a_files.ipynb #d41118e9
 _also = dict(run=('run','demo')) # A demo is a run with its images
-_inner = {'visualization','predictions','masks','state','cs_parts','.boxes','.foreground'}
+_inner = dict(visualization=('pictures',), predictions=('pictures',), masks=('grabcut','masks'), state=(), cs_parts=('parts','lists'))
+_inner |= {'.boxes':('grabcut',), '.foreground':('foreground',)} # Folders in folders of ours, and what they are for
 
-def _within(p):
-    "Does the folder belong into a folder of ours?"
-    return p.name in _inner and not p.is_symlink() and made(p.parent) is not None
+def _within(p, kind=None):
+    "Does the folder belong into a folder of ours, and is it for this kind of thing?"
+    fits = p.name in _inner and kind in (None, *_inner[p.name])
+    return fits and not p.is_symlink() and made(p.parent) is not None
 
 def _ours(p, kind):
     "Is the folder one of the kind, or within one of ours?"
-    return made(p) in _also.get(kind, (kind,)) or _within(p)
+    return made(p) in _also.get(kind, (kind,)) or _within(p, kind)
 
 def relation(
     p, # Folder
@@ -311,7 +319,8 @@ def keep_theirs(
     if theirs: warn_user(f'{path}: not written, since interp_parts did not write the file that is there; rename it')
     return theirs
 
-_of_runs = {'config.json', 'settings.json', 'metrics.json', 'split.txt', 'history.csv', 'model.safetensors'}
+_of_runs = {'config.json', 'settings.json', 'metrics.json', 'split.txt', 'history.csv', 'model.safetensors', 'answers.csv', 'part_names.json',
+            MARK, LOCK}
 
 def claim_file(
     path, # File to be written

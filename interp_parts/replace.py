@@ -11,19 +11,45 @@ from contextlib import contextmanager
 from fnmatch import fnmatch
 from pathlib import Path
 
-from .core import ConfigError
-from .files import MARK, another_folder, claim, made, occupied, relation
+from .core import CheckpointError, ConfigError
+from .files import MARK, another_folder, claim, made, occupied, read_json, relation
 from .lock import LOCK, check_lock, locked, running
 
-# %% ../nbs/00f_replace.ipynb #c2ef5d35
-_run_files = (MARK, LOCK, 'config.json', 'settings.json', 'model.safetensors', 'history.csv', 'metrics.json',
-              'split.txt', 'state/state.json', 'state/initial.json', 'state/initial.safetensors', 'state/best.safetensors',
-              'state/model-*.safetensors', 'state/loop-*.pt', 'visualization/words/word_*.jpg',
-              'visualization/projection/*', 'visualization/nearest/*', 'cs_parts/*.npz', 'cs_parts/*.json',
-              'cs_parts/*.txt')
+# %% ../nbs/00f_replace.ipynb #caa75cca
+def _holds(**kinds):
+    "A function of a file: is it JSON with these keys?"
+    def check(f):
+        try: return bool(read_json(f, kinds) or True)
+        except CheckpointError: return False
+    return check
+
+def _starts(*heads, at=0):
+    "A function of a file: does it start with one of some bytes?"
+    def check(f):
+        with open(f, 'rb') as o: return o.read(16)[at:].startswith(heads)
+    return check
+
+def _is_scores(f): return any(_holds(**{k:t})(f) for k,t in (('protocol',str), ('plain_classifier',dict), ('benchmarks',dict)))
+
+def _is_names(f): return _holds()(f) and all(k.isdecimal() for k in read_json(f))
+
+def _is_list(f):
+    with open(f, 'rb') as o: return o.readline().split(b' ')[0].strip().isdigit()
+
+# %% ../nbs/00f_replace.ipynb #f04bd751
+_picture = _starts(b'\x93NUMPY', b'\x89PNG', b'\xff\xd8\xff')
+_run_files = {MARK:_holds(kind=str), LOCK:_holds(), 'config.json':_holds(method=str), 'settings.json':_holds(method=str, path=str),
+              'history.csv':_starts(b'epoch,'), 'metrics.json':_is_scores, 'split.txt':_starts(b'# ', b'train\t', b'test\t', b'valid\t'), 'part_names.json':_is_names,
+              'state/state.json':_holds(epoch=int, files=dict), 'state/initial.json':_holds(), 'state/loop-*.pt':_starts(b'PK'),
+              **dict.fromkeys(('model.safetensors','state/model-*.safetensors','state/initial.safetensors','state/best.safetensors'), _starts(b'{', at=8)),
+              'visualization/findings.json':_holds(schema=int, n_images=int, n_parts=int), 'visualization/prototypes.json':_starts(b'['),
+              'visualization/prototypes.csv':_starts(b'class,prototype'), 'cs_parts/*.npz':_starts(b'PK'),
+              'cs_parts/*.json':_holds(schema=int, key=str, sha256=str), 'cs_parts/*.txt':_is_list,
+              **dict.fromkeys(('visualization/words/word_*.jpg','visualization/projection/*','visualization/nearest/*'), _picture)}
 
 def _in_run(name): return any(fnmatch(name, p) for p in _run_files)
 
+# %% ../nbs/00f_replace.ipynb #c2ef5d35
 def _unfinished(run, f):
     "The id of the killed process that was writing the file, 0 for one of an earlier version; None for all other files"
     if name := re.fullmatch(r'\.interp_parts-(\d+)-[a-z0-9_]{8}(\.\w+)?', f.name): return int(name[1])
@@ -43,9 +69,9 @@ def _begun(f, end):
 def _of_run(run, f):
     "Is it a file that a run consists of?"
     name = f.relative_to(run).as_posix()
-    if _unfinished(run, f) is not None or fnmatch(f.name, '.lock-*.json'): return True
+    if _unfinished(run, f) is not None or fnmatch(f.name, '.lock-*.json') and _holds(host=str, process=int)(f): return True
     if name.startswith('masks/'): return bool(re.fullmatch(r'[0-9a-f]{32}\.png', f.name))
-    return _in_run(name) or made(f) == 'file'
+    return made(f) == 'file' or any(fnmatch(name, p) and is_one(f) for p,is_one in _run_files.items())
 
 def _foreign(run):
     "Yield files and links in a run that the library did not write"

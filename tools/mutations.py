@@ -1,5 +1,5 @@
-"Change exported code in small ways, one at a time, in a copy, and see if tests fail: `python tools/mutations.py`"
-import argparse, ast, os, random, re, shutil, subprocess, sys, tempfile, time
+"Change exported code in small ways, one at a time, in a copy, and see if tests fail: `python tools/mutations.py [--guards]`"
+import argparse, ast, csv, os, random, re, shutil, subprocess, sys, tempfile, time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -222,6 +222,44 @@ def tried(
     finally:
         for f,text in files.items(): f.write_text(text, encoding='utf-8')
 
+def guards(
+    root:Path, # A copy of the project
+):
+    "Changes of tools/guards.csv: what somebody was once hurt by is switched off; each with its kind and the notebook that has to fail"
+    with open(ROOT/'tools'/'guards.csv', newline='', encoding='utf-8') as f: rows = list(csv.DictReader(f))
+    for r in rows:
+        file = f"nbs/{r['notebook']}.ipynb"
+        found = [c for c in read_nb(root/file).cells if 'export' in directives(c) and r['old'] in c.source]
+        assert len(found) == 1, f"{file}: {len(found)} cells hold {r['old']}"
+        at = found[0].source.index(r['old'])
+        yield Change(file, found[0].id, at, at+len(r['old']), r['new'], r['item'], r['test'], f"{r['old'].strip()}  ->  {r['new'].strip()}")
+
+def try_guard(
+    root:Path, # A copy of the project
+    c:Change, # From `guards`; `where` is the notebook that has to fail
+)->str:
+    "How its notebook failed; '' if it did not"
+    files = apply(root, c)
+    try: return test(root, ['-c', NOTEBOOK, f'nbs/{c.where}.ipynb'])
+    finally:
+        for f,text in files.items(): f.write_text(text, encoding='utf-8')
+
+def try_guards(
+    only, # Numbers of the changes to try; empty: all
+)->int:
+    "Try the changes of tools/guards.csv and print which were seen; returns how many were not"
+    missed = []
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as d:
+        root = Path(d).resolve()
+        copied(root)
+        for i,c in enumerate(guards(root)):
+            if only and i not in only: continue
+            start,said = time.time(),try_guard(root, c)
+            if not said or said == SLOW: missed.append(i)
+            print(f"{i:2} {'NOT CAUGHT' if i in missed else 'caught'} ({time.time()-start:.0f} s) {c.kind} {c.where}: {c.line}\n   {said[:100]}", flush=True)
+    print(f'{len(missed)} not caught: {missed}')
+    return len(missed)
+
 def copied(
     to:Path, # An empty folder
     commit:str='', # Of git; empty: the files as they are
@@ -244,8 +282,10 @@ def main():
     parser.add_argument('--commit', default='', help='try the files of this commit instead of those that are there')
     parser.add_argument('--list', action='store_true', help='only say what would be tried')
     parser.add_argument('--no-baseline', action='store_true', help='do not see that the tests pass without a change')
+    parser.add_argument('--guards', action='store_true', help='the changes of tools/guards.csv instead of random ones')
     args = parser.parse_args()
     only,skip = (set(map(int, filter(None, o.split(',')))) for o in (args.only, args.skip))
+    if args.guards: sys.exit(try_guards(only) > 0)
     caught,ran = {},{}
     with tempfile.TemporaryDirectory() as d:
         root = Path(d).resolve()

@@ -16,9 +16,10 @@ def command(
     args, # Arguments of python
 )->bool:
     "Was it successful, within `LIMIT` seconds?"
+    env = dict(os.environ, TMPDIR=str(log.parent)) # what it leaves there is removed with the folder
     try:
         with open(log, 'wb') as out:
-            done = subprocess.run([sys.executable, *args], cwd=ROOT, timeout=LIMIT, stdout=out, stderr=out)
+            done = subprocess.run([sys.executable, *args], cwd=ROOT, env=env, timeout=LIMIT, stdout=out, stderr=out)
         return done.returncode == 0
     except subprocess.TimeoutExpired: return False
 
@@ -38,6 +39,7 @@ def test_notebook(log, nb, flags, seed):
     "What the process of a notebook does"
     with open(log, 'wb') as out: [os.dup2(out.fileno(), fd) for fd in (1,2)]
     os.chdir(ROOT)
+    os.environ['TMPDIR'],tempfile.tempdir = str(log.parent),None # what it leaves there is removed with the folder
     sys.argv,sys.path[0] = ['-c'],'' # as python -c has them
     multiprocessing.set_start_method(None, force=True) # the system's, not the server's
     gc.freeze() # what the server has imported stays: no collection looks at its 500,000 objects again
@@ -66,7 +68,7 @@ def run(
 )->tuple:
     "Run one step, print a line about it, and all it said if it failed; returns its success and the lines it said"
     start = time.time()
-    with tempfile.TemporaryDirectory() as d:
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as d:
         log = Path(d)/'log'
         ok = step(log)
         said = log.read_text(encoding='utf-8', errors='replace').strip() if log.exists() else ''

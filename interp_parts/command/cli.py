@@ -158,7 +158,11 @@ def _predict(
     coco:str=None, # Write the parts as COCO annotations into this JSON file instead, to be corrected in a labelling tool
 ):
     "One line of JSON for each image: its class, and where the parts are that counted"
-    if coco: return label_run(run, images, coco, device, on_bad_image, bs)
+    if coco:
+        typed = dict(out=out, pictures=pictures, topk=topk != 3, all=all_, resume=resume, masks=masks)
+        other = next((k for k,v in typed.items() if v), None)
+        if other: raise ConfigError('--coco', f'with --{other}', 'annotations, or answers', 'run the command twice')
+        return label_run(run, images, coco, device, on_bad_image, bs)
     from interp_parts.command.predict import predict_run
     n,to_file = [0,0],out is not None and out.endswith('.jsonl')
     for a in predict_run(run, images, out, device, masks, on_bad_image, pictures, topk, all_, resume, bs):

@@ -6,18 +6,20 @@
 __all__ = ['evaluate_run']
 
 # %% ../../nbs/30_command/02c_evaluate.ipynb #96915276
-import csv, io
 from collections import Counter
 from pathlib import Path
+
+import pandas as pd
 
 from .settings import check_kind, option_kinds, pick_device
 from ..core import CheckpointError, ConfigError, DataError, get_method, pick
 from ..data.rows import run_rows
+from ..errors import warn_user
 from ..evaluation.baselines import LabKMeans
 from ..evaluation.removal import remove_parts
 from ..evaluation.scoring import PROTOCOLS, evaluate
-from ..files import claim, load_tensors, read_json, reading, write_json, write_text
-from ..training.runs import fingerprint, load_run
+from ..files import claim, keep_theirs, load_tensors, read_json, reading, write_csv, write_json
+from ..training.runs import data_changed, load_run
 from ..training.names import part_names
 from ..visualization.report import write_model_card, write_report
 from ..visualization.summary import RunSummary
@@ -103,13 +105,11 @@ def _published(config, protocol, res):
 
 def _write_answers(run, logits, target, vocab):
     "Count the answers for each class in RUN/answers.csv; those of attributes are not counted"
-    if target.ndim > 1: return
+    if target.ndim > 1 or keep_theirs(Path(run)/'answers.csv'): return
     known = target < logits.shape[1]
-    counts,out = Counter(zip(target[known].tolist(), logits[known].argmax(1).tolist())),io.StringIO()
-    rows = csv.writer(out, lineterminator='\n')
-    rows.writerow(['class','answer','images'])
-    rows.writerows([vocab[a],vocab[b],n] for (a,b),n in sorted(counts.items()))
-    write_text(Path(run)/'answers.csv', out.getvalue())
+    counts = Counter(zip(target[known].tolist(), logits[known].argmax(1).tolist()))
+    rows = [(vocab[a], vocab[b], n) for (a,b),n in sorted(counts.items())]
+    write_csv(Path(run)/'answers.csv', pd.DataFrame(rows, columns=['class','answer','images']))
 
 def evaluate_run(
     run, # Folder of a run
@@ -128,6 +128,7 @@ def evaluate_run(
     own = get_method(learn.config['method']).scores
     reader,opts,more = _evaluation_options(options, own)
     claim(run, 'run')
+    RunSummary.read_metrics(run) # an error for a file of yours under this name
     df,reader = _rows(learn.config, path, run, reader, protocol)
     score = lambda: evaluate(learn, df, protocol, test=split, **opts)
     mine = own(learn, df, protocol, **more) if own else {}
@@ -137,8 +138,9 @@ def evaluate_run(
     if baselines: res |= _baselines(learn, df, run, res, score, protocol, mine)
     if marks := _published(learn.config, protocol, res): res['published'] = marks
     if reader: res['reader'] = ', '.join(f'{k}={v}' for k,v in reader.items())
-    was = learn.config['data']['fingerprint']
-    res |= dict(seed=learn.config['training'].get('seed'), same_data=fingerprint(df, like=was) == was)
+    changed = data_changed(learn.config, df)
+    if changed and path is None and not reader: warn_user(f'{run}: scored on {changed} than those of its training')
+    res |= dict(seed=learn.config['training'].get('seed'), same_data=not changed)
     return _write_metrics(run, res)
 
 def _write_metrics(run, res):

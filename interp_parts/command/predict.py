@@ -27,7 +27,7 @@ from ..files import claim, claim_file, free_name
 from ..replace import remove_unfinished
 from ..serving.explainer import Explainer
 from ..serving.lines import AnswerFile, weights_hash
-from ..training.runs import load_run
+from ..training.runs import data_changed, load_run
 from ..visualization.figures import explain, save_visualization
 from ..visualization.findings import Findings
 from ..visualization.report import write_report
@@ -69,6 +69,7 @@ def visualize_run(
     target,own = _target(learn, target),get_method(learn.config['method']).pictures
     more = _beside(own, beside, learn)
     df = run_rows(learn.config, path, run)
+    if path is None and (changed := data_changed(learn.config, df)): warn_user(f'{run}: drawn from {changed} than those of its training')
     rows = split_rows(df, ('test','eval','valid','train'))
     some = rows.sample(min(n, len(rows)), random_state=seed).sort_index()
     rest = rows.drop(some.index)
@@ -209,7 +210,9 @@ def predict_run(
     known,own = _mask_files(masks),get_method(ask.learn.config['method']).picture
     _check_images(images, on_bad_image, known, masks)
     files = zip(_each_image(images), _picture_files(images, pictures))
-    with AnswerFile(out, weights_hash(run), resume) if out else nullcontext() as lines:
+    typed = dict(topk=topk != 3 and topk, all=every, masks=masks and str(masks), pictures=pictures is not None)
+    asked = {k:v for k,v in typed.items() if v}
+    with AnswerFile(out, weights_hash(run), resume, asked) if out else nullcontext() as lines:
         done = set(map(os.path.realpath, lines.done)) if out else ()               # however you spell the folder
         todo = (f for f in files if os.path.realpath(f[0]) not in done)
         for a in _answers(ask, todo, known, own and pictures and own(ask.learn), on_bad_image, dict(top=topk, every=every)):

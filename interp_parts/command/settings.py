@@ -10,7 +10,7 @@ __all__ = ['settings_defaults', 'option_kinds', 'check_kind', 'recipe_note', 'sh
 import copy, inspect, json, math
 from pathlib import Path
 
-import torch
+import numpy as np, torch
 
 from ..core import CheckpointError, ConfigError, get_method, method_names, pick
 from ..data.table import BAD_IMAGE
@@ -190,14 +190,17 @@ def _own_gpu(device):
     return torch.device('cuda', torch.cuda.current_device()) if own else device
 
 # %% ../../nbs/30_command/02a_settings.ipynb #7c4c48cd
-def _check_fit(lr=0., schedule='constant', optimizer='sgd', clip=None, options=None, steps=None, **more):
+def _check_fit(lr=0., schedule='constant', optimizer='adamw', clip=None, options=None, steps=None, **more):
     "Raise for settings of the fit that cannot be"
     pick(schedule, schedules, 'schedule')
     pick(optimizer, optimizers, 'optimizer')
     if clip is not None: check_kind('clip', clip, 0., 0.)
     if steps is not None: check_kind('--steps', steps, 1, 1)
+    for k in options or {}: pick(k, list(inspect.signature(optimizers[optimizer]).parameters)[1:], f'--set of {optimizer}')
+    if len(np.atleast_1d((options or {}).get('betas', [0,0]))) != 2: raise ConfigError('betas', options['betas'], 'two numbers')
     for k,v in dict(lr=lr, **(options or {})).items():
-        for x in v if isinstance(v, (list,tuple)) and (v or k != 'lr') else [v]: check_kind(k, x, 0., 0., 1e6)
+        many = isinstance(v, (list,tuple)) and v and k in ('lr','betas')
+        for x in v if many else [v]: check_kind(k, x, 0., 0., 1e6)
     _check_speed(**more)
 
 def _check_speed(precision='32', channels_last=False, compile=False, accumulate=1, ema=None, sync_bn=False, **rest):

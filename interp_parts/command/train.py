@@ -26,7 +26,7 @@ from ..training.cached import frozen_backbone
 from ..training.distributed import joined, on_first, this_process
 from ..training.fit import fit_run
 from ..training.optim import seed_everything
-from ..training.runs import fingerprint, run_config, save_run
+from ..training.runs import data_changed, run_config, save_run
 from ..training.state import read_state
 from ..visualization.report import write_model_card
 
@@ -97,10 +97,12 @@ def _changed(run, method, s):
 
 def _same_data(run, method, s):
     "Does the path hold the data that the run was started with?"
-    config = run/'config.json'
-    if not config.exists(): return False
-    begun = read_json(config, dict(data=dict(fingerprint=str)))['data']['fingerprint']
-    return fingerprint(read_rows(s, method, run), like=begun) == begun
+    return (run/'config.json').exists() and not _difference(run, method, s)
+
+def _difference(run, method, s):
+    "What of the data differs from that of the run, in words; annotations count that the training is given"
+    config = read_json(run/'config.json', dict(data=dict(fingerprint=str)))
+    return data_changed(config, read_rows(s, method, run), get_method(method).extra)
 
 def _check_same(run, method, s, again):
     "An error for settings other than those of the run"
@@ -112,9 +114,9 @@ def _check_same(run, method, s, again):
 # %% ../../nbs/30_command/02b_train.ipynb #2cc6b9c1
 def _check_data(run, method, s, again):
     "An error if a finished run was trained on other data than there are now; a warning if that cannot be seen"
-    try: same = _same_data(run, method, s)
+    try: changed = _difference(run, method, s)
     except DataError as e: return warn_user(f'{run}: its data cannot be read ({e.got}), and are not compared')
-    if not same: raise ConfigError(run, 'is finished, and was trained on other images, splits or labels',
+    if changed: raise ConfigError(run, f'is finished, and was trained on {changed}',
                                    'the data it was trained on', 'use another --out' + again)
 
 def _prepare(run, method, s, resume, overwrite):

@@ -176,7 +176,7 @@ def _crop_rows(parts, df, size, stats, device):
         row = df.iloc[i]
         im = load_image(row.image)
         c = instance_crop(row.box, im.size, size)
-        m = np.asarray(c.image(load_mask(row['mask']))) > 0
+        m = np.asarray(c.image(load_mask(row['mask']))) > 0 if 'mask' in df else np.ones((size,size), bool)
         x = normalize(torch.from_numpy(np.asarray(c.image(im)).copy()).permute(2,0,1)[None], stats)
         p = parts(x.to(device)).cpu()
         q = upsample_logits(p.maps.clamp_min(1e-38).log().float(), (size,size)).softmax(1)*torch.from_numpy(m)

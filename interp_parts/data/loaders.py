@@ -6,7 +6,7 @@
 __all__ = ['EXTRAS', 'PartDataset', 'PartDL', 'part_dls', 'PartBatches']
 
 # %% ../../nbs/01_data/04_loaders.ipynb #fa2bb8d7
-import random
+import os, random
 
 import numpy as np, pandas as pd, torch
 from PIL import Image, ImageEnhance
@@ -275,12 +275,20 @@ def logits(self:PartLearner,
     return logits[order],(None if label is None else label[order])
 
 # %% ../../nbs/01_data/04_loaders.ipynb #dc6a2333
+def _as_image(item):
+    "What `load_image` takes"
+    if isinstance(item, (str, os.PathLike, Image.Image)): return item
+    try: return Image.fromarray(item)
+    except Exception: pass # whatever it is
+    got = f'{type(item).__name__} {tuple(item.shape)} of {item.dtype}' if hasattr(item, 'dtype') else type(item).__name__
+    raise DataError('image', got, 'a file, a PIL image or an array (H,W,3) of uint8')
+
 @patch
 def predict(self:PartLearner,
     item, # File, PIL image or (H,W,3) uint8 array
 )->tuple:
     "Name, number and probabilities, as fastai's `predict`"
-    im = load_image(Image.fromarray(item) if isinstance(item, np.ndarray) else item)
+    im = load_image(_as_image(item))
     x = np.asarray(self.dls.view.place(*im.size).image(im)).copy()
     x = normalize(torch.from_numpy(x).permute(2,0,1)[None].to(self.dls.device), self.dls.stats)
     with eval_mode(self.model), torch.no_grad(): l = self.model(x).logits[0].float().cpu()

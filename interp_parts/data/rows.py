@@ -6,14 +6,16 @@
 __all__ = ['read_rows', 'run_rows']
 
 # %% ../../nbs/01_data/09_rows.ipynb #2f60d8f7
+import os, warnings
 from pathlib import Path
 
 import pandas as pd
 
-from ..core import get_method
+from ..core import CheckpointError, InterpPartsError, get_method
 from .masks import add_grabcut_masks
 from .readers.registry import read_data
-from .table import match_classes, usable_images, use_split
+from .table import content_groups, first_few, match_classes, usable_images, use_split
+from ..errors import warn_user
 
 # %% ../../nbs/01_data/09_rows.ipynb #bc2411a5
 def _read(s, method, run):
@@ -43,6 +45,40 @@ def read_rows(
     "The table that the settings name; with masks made from its boxes if the method needs masks and there are none"
     return _kept_split(_read(s, method, run), run)
 
+# %% ../../nbs/01_data/09_rows.ipynb #31ba9888
+_kinds = dict(data=str, path=str, reader=dict, protocol=str, masks=str, on_bad_image=str)
+
+def _training(config, path, run):
+    "The training's settings, if those of the data are of their kind"
+    t = {k:v for k,v in config['training'].items() if v is not None or k not in _kinds}
+    need = ('data',) if path else ('data','path')
+    odd = [k for k,kind in _kinds.items() if (k in t or k in need) and not isinstance(t.get(k), kind)]
+    if not odd: return t
+    raise CheckpointError(f"{Path(run or '')/'config.json'}: training.{odd[0]}", repr(t.get(odd[0])), 'what `interp-parts train` wrote',
+                          'take back what was changed in it')
+
+# %% ../../nbs/01_data/09_rows.ipynb #3e6f60f1
+def _trained_on(config, run):
+    "Image files that the run was trained on; none where they are gone"
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter('ignore')
+            known = _kept_split(_read(_training(config, None, run), None, None), run)
+    except InterpPartsError: return []
+    return [f for f in known.image[known.split == 'train'] if os.path.isfile(f)]
+
+def _without_trained(df, config, run):
+    "The table without test images that the run was trained on, under whatever name"
+    test,known = df.index[df.split.isin(['test','eval'])],_trained_on(config, run)
+    first = content_groups([*known, *df.image[test]])[len(known):]
+    lost = test[[g < len(known) for g in first]]
+    if not len(lost): return df
+    warn_user(f"{df.attrs.get('name')}: {len(lost)} test images are images that the run was trained on, and are left out: "
+              f'{first_few(df.image[lost].tolist())}')
+    out = df.drop(index=lost).reset_index(drop=True)
+    out.attrs = df.attrs
+    return out
+
 # %% ../../nbs/01_data/09_rows.ipynb #5802c8c9
 def _found_again(masks, old, new):
     "A folder of masks: if it lay in the old data, where it lies in the new ones, if it does"
@@ -58,11 +94,12 @@ def run_rows(
     reader:dict=None, # Options of the reader other than those of the training
 )->pd.DataFrame:
     "The table that a run was trained on: its split, its classes"
-    t,opts = config['training'],dict(reader or {})
+    t,opts = _training(config, path, run),dict(reader or {})
     protocol = opts.pop('protocol', t.get('protocol'))
     kept = dict(t.get('reader', {}))
     if path and kept.get('masks'): kept['masks'] = _found_again(kept['masks'], t['path'], path)
     t = dict(t, path=path or t['path'], protocol=protocol, reader={**kept, **opts})
     df = _read(t, run and config['method'], run)
     if protocol == config['training'].get('protocol'): df = _kept_split(df, run, path is not None)
+    if path and protocol == config['training'].get('protocol'): df = _without_trained(df, config, run)
     return match_classes(df, config.get('vocab') or [])

@@ -41,9 +41,13 @@ def first_few(
     "The first items as text, and how many more there are"
     return ', '.join(map(str, items[:n])) + (f' and {len(items)-n} more' if len(items) > n else '')
 
+def _fits(v, ok):
+    try: return ok(v)
+    except (TypeError, ValueError, IndexError): return False # of another kind
+
 def _bad_rows(df, col, ok):
     "Complain about the rows of `col` that are not `ok`"
-    rows = [i for i,v in enumerate(df[col]) if not ok(v)]
+    rows = [i for i,v in enumerate(df[col]) if not _fits(v, ok)]
     if rows: raise DataError(f"{df.attrs['name']}: column {col}", f'row {first_few(rows)}: {df[col].iloc[rows[0]]}',
                              _column_doc[col].format(**{k:len(v) for k,v in df.attrs.items() if isinstance(v, list)}))
 
@@ -274,9 +278,18 @@ def write_split(
     path, # Text file to write
 ):
     "Write which image is in which split, one line an image: split, tab, path from the folder that holds all images"
+    _check_list(path)
     rows = sorted({f'{s}\t{_quoted(k)}' for k,s in zip(_keys(df.image), df.split)})
     said = ' '.join(f"# {df.attrs.get('name')}: {df.attrs.get('protocol')}".split()).encode('utf-8', 'replace').decode()
     write_text(path, '\n'.join([said, *rows]) + '\n')
+
+def _check_list(path):
+    "Raise an error for a file that is no list of splits"
+    if not os.path.lexists(path): return
+    ours = os.path.isfile(path) and not os.path.islink(path)
+    if ours:
+        with open(path, 'rb') as f: ours = f.read(9).startswith((b'# ', *(f'{s}\t'.encode() for s in SPLITS)))
+    if not ours: raise DataError(path, 'exists, and is no list of splits', 'a new file')
 
 def _quoted(key):
     "A path that is one line of text: one with line breaks, tabs or bytes of another encoding as JSON"

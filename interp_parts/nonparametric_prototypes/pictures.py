@@ -14,7 +14,7 @@ from fastcore.basics import patch
 from ..core import PartLearner, eval_mode
 from ..data.images import image_size, load_image
 from ..errors import warn_user
-from ..files import read_json, write_json, write_text
+from ..files import keep_theirs, read_json, write_csv, write_json
 from ..visualization.overlays import Picture
 
 # %% ../../nbs/16_nonparametric_prototypes/11_pictures.ipynb #18a4e0e6
@@ -125,7 +125,8 @@ def prototype_pictures(
     near,out,files = nearest_tokens(learn, train),Path(folder),[]
     named = near.assign(image=[Path(table.image[r]).name for r in near.row])
     named['class'] = [learn.dls.vocab[c] for c in near['class']]
-    write_text(out/'prototypes.csv', named.drop(columns='row').round(3).to_csv(index=False))
+    if not keep_theirs(out/'prototypes.csv'): write_csv(out/'prototypes.csv', named.drop(columns='row').round(3))
+    if (out/'prototypes.json').exists(): read_json(out/'prototypes.json', list) # an error for a file of yours
     write_json(out/'prototypes.json', _sources(learn, table, near))
     for i,row in enumerate(rows.index):
         title = f'{Path(table.image[row]).name}: which training patches its patches look like'

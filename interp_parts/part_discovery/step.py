@@ -113,6 +113,7 @@ class DiscoveryTerms(LossTerms):
         self.names = tuple(k for k in _terms if k in weights)
 
     def after_loss(self):
+        if not len(self.yb): return
         self.learn.loss_grad = self.learn.loss_grad*self.weights.get('prediction', 0.)
         super().after_loss()
 

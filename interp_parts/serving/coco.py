@@ -11,6 +11,7 @@ from pathlib import Path
 
 import cv2, numpy as np
 
+from ..core import pick
 from ..files import claim_file, write_json
 from .answers import Explanation, part_regions
 
@@ -60,6 +61,7 @@ def write_coco(
 )->dict:
     "Write parts as COCO annotations; returns how many images and annotations"
     file = claim_file(file)
+    pick(file.suffix, ('.json',), 'ending of the file')
     images,notes,names = [],[],[]
     for i,e in enumerate(answers, 1):
         images.append(_image(e, i, Path(os.path.abspath(file)).parent))

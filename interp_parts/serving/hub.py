@@ -13,7 +13,8 @@ from pathlib import Path
 
 from ..core import CheckpointError, ConfigError
 from ..data.transfer import server_answers
-from ..files import claim, claim_file, read_json, save_tensors, write_json, write_text
+from ..files import another_folder, claim, occupied, save_tensors, write_json, write_text
+from ..replace import replaceable
 from ..training.runs import load_run
 from ..visualization.model_card import write_model_card
 
@@ -43,6 +44,7 @@ def save_pretrained(
     learn = load_run(run)
     run,out = Path(run),claim(folder, 'pretrained')
     if out.resolve() == run.resolve(): raise ConfigError(folder, 'is the run itself', 'another folder')
+    if occupied(out) and (why := replaceable(out, 'pretrained')): raise ConfigError(folder, why, 'a folder that this function wrote', another_folder(folder, 'pretrained'))
     config = {**learn.config, **{k:_without_paths(learn.config[k]) for k in ('training','data')}}
     save_tensors(out/'model.safetensors', learn.model)
     write_json(out/'config.json', config)

@@ -27,22 +27,25 @@ def weights_hash(
 # %% ../../nbs/22_serving/01a_lines.ipynb #a7cec262
 _start = b'{"image": '
 
-def _image_of(line, n, file, model):
-    "The image of a line, which has to be an answer of these weights"
+def _image_of(line, n, file, model, asked):
+    "The image of a line, which has to be an answer of these weights, under these options"
     want = 'the answers of one run'
     try: d = json.loads(line)
     except ValueError: raise DataError(f'{file}: line {n}', 'no JSON', want) from None
     if not isinstance(d, dict) or not isinstance(d.get('image'), str) or 'model' not in d:
         raise DataError(f'{file}: line {n}', 'no answer of interp-parts predict', want, 'pass a new --out')
     if d['model'] != model: raise ConfigError(f'{file}: line {n}', 'an answer of other weights', want, 'pass a new --out')
+    if d.get('asked', {}) != asked:
+        was = ', '.join(f'{k} {v}' for k,v in d.get('asked', {}).items()) or 'none'
+        raise ConfigError(f'{file}: line {n}', f'answered with other options ({was})', 'the same options', 'pass these, or a new --out')
     return d['image']
 
-def _answered(file, model):
+def _answered(file, model, asked):
     "Images that the whole lines of a file answer, and the number of their bytes"
     done,end = set(),0
     with open(file, 'rb') as f:
         for n,line in enumerate(f, 1):
-            if line.endswith(b'\n'): done.add(_image_of(line, n, file, model))
+            if line.endswith(b'\n'): done.add(_image_of(line, n, file, model, asked))
             elif line[:len(_start)] != _start[:len(line)]: raise DataError(f'{file}: line {n}', 'no answer', 'half an answer')
             else: break
             end += len(line)
@@ -62,12 +65,13 @@ class AnswerFile:
         file, # Name ending in .jsonl
         model:str, # From `weights_hash`
         resume:bool=False, # Go on with a file that exists?
+        asked:dict=None, # Options of the answers, but for those that are the default
     ):
-        self.file,self.model = Path(file),model
+        self.file,self.model,self.asked = Path(file),model,asked or {}
         _claim(self.file, resume)
         self.file.parent.mkdir(parents=True, exist_ok=True)
         self.f = open(self.file, 'ab', buffering=0)
-        try: self._lock(); self.done,end = _answered(self.file, model)
+        try: self._lock(); self.done,end = _answered(self.file, model, self.asked)
         except BaseException:
             self.f.close()
             raise
@@ -82,7 +86,8 @@ class AnswerFile:
         answer:dict, # For one image, from `Explanation.to_dict`
     ):
         "Add an answer, with the hash of the weights"
-        line = json.dumps(answer | dict(model=self.model)).encode() + b'\n'
+        about = dict(model=self.model) | (dict(asked=self.asked) if self.asked else {})
+        line = json.dumps(answer | about).encode() + b'\n'
         while line: line = line[self.f.write(line):]
 
     def __enter__(self): return self

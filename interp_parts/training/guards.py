@@ -26,6 +26,7 @@ class StopNonFinite(Callback):
         self.together = self.every or (1 if cpu else 10)
 
     def after_loss(self):
+        if not len(self.yb): return
         terms = getattr(self.learn, 'loss_terms', {})
         self.seen.append((torch.isfinite(self.loss.detach()).all(), self.iter, self.loss.detach(), dict(terms)))
         if len(self.seen) >= self.together: self.settle()

@@ -32,6 +32,7 @@ class LossTerms(Callback):
         self.learn.recorder.train_metrics = True
 
     def after_loss(self):
+        if not len(self.yb): return # images without targets, as `learn.summary` shows the model
         terms = self.terms()
         self.learn.loss_terms = {k:v.detach() for k,v in dict(prediction=self.learn.loss_grad, **terms).items()}
         self.learn.loss_grad = sum(terms.values(), self.learn.loss_grad)

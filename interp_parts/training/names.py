@@ -32,6 +32,11 @@ def part_names(
     return [p.name(k) for k in range(n_parts)]
 
 # %% ../../nbs/04_training/06a_names.ipynb #de93a2ae
+def _check_names(file):
+    "Raise an error for a file of yours under the name of ours"
+    odd = [k for k in read_json(file, dict) if not k.isdecimal()] if file.exists() else []
+    if odd: raise ConfigError(file, f'key {odd[0]!r}', 'names by number, as interp_parts writes them', 'rename it')
+
 def name_part(
     run, # Folder of a run
     k:int, # Number of the part
@@ -42,6 +47,7 @@ def name_part(
     if type(k) is not int or k < 0 or n is not None and k > n: raise ConfigError('part', repr(k), f'a number from 0 to {n}')
     name = ' '.join(str(name).split())
     if len(name) > 60 or not name.isprintable(): raise ConfigError('name', repr(name[:70]), 'at most 60 printable characters')
+    _check_names(Path(run)/'part_names.json')
     others = {i:v for i,v in given_names(run).items() if i != k}
     if name in others.values(): raise ConfigError('name', repr(name), 'a name that no other part has')
     write_json(Path(run)/'part_names.json', {str(i):v for i,v in sorted((others | ({k:name} if name else {})).items())})

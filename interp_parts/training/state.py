@@ -118,15 +118,24 @@ def _data(learn, was=None):
     rows = [r for dl in learn.dls.loaders for r in getattr(dl.dataset, 'rows', ())]
     return None if table is None else fingerprint(table.loc[rows], contents=True, **dict(like=was) if was else {})
 
+def _annotations(learn):
+    "Hash of each kind of annotation that the training is given"
+    table,known = vars(learn.dls).get('table'),getattr(learn.dls.train.dataset, 'extra', ())
+    return {} if table is None else {c:fingerprint(table, of=c) for c in known if c in table}
+
 def _facts(learn):
     "What a training depends on outside of its state"
-    return dict(data=_data(learn), versions=versions(), processes=this_process()[1], threads=torch.get_num_threads())
+    return dict(data=_data(learn), annotations=_annotations(learn), versions=versions(), processes=this_process()[1], threads=torch.get_num_threads())
 
 def _compare(run, old, new):
     "Raise an error for other data, print a line for other libraries or another number of processes or threads"
     if None not in (old.get('data'), new['data']) and old['data'] != new['data']:
         raise ConfigError(run, 'began with other images or labels', 'the data that it began with',
                           'pass --path to where they are now, or train into a new --out')
+    other = [c for c,h in new['annotations'].items() if old.get('annotations', {}).get(c, h) != h]
+    if other:
+        raise ConfigError(run, f"began with another {', '.join(other)} of its images", 'the annotations that it began with',
+                          'take back what was changed, or train into a new --out')
     a,b = ({**o.get('versions', {}), **{k:o[k] for k in ('processes','threads') if k in o}} for o in (old, new))
     diff = [f'{k} {b[k]} (was {a[k]})' for k in b if a.get(k, b[k]) != b[k]]
     if diff: print(f"{run}: resumed with {', '.join(diff)}; the last digits may differ from those of one training")

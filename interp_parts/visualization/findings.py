@@ -17,7 +17,7 @@ from PIL.PngImagePlugin import PngInfo
 
 from ..core import PartModel
 from ..data.images import normalize
-from ..files import atomic_path, made, write_json
+from ..files import atomic_path, keep_theirs, made, write_json
 from .overlays import part_region, to_rgb
 
 # %% ../../nbs/21_visualization/04b_findings.ipynb #9d7c91ac
@@ -184,10 +184,11 @@ def _save_cards(items, out, most, classes, images):
     cards = [_card(items, k, places, _by_class(items, classes)) for k in _most(items, most)]
     files = [out/f"part_{c['part']:03}.png" for c in cards]
     for f,c in zip(files, cards):
+        if keep_theirs(f): continue
         with atomic_path(f) as tmp: Image.fromarray(_patches(items, c['part'], 6)).save(tmp, format='png', pnginfo=_ours())
     for old in set(out.glob('part_*.png')) - set(files):
         if made(old) == 'file': old.unlink()
     answers = Counter((a['label'], a['predicted']) for a in (_about(p, b, classes) for _,p,b in items) if 'label' in a)
     p,frame = items[0][1],_frame(items[0][2], (1,1))[1]
-    write_json(out/'findings.json', dict(schema=1, n_images=len(items), n_parts=p.n_parts, kind=p.contribution_kind, frame=frame,
+    if not keep_theirs(out/'findings.json'): write_json(out/'findings.json', dict(schema=1, n_images=len(items), n_parts=p.n_parts, kind=p.contribution_kind, frame=frame,
                                          images=images, parts=cards, answers=[[*k, v] for k,v in answers.items()]))

@@ -17,7 +17,7 @@ from matplotlib.ticker import MaxNLocator
 
 from ..core import CheckpointError
 from ..evaluation.removal import removal_rows
-from ..files import keep_theirs, read_json, reading, write_text
+from ..files import keep_theirs, made, read_json, reading, write_text
 from ..training.names import given_names
 from .model_card import write_model_card # so that you can import it from here, too
 from .overlays import Picture, part_colors
@@ -176,9 +176,11 @@ def _cards(found, run, names, anchors):
 def _answers(run, found):
     "`(true class, answer, images)`, and of how many images"
     f = Path(run)/'answers.csv'
-    if not f.exists(): return [tuple(o) for o in found.get('answers', ())]
+    if made(f) != 'file': return [tuple(o) for o in found.get('answers', ())]
     with reading(f, 'what `interp-parts evaluate` wrote', 'evaluate again', CheckpointError), open(f, newline='', encoding='utf-8') as o:
-        return [(r['class'],r['answer'],int(r['images'])) for r in csv.DictReader(o)]
+        return [(_name(r['class']),_name(r['answer']),int(r['images'])) for r in csv.DictReader(o)]
+
+def _name(cell): return re.sub(r"^'(?=[=+@\t\r-])", '', cell) # as it was before `write_csv`
 
 def _by_true(answers):
     "Answers and their counts by true class"

@@ -68,6 +68,8 @@ def _read_metrics(run):
     f = Path(run)/'metrics.json'
     d = read_json(f, dict) if f.exists() else {}
     numbers = lambda m: {k:float for k in m if k in _SCORES or _score_of(k)}
+    if d and not (numbers(d) or any('accuracy' in k for k in d) or d.keys() & {'protocol','plain_classifier','benchmarks'}):
+        raise CheckpointError(f, f'no scores, but {", ".join(list(d)[:3])}', 'what `interp-parts evaluate` wrote', 'rename it')
     models = {k:numbers(m) for k,m in d.items() if isinstance(m, dict)}
     rows = d.get('table') if isinstance(d.get('table'), dict) else {}
     table = {k:dict.fromkeys(v, float) if isinstance(v, dict) else dict for k,v in rows.items()}

@@ -34,7 +34,8 @@ def folder_split(
     name:str, # Name of a folder, or a word in a column
 )->str|None:
     "The split that it names: 'train', 'valid', 'test' or 'push', in any spelling such as `Training_Set`; None for other names"
-    return _split_names.get(re.sub(r'([ _-]*(set|data|images|split|cropped|augmented))*$', '', name.strip().lower()))
+    word = re.sub(r'([ _-]*(set|data|images|imgs?|split|cropped|augmented|\d{2,4}))*$', '', name.strip().lower())
+    return _split_names.get(re.sub(r'^((seg|images?|imgs?|data|dataset)[ _-]+)+', '', word)) # as `seg_train`, `train2017`
 
 # %% ../../../nbs/01_data/readers/02_folders.ipynb #d50616aa
 def _add_test(order, groups, side, n):
@@ -117,6 +118,14 @@ def _class_rows(folder, split):
                         'fill it or remove it')
     return [(p,c,split) for c,ims in found.items() for p in ims]
 
+# %% ../../../nbs/01_data/readers/02_folders.ipynb #83d90488
+def _inner_splits(root):
+    "Rows (image, class, split) if all class folders hold folders of splits alone, with one for training; else none"
+    found = {c:{p:folder_split(p.name) for p in DataFolder(c).folders()} for c in DataFolder(root).folders()}
+    named = lambda c,splits: 'train' in splits.values() and all(splits.values()) and not _images_in(c)
+    if not found or not all(named(c, s) for c,s in found.items()): return []
+    return [(im,c.name,s) for c,splits in found.items() for p,s in splits.items() for im in DataFolder(p).images()]
+
 # %% ../../../nbs/01_data/readers/02_folders.ipynb #e199dc4b
 def _labelled(splits):
     "The folders of splits whose images are sorted into classes; training folders in any case"
@@ -140,9 +149,11 @@ def read_folder(
     root = _opened(top)
     DataFolder(root).warn_unread()
     splits = _labelled(_split_layout(root))
-    rows = [r for f,s in (splits or {root:None}).items() for r in _class_rows(f, s)]
+    rows = _inner_splits(root) if splits is None else []
+    if rows: splits = dict.fromkeys(r[2] for r in rows)
+    else: rows = [r for f,s in (splits or {root:None}).items() for r in _class_rows(_opened(f) if s else f, s)]
     df,said = pd.DataFrame(rows, columns=['image','class','split']),'split given by folders'
-    drawn = not splits or set(splits.values()) == {'train'}
+    drawn = set(df['split']) in ({None}, {'train'})
     if drawn: df['split'],said = new_split(df.image, df['class'], test, seed)
     classes = sorted(set(df['class'][df.split=='train']))
     unseen = sorted(set(df['class']) - set(classes))

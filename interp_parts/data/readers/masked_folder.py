@@ -16,7 +16,7 @@ from ..masks import check_masks, label_files
 from ..images import IMAGE_SUFFIXES
 from .files import DataFolder, readers
 from .folders import folder_split, new_split
-from ..table import check_table, first_few, part_table
+from ..table import check_copies, check_table, first_few, part_table
 
 # %% ../../../nbs/01_data/readers/06c_masked_folder.ipynb #75d0fb3b
 def _split_and_class(rel, given):
@@ -51,6 +51,7 @@ def read_masked_folder(
     masks:str|None='masks', # Folder of masks, within `path` or anywhere; None: no masks
     test:float=0.2, # Share of each class that is tested on, if there is no split
     seed:int=0, # Random seed of that choice
+    copies:bool=False, # May test images be copies of training images?
 )->pd.DataFrame:
     "The table of your own images with a mask for each"
     top = Path(os.path.abspath(path))
@@ -67,6 +68,7 @@ def read_masked_folder(
     df = check_table(part_table(rows, top.name, classes=classes, keypoints=[], pairs=[], licence='not stated',
                                 citation='', masks='your own' if where else 'none', protocol=said,
                                 **(dict(drawn=True) if said.startswith('random') else {})))
+    df = df if df.attrs.get('drawn') or copies else check_copies(df)
     return check_masks(df) if where else df
 
 readers['masked_folder'] = read_masked_folder

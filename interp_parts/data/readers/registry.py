@@ -28,6 +28,15 @@ def _check_options(name, known, options):
         if not known: raise ConfigError(f'option of --data {name}', repr(o), 'none', 'leave it out')
         pick(o, [*known, 'masks'], f'option of --data {name}')
 
+_words = {bool:'true or false', int:'a whole number', float:'a number', str:'a text'}
+
+def _check_values(reader, options):
+    "Complain about a value of another kind than the reader takes"
+    for k,v in options.items():
+        kind = getattr(inspect.signature(reader).parameters.get(k), 'annotation', None)
+        fits = isinstance(v, (int,float) if kind is float else kind) and (kind is bool or not isinstance(v, bool)) if kind in _words else True
+        if not fits: raise ConfigError(f'data.{k}', repr(v), _words[kind])
+
 # %% ../../../nbs/01_data/readers/08_registry.ipynb #0d4364b1
 def read_data(
     name:str, # One of `readers`
@@ -39,6 +48,7 @@ def read_data(
     known = list(inspect.signature(reader).parameters)[1:]
     masks = None if 'masks' in known else options.pop('masks', None)
     _check_options(name, known, options)
+    _check_values(reader, options)
     if not Path(path).exists():
         raise DataError(path, 'no such file or folder', f'the data of --data {name}', 'check --path')
     with reading(path, f'the data of --data {name}', 'check --path, or restore the files'):
