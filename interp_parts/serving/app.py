@@ -87,11 +87,13 @@ def _change(ask, e, k):
 
 # %% ../../nbs/22_serving/05_app.ipynb #67eb47b7
 def _sources(e, k):
-    "Pictures of the training patches behind a part, with captions; none where the method has none"
+    "The training patch behind a part and the image it is from, with captions; none where the method has none"
     own = next(o for o in e.to_dict(every=True)['parts'] if o['part'] == k).get('source') or {}
     if not own.get('image') or not os.path.exists(own['image']): return []
-    x,y,w,h = own['box'] or (0, 0, *load_image(own['image']).size)
-    return [(load_image(own['image']).crop((int(x), int(y), int(x+w), int(y+h))).resize((160,160)), str(own.get('class') or ''))]
+    im = load_image(own['image'])
+    x,y,w,h = own['box'] or (0, 0, *im.size)
+    patch = im.crop((int(x), int(y), int(x+w), int(y+h))).resize((320,320))
+    return [(patch, str(own.get('class') or '')), (im, os.path.basename(own['image']))]
 
 # %% ../../nbs/22_serving/05_app.ipynb #fb298f18
 _STYLE = '''
@@ -200,7 +202,7 @@ def _chosen(self:_Page, picture):
     "The column of one part"
     gr = self.gr
     k = gr.Dropdown(label='Part', choices=[], elem_id='part', type='value')
-    out = k,picture('Where it is'),gr.HTML(elem_id='without'),gr.Gallery(label='Training patch behind it', visible=False, columns=3, height=220, object_fit='contain', elem_id='patch')
+    out = k,picture('Where it is'),gr.HTML(elem_id='without'),gr.Gallery(label='Training patch behind it', visible=False, columns=2, elem_id='patch')
     return (*out, gr.Textbox(label='Its name', max_lines=1, elem_id='name'), gr.Button('Save the name', elem_id='save'))
 
 @patch
