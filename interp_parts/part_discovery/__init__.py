@@ -7,7 +7,7 @@ __all__ = []
 
 # %% ../../nbs/15_part_discovery/00_part_discovery.ipynb #67ab702b
 from . import (assignment, places, losses, equivariance, features, cell_votes, model,
-                                          step, start, learner, recipes)
+                                          step, start, learner, recipes, published)
 
 # %% ../../nbs/15_part_discovery/00_part_discovery.ipynb #9b919c6d
 __all__ = [*assignment.__all__, *places.__all__, *losses.__all__, *equivariance.__all__, *features.__all__,
