@@ -127,6 +127,7 @@ def export_run(
     file.parent.mkdir(parents=True, exist_ok=True)
     if file.suffix == '.onnx': _write_onnx(program, about, file, opset)
     else:
+        program = program.run_decompositions({}) # blocks of autocast, which torch cannot read back, become their operations
         with atomic_path(file) as tmp: torch.export.save(program, tmp, extra_files={'interp_parts':about['made_by'], 'about.json':json.dumps(about)})
     write_json(also[0], about)
     if also[1:]: write_text(also[1], _use)

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 
-from ..core import CheckpointError, ConfigError
+from ..core import CheckpointError, ConfigError, InterpPartsError
 from ..files import claim, claim_file, read_json, save_tensors, write_json, write_text
 from ..training.runs import load_run
 from ..visualization.model_card import write_model_card
@@ -89,6 +89,7 @@ def _hub():
 def _asking(repo, revision=None):
     "What goes wrong with the hub becomes one line"
     try: yield
+    except InterpPartsError: raise
     except Exception as e:
         name,code = type(e).__name__,getattr(getattr(e, 'response', None), 'status_code', None)
         said = ' '.join(str(getattr(e, 'server_message', None) or e).split())[:120]
