@@ -190,11 +190,12 @@ def _features(
 def _export(
     run:str, # Folder of a finished training
     file:str, # model.onnx or model.pt2
+    opset:int=None, # Of ONNX's operators; default the one that torch prefers
     overwrite:bool=False, # Replace files that this command wrote before?
 ):
     "Write the model of a run for other programs"
     from interp_parts.serving.exporting import export_run
-    about = export_run(run, file, overwrite)
+    about = export_run(run, file, overwrite, opset)
     print(f"{file}: from {about['input']['size']} px images to {', '.join(about['outputs'])}; batch {about['batch']}")
 
 # %% ../../nbs/30_command/01_cli.ipynb #23e51dc1

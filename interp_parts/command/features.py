@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from .settings import pick_device
-from ..core import ConfigError, DataError, get_method, method_names, pick
+from ..core import CheckpointError, ConfigError, DataError, get_method, method_names, pick
 from ..data.readers.registry import readers
 from ..data.rows import run_rows
 from ..evaluation.landmarks import part_centers
@@ -79,11 +79,15 @@ def features_run(
     return res
 
 # %% ../../nbs/30_command/02e_features.ipynb #68d2e22e
+_instead = dict(activation_diversity='they published a graph of TensorFlow; train from images: interp-parts train activation_diversity')
+
 def _importer(method):
     make = get_method(method).importer
     if make: return make
+    for m in method_names: get_method(m) # a method may bring the importer of its base model
+    if get_method(method).importer: return get_method(method).importer
     can = [m for m in method_names if get_method(m).importer]
-    raise ConfigError('import', f'{method} reads no checkpoint of its authors', ' or '.join(can))
+    raise ConfigError('import', f'{method} reads no checkpoint of its authors', ' or '.join(can), _instead.get(method, f'train it: interp-parts train {method}'))
 
 def _check_path(make, path):
     "Raise for data that an importer needs and does not find"
@@ -93,6 +97,19 @@ def _check_path(make, path):
     p = Path(path)
     if not p.exists(): raise DataError(p, 'no such file or folder', want, 'check --path')
     if p.is_dir() and not any(p.iterdir()): raise DataError(p, 'an empty folder', want, 'check --path')
+
+# %% ../../nbs/30_command/02e_features.ipynb #7be1904f
+_TORCH = b'\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19' # Where torch.save began a file before version 1.6
+
+def _check_kind(file, method):
+    "Raise for a graph of TensorFlow, and for a pickle that torch did not write"
+    if not Path(file).is_file(): raise CheckpointError(file, 'no such file', 'a file of the authors')
+    with open(file, 'rb') as f: head = f.read(64)
+    if Path(file).suffix in ('.pb','.meta','.h5'):
+        raise CheckpointError(file, 'a graph of TensorFlow', 'tensors or arrays by name', f'train from images: interp-parts train {method}')
+    if head[:1] == b'\x80' and _TORCH not in head:
+        raise CheckpointError(file, 'a pickle, as joblib and scikit-learn dump an SVM, which may run code', 'tensors or arrays by name',
+                              f'fit it again: interp-parts train {method}')
 
 # %% ../../nbs/30_command/02e_features.ipynb #6795b96f
 def import_run(
@@ -105,6 +122,7 @@ def import_run(
 )->Path:
     "Make a run of a checkpoint of a method's authors, and say what they scored with it"
     make = _importer(method)
+    _check_kind(file, method)
     if data is not None: options['data'] = pick(data, list(readers), '--data')
     _check_path(make, options.get('data_path'))
     claim(out, 'run', [file, options.get('data_path')], new=True, mark=False)

@@ -6,15 +6,16 @@
 __all__ = ['make_learner', 'train_run']
 
 # %% ../../nbs/30_command/02b_train.ipynb #79224c20
-import json, os, shutil, sys, time
+import json, os, re, shutil, sys, time
 from contextlib import nullcontext
 from pathlib import Path
 
 import pandas as pd, timm
 from fastcore.imports import in_notebook
+from huggingface_hub import try_to_load_from_cache
 
 from .settings import check_kind, check_settings, option_kinds, pick_device, settings_defaults
-from ..core import ConfigError, DataError, PartLearner, create_learner, get_method
+from ..core import CheckpointError, ConfigError, DataError, PartLearner, create_learner, get_method
 from ..data.loaders import part_dls
 from ..data.rows import read_rows
 from ..data.table import bad_image_line
@@ -22,6 +23,7 @@ from ..errors import warn_user
 from ..files import claim, occupied, read_json, save_tensors, write_json
 from ..models.backbones import backbone_stats
 from ..replace import remove_unfinished, replaceable, start_folder
+from ..serving.hub import pretrained_folder
 from ..training.cached import frozen_backbone
 from ..training.distributed import joined, on_first, this_process
 from ..training.fit import fit_run
@@ -51,7 +53,7 @@ def make_learner(
     "The learner that the settings describe, not trained yet"
     seed_everything(s['seed'], s['deterministic'])
     dls = part_dls(df, s['size'], s['resize'], s['bs'], flip=s['flip'], brightness=s['brightness'],
-                   stats=backbone_stats(s['backbone']), workers=_workers(s), seed=s['seed'],
+                   stats=backbone_stats(s['backbone'], s['weights']), workers=_workers(s), seed=s['seed'],
                    device=pick_device(s['device']), extra=get_method(method).extra, fast_decode=s['fast_decode'])
     names = option_kinds(get_method(method).learner, get_method(method).model)
     for k,lacks in _lacks.items():
@@ -139,12 +141,23 @@ def _say_start(method, learn, say):
         f"{n:,} parameters, {d.device}")
     if d.valid_is_train: say('no image has the split valid: the columns valid_* are of training images')
 
+_in_cache = re.compile(r'models--(.+?)--(.+)/snapshots/([0-9a-f]+)/[^/]+')
+
+def _commit(repo):
+    "Commit that the hub's cache has of a repository; None if it has none"
+    at = try_to_load_from_cache(repo, 'model.safetensors')
+    return Path(at).parent.name if isinstance(at, str) else None
+
 def _weights_about(name, pretrained=False, weights=None):
     "Where a backbone's weights come from and their licence, for a run's config"
+    if weights and (hub := _in_cache.search(Path(weights).as_posix())):
+        user,repo,commit = hub.groups()
+        return dict(file=f'hf-hub:{user}/{repo}', revision=commit, licence='not known to us; see its page on the hub')
     if weights: return dict(file=Path(weights).name, licence='that of the file; not known to us')
     if not pretrained: return dict(file=None, licence='none: random at the start')
     cfg = timm.get_pretrained_cfg(name)
-    return dict(file=cfg.hf_hub_id or cfg.url or name, licence=cfg.license or 'not stated by timm')
+    about = dict(file=cfg.hf_hub_id or cfg.url or name, licence=cfg.license or 'not stated by timm')
+    return about | (dict(revision=_commit(cfg.hf_hub_id)) if cfg.hf_hub_id else {})
 
 def _start(method, run, s, say):
     "The learner and its configuration, and the files that a training begins with"
@@ -158,6 +171,36 @@ def _start(method, run, s, say):
         write_json(run/'config.json', config)
         write_json(run/'state'/'initial.json', learn.model.config)
     return learn,config
+
+# %% ../../nbs/30_command/02b_train.ipynb #1b8d7f02
+def _base_folder(where):
+    "Folder of a network of timm, from the hub for 'hf-hub:user/name@revision'"
+    source,_,name = where.partition(':')
+    if source == 'local-dir' or Path(where).is_dir(): return pretrained_folder(name if source == 'local-dir' else where)
+    name,_,revision = name.partition('@')
+    return pretrained_folder(name, revision or None, base=True)
+
+def _base(where):
+    "The architecture and the file of weights of a network of timm"
+    folder = _base_folder(where)
+    if not (folder/'config.json').is_file(): raise CheckpointError(folder, 'no config.json', 'a folder that timm wrote')
+    c = read_json(folder/'config.json')
+    if not isinstance(c, dict) or not isinstance(c.get('architecture'), str):
+        raise CheckpointError(folder/'config.json', 'no architecture', 'what timm writes', 'for a run of interp_parts pass --init')
+    if not (folder/'model.safetensors').is_file(): raise CheckpointError(folder, 'no model.safetensors', 'weights without pickles')
+    return c['architecture'],str(folder/'model.safetensors')
+
+def _with_base(s):
+    "The settings with the name and the weights file of a network that stands on the hub or in a folder"
+    there = lambda v: str(v or '').startswith(('hf-hub:','hf_hub:','local-dir:'))
+    name,weights = s['backbone'],s['weights']
+    if there(name) and weights: raise ConfigError('--weights', weights, f'none: {name} has its own')
+    if there(name): return {**s, **dict(zip(('backbone','weights'), _base(name)))}
+    if not weights or not (there(weights) or Path(weights).is_dir()): return s
+    own,file = _base(weights)
+    if str(name).split('.')[0] != own:
+        raise ConfigError('--weights', f'{weights} is {own}', f'weights of --backbone {name}', f'pass --backbone {own}')
+    return {**s, 'weights':file}
 
 # %% ../../nbs/30_command/02b_train.ipynb #3bb0556f
 def _backbone(learn, s):
@@ -183,6 +226,7 @@ def train_run(
     say=print, # Function that takes each line of text
 )->Path:
     "Train a method and leave a complete run"
+    settings = _with_base(settings)
     check_settings(settings)
     run,s,model = Path(out),_absolute(settings),get_method(method).model
     check_kind('--epochs', s['epochs'], 0, getattr(model, 'least_epochs', 1))

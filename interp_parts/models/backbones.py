@@ -7,6 +7,7 @@ __all__ = ['STAGES', 'check_backbone', 'create_timm', 'Backbone', 'read_weights'
 
 # %% ../../nbs/03_models/01_backbones.ipynb #362be3f2
 from contextlib import contextmanager, nullcontext
+import json, sys
 from pathlib import Path
 
 import timm, torch, torch.nn.functional as F, torchvision
@@ -247,24 +248,48 @@ def _mismatch(path, mine, sd):
     return CheckpointError(path, got, 'the weights of --backbone')
 
 # %% ../../nbs/03_models/01_backbones.ipynb #03ee89cc
+def _fits(net, sd):
+    "Are these all tensors of the network but its classifier, in their shapes?"
+    mine = net.state_dict()
+    need = {k for k in mine if k not in _head(net) and not k.endswith('num_batches_tracked')}
+    return need <= set(sd) <= set(mine) and all(mine[k].shape == v.shape for k,v in sd.items())
+
+def _head(net): return {k for k in net.state_dict() if k.startswith(net.default_cfg['classifier'] + '.')}
+
+def _as_timm_reads(net, sd):
+    "The tensors as timm's own reader of this architecture converts them"
+    convert = getattr(sys.modules[type(net).__module__], 'checkpoint_filter_fn', None)
+    return sd if convert is None else convert(sd, net)
+
 def _load_weights(net, path):
     "Load all of `net` but its classifier from a file, or say what does not fit"
-    mine = net.state_dict()
-    sd = _named_like(net, read_weights(path), path)
-    head = {k for k in mine if k.startswith(net.default_cfg['classifier'] + '.')}
-    sd = {k:v for k,v in sd.items() if k not in head or v.shape == mine[k].shape}
-    need = {k for k in mine if k not in head and not k.endswith('num_batches_tracked')}
-    if not need <= set(sd) <= set(mine) or any(mine[k].shape != v.shape for k,v in sd.items()):
-        raise _mismatch(path, {k:v for k,v in mine.items() if k in need or k in sd}, sd)
+    mine,head = net.state_dict(),_head(net)
+    found = _named_like(net, read_weights(path), path)
+    own = lambda sd: {k:v for k,v in sd.items() if k not in head or v.shape == mine[k].shape}
+    sd = own(found)
+    if not _fits(net, sd): sd = own(_as_timm_reads(net, found))
+    if not _fits(net, sd): raise _mismatch(path, {k:v for k,v in mine.items() if k not in head or k in sd}, sd)
     net.load_state_dict({k:v.float() if v.is_floating_point() else v for k,v in sd.items()}, strict=False)
     return net
 
 # %% ../../nbs/03_models/01_backbones.ipynb #4ef2aace
+def _saved_stats(weights):
+    "Mean and standard deviation that timm wrote beside a file of weights; None if it did not"
+    beside = Path(weights or '').with_name('config.json') if weights else None
+    if beside is None or not beside.is_file(): return
+    try: c = json.loads(beside.read_text(encoding='utf-8'))
+    except ValueError: return
+    own = c.get('pretrained_cfg', c) if isinstance(c, dict) and 'architecture' in c else {}
+    if 'mean' in own and 'std' in own: return tuple(own['mean']),tuple(own['std'])
+
 def backbone_stats(
     name:str, # timm's name
+    weights=None, # File of weights; timm's config.json beside it says what they were trained with
 )->tuple:
     "Mean and standard deviation of the three channels that the network was trained with"
-    cfg = timm.get_pretrained_cfg(check_backbone(name))
+    check_backbone(name)
+    if (own := _saved_stats(weights)): return own
+    cfg = timm.get_pretrained_cfg(name)
     return (tuple(cfg.mean),tuple(cfg.std)) if cfg else ((0.485,0.456,0.406),(0.229,0.224,0.225))
 
 # %% ../../nbs/03_models/01_backbones.ipynb #c642596b

@@ -82,6 +82,7 @@ class PartDiscovery(PartModel):
         pretrained:bool=False, # Download the backbone's weights?
         weights:str=None, # Backbone weights in a local file
         features:nn.Module=None, # A module with `.channels` instead of a timm backbone
+        side:int=None, # Pixels that a transformer's positions are for; None: timm's
     ):
         design = pick(design or ('paper' if compat else 'adapted'), DISCOVERY_DESIGNS, 'design')
         paper = design == 'paper'
@@ -90,7 +91,7 @@ class PartDiscovery(PartModel):
         super().__init__(n_classes=n_classes, n_parts=n_parts, backbone=backbone, multi=multi, design=design, compat=compat,
                          modulation=modulation, floor=floor, noise=noise, dropout=dropout, stride=stride, joined=joined, width=width,
                          align_corners=align_corners, trained=trained, grey_maps=grey_maps, words=words, placed=placed, raw=raw, raw_parts=raw_parts,
-                         freeze_bn=freeze_bn, freeze_early=freeze_early)
+                         freeze_bn=freeze_bn, freeze_early=freeze_early, side=side)
         if n_parts < 1: raise ConfigError('--n-parts', n_parts, 'at least 1')
         if not 0 <= dropout < 1: raise ConfigError('dropout', dropout, 'a probability below 1')
         if floor < 0: raise ConfigError('floor', floor, 'at least 0')
@@ -99,6 +100,7 @@ class PartDiscovery(PartModel):
         self.backbone = features or part_features(
             backbone, stride, joined, trained, width=width, align_corners=align_corners, pretrained=pretrained,
             weights=weights, freeze_bn=freeze_bn, freeze_early=freeze_early)
+        if side: self.backbone.net.set_input_size(img_size=side)
         self.grey_maps = grey_maps
         if words and (multi or not grey_maps): raise ConfigError('words', words, '0 for attributes or without `grey_maps`')
         self.cells = CellVotes(n_classes, n_parts, words) if words else None

@@ -6,7 +6,7 @@
 __all__ = ['app_run']
 
 # %% ../../nbs/22_serving/05_app.ipynb #7a78f48e
-import html, os, socket, tempfile
+import html, os, re, socket, tempfile
 from dataclasses import replace
 from importlib.util import find_spec
 
@@ -87,11 +87,13 @@ def _change(ask, e, k):
 
 # %% ../../nbs/22_serving/05_app.ipynb #67eb47b7
 def _sources(e, k):
-    "Pictures of the training patches behind a part, with captions; none where the method has none"
+    "The training patch behind a part and the image it is from, with captions; none where the method has none"
     own = next(o for o in e.to_dict(every=True)['parts'] if o['part'] == k).get('source') or {}
     if not own.get('image') or not os.path.exists(own['image']): return []
-    x,y,w,h = own['box'] or (0, 0, *load_image(own['image']).size)
-    return [(load_image(own['image']).crop((int(x), int(y), int(x+w), int(y+h))).resize((160,160)), str(own.get('class') or ''))]
+    im = load_image(own['image'])
+    x,y,w,h = own['box'] or (0, 0, *im.size)
+    patch = im.crop((int(x), int(y), int(x+w), int(y+h))).resize((320,320))
+    return [(patch, str(own.get('class') or '')), (im, os.path.basename(own['image']))]
 
 # %% ../../nbs/22_serving/05_app.ipynb #fb298f18
 _STYLE = '''
@@ -104,11 +106,15 @@ _STYLE = '''
 
 def _line(text, kind='said'): return f'<p class="{kind}">{html.escape(str(text))}</p>'
 
+def _own_words(e):
+    "An error, with an uploaded file by its name alone"
+    return re.sub(re.escape(os.environ.get('GRADIO_TEMP_DIR', '')) + r'/[0-9a-f]{64}/', '', str(e))
+
 def _guarded(f, n):
     "`f`, whose errors become one line on the page: its first output; `n` further ones stay as they are"
     def safe(*args):
         try: return f(*args)
-        except InterpPartsError as e: return (_line(e, 'wrong'), *[_gradio().skip()]*n)
+        except InterpPartsError as e: return (_line(_own_words(e), 'wrong'), *[_gradio().skip()]*n)
     safe.__annotations__ = {}
     return safe
 
@@ -196,7 +202,7 @@ def _chosen(self:_Page, picture):
     "The column of one part"
     gr = self.gr
     k = gr.Dropdown(label='Part', choices=[], elem_id='part', type='value')
-    out = k,picture('Where it is'),gr.HTML(elem_id='without'),gr.Gallery(label='Training patch behind it', visible=False, columns=3)
+    out = k,picture('Where it is'),gr.HTML(elem_id='without'),gr.Gallery(label='Training patch behind it', visible=False, columns=2, elem_id='patch')
     return (*out, gr.Textbox(label='Its name', max_lines=1, elem_id='name'), gr.Button('Save the name', elem_id='save'))
 
 @patch

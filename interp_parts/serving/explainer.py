@@ -49,12 +49,13 @@ class Explainer:
         device='cpu', # Where the model goes: 'cpu', 'cuda' or 'cuda:N'
         bs:int=16, # Images that go through the network together, at most
         revision:str=None, # Branch, tag or commit on the hub; None: the newest
+        whole:bool=True, # Of a run with resize 'short', the whole image? False: the square in its middle, as an exported model
     ):
         if type(bs) is not int or bs < 1: raise ConfigError('bs', repr(bs), 'at least 1')
         self.run,self.bs = pretrained_folder(run, revision),bs
         self.learn = load_run(self.run, torch.device(device))
         view = self.learn.dls.view
-        self.view = View(view.size, view.resize, whole=True)
+        self.view = View(view.size, view.resize, whole=whole)
         self._lock,self._add = Lock(),None
 
     def _details(self, parts, which):

@@ -11,9 +11,9 @@ from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 
-from ..core import CheckpointError, ConfigError
+from ..core import CheckpointError, ConfigError, InterpPartsError
 from ..data.transfer import server_answers
-from ..files import another_folder, claim, occupied, save_tensors, write_json, write_text
+from ..files import another_folder, claim, claim_file, occupied, read_json, save_tensors, write_json, write_text
 from ..replace import replaceable
 from ..training.runs import load_run
 from ..visualization.model_card import write_model_card
@@ -92,6 +92,7 @@ def _hub():
 def _asking(repo, revision=None):
     "What goes wrong with the hub becomes one line"
     try: yield
+    except InterpPartsError: raise
     except Exception as e:
         name,code = type(e).__name__,getattr(getattr(e, 'response', None), 'status_code', None)
         said = ' '.join(str(getattr(e, 'server_message', None) or e).split())[:120]
@@ -107,7 +108,7 @@ def _asking(repo, revision=None):
         raise CheckpointError(repo, f'the hub said: {said}', 'a model') from e
 
 # %% ../../nbs/22_serving/04_hub.ipynb #e71633b7
-def _download(repo, revision=None):
+def _download(repo, revision=None, base=False):
     "Folder in the hub's cache with the files of one commit"
     hub,endpoint,offline = _hub()
     own = dict(endpoint=endpoint, cache_dir=os.environ.get('HF_HUB_CACHE'), local_files_only=offline)
@@ -115,8 +116,8 @@ def _download(repo, revision=None):
         folder = Path(hub.hf_hub_download(repo, 'config.json', revision=revision, **own)).parent
         if offline: return folder
         names = {o.rfilename for o in hub.HfApi(endpoint).model_info(repo, revision=folder.name).siblings}
-        _refuse(repo, [n for n in names if Path(n).suffix.lower() in _PICKLES])
-        for n in names & set(_FILES[1:]): hub.hf_hub_download(repo, n, revision=folder.name, **own)
+        if not base or 'model.safetensors' not in names: _refuse(repo, [n for n in names if Path(n).suffix.lower() in _PICKLES])
+        for n in names & set(_FILES[1:2] if base else _FILES[1:]): hub.hf_hub_download(repo, n, revision=folder.name, **own)
     return folder
 
 _hub_id = re.compile(r'[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*')
@@ -124,13 +125,15 @@ _hub_id = re.compile(r'[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*')
 def pretrained_folder(
     name, # Folder, or hub id such as 'user/birds'
     revision:str=None, # Branch, tag or commit on the hub; None: the newest
+    base:bool=False, # A network of timm, of which config.json and model.safetensors alone are taken from the hub?
 )->Path:
     "The folder of a model, downloaded from the hub if it is no folder here; refused if it holds a pickle"
     at = Path(name)
     if at.exists() or not _hub_id.fullmatch(str(name)) or at.parent.exists():
         if revision: raise ConfigError('revision', repr(revision), f'none: {name} is a folder here')
         return _check_folder(at)
-    return _check_folder(_download(str(name), revision))
+    folder = _download(str(name), revision, base)
+    return folder if base else _check_folder(folder)
 
 # %% ../../nbs/22_serving/04_hub.ipynb #495b439f
 def from_pretrained(

@@ -14,6 +14,7 @@ from ..core import CheckpointError, DataError, get_method
 from ..data.rows import read_rows
 from ..files import SCHEMA, reading, save_tensors, write_json
 from ..models.backbones import backbone_stats, read_weights
+from ..models.classifier import Classifier
 from ..training.runs import fingerprint, versions
 from .model import visual_words_learner # registers the method
 from .network import VisualWords
@@ -54,6 +55,20 @@ def _classes(training, n):
     raise DataError(training['path'], f'{len(classes)} classes', f'{n}, as the checkpoint has', 'check --data and --path')
 
 # %% ../../nbs/12_visual_words/24_published.ipynb #ee432978
+def _write_imported(path, out, method, model, training, size, published={}):
+    "The run of an imported model"
+    c,training = model.config,dict(training, imported=Path(path).name)
+    df,vocab = _classes(training, c['n_classes'])
+    about = {k:v for k,v in df.attrs.items() if k != 'citation'}
+    config = dict(schema=SCHEMA, method=method, model=c, vocab=vocab, multi=False,
+                  view=dict(size=size, resize='squash'), stats=backbone_stats(c['backbone']),
+                  data=dict(about, fingerprint=fingerprint(df)), citation=df.attrs.get('citation', ''),
+                  n_train=int((df.split == 'train').sum()), valid_is_train=False, training=training,
+                  published=published, versions=versions())
+    save_tensors(Path(out)/'model.safetensors', model)
+    write_json(Path(out)/'config.json', config)
+    return Path(out)
+
 def _import_words(
     path, # State dict of LVW or ProtoPNet, such as words.pth
     out, # Folder of the run that is made
@@ -66,18 +81,36 @@ def _import_words(
     with reading(path, 'tensors by name', error=CheckpointError):
         state = {k.removeprefix('module.'):v for k,v in read_weights(path).items()}
         model = VisualWords(**_original_words(state, path)).load_original(state, path)
-    c = model.config
-    training = dict(data=data, path=str(Path(data_path).resolve()), protocol=protocol, imported=Path(path).name)
-    df,vocab = _classes(training, c['n_classes'])
-    about = {k:v for k,v in df.attrs.items() if k != 'citation'}
-    config = dict(schema=SCHEMA, method='visual_words', model=c, vocab=vocab, multi=False,
-                  view=dict(size=size, resize='squash'), stats=backbone_stats(c['backbone']),
-                  data=dict(about, fingerprint=fingerprint(df)), citation=df.attrs.get('citation', ''),
-                  n_train=int((df.split == 'train').sum()), valid_is_train=False, training=training,
-                  published=dict(accuracy=.8621) if data == 'pets' and len(state['prototype_vectors']) == 185 else {},
-                  versions=versions())
-    save_tensors(Path(out)/'model.safetensors', model)
-    write_json(Path(out)/'config.json', config)
-    return Path(out)
+    training = dict(data=data, path=str(Path(data_path).resolve()), protocol=protocol)
+    known = dict(accuracy=.8621) if data == 'pets' and len(state['prototype_vectors']) == 185 else {}
+    return _write_imported(path, out, 'visual_words', model, training, size, known)
 
 get_method('visual_words').importer = _import_words
+
+# %% ../../nbs/12_visual_words/24_published.ipynb #9a1f5b3e
+def _base_options(state, name):
+    "Arguments of the `Classifier` that a ResNet's state dict fits, and the tensors under our names"
+    if 'fc.weight' not in state: raise CheckpointError(name, 'no fc.weight', 'a state dict of a ResNet', 'save model.state_dict() of the original model')
+    for backbone in _networks[:5]:
+        with torch.device('meta'): want = Classifier(len(state['fc.weight']), backbone).state_dict()
+        ours = {f"head.{k[3:]}" if k.startswith('fc.') else f'backbone.net.{k}':v for k,v in state.items()}
+        if {k:tuple(v.shape) for k,v in want.items()} == {k:tuple(v.shape) for k,v in ours.items()}:
+            return dict(n_classes=len(state['fc.weight']), backbone=backbone),ours
+    raise CheckpointError(name, 'tensors of another network', f"one of {', '.join(_networks[:5])}")
+
+def _import_base(
+    path, # State dict of a ResNet in torchvision's or timm's names, such as resnet34_pets.pth
+    out, # Folder of the run that is made
+    data:str='folder', # Reader of its data
+    data_path:str='.', # Where they are
+    size:int=224, # Side of the network input, in pixels
+    protocol:str=None, # The reader's
+)->Path:
+    "Make a run of a fine-tuned ResNet; nothing is unpickled"
+    with reading(path, 'tensors by name', error=CheckpointError):
+        options,state = _base_options({k.removeprefix('module.'):v for k,v in read_weights(path).items()}, path)
+        model = Classifier(**options)
+        model.load_state_dict(state)
+    return _write_imported(path, out, 'classifier', model, dict(data=data, path=str(Path(data_path).resolve()), protocol=protocol), size)
+
+get_method('classifier').importer = _import_base
