@@ -169,10 +169,11 @@ def _features(
     split:str=None, # Rows of this split only
     device:str='auto', # auto, cpu, cuda or cuda:N
     overwrite:bool=False, # Replace a file that this command wrote before?
+    resume:bool=False, # Go on with a file that was not finished
 ):
     "Write embeddings, logits, presence and centres of the parts of each image as .npz"
     from interp_parts.command.features import features_run
-    arrays = features_run(run, out, path, split, device, overwrite=overwrite)
+    arrays = features_run(run, out, path, split, device, overwrite=overwrite, resume=resume)
     print(f"{out}: {', '.join(f'{k} {v.shape}' for k,v in arrays.items())}")
 
 # %% ../../nbs/30_command/01_cli.ipynb #0bd19bc6
