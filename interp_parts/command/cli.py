@@ -55,6 +55,7 @@ def _train(
     init:str=None, # RUN, or weights, of a base model or trunk to start from, for methods that have one
     backbone:str=None, # timm's name; default: the method's own, such as resnet50
     weights:str=None, # Backbone weights: a .safetensors file, or a plain state dict, with timm's or torchvision's names
+    layer:str=None, # With a classifier of your own as --init: the layer whose map is explained
     pretrained:bool=None, # Download timm's weights? Default: yes
     freeze_bn:bool=None, # Keep the backbone's batch norm statistics?
     n_parts:int=None, # Parts, the background included; default: the method's own

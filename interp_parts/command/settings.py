@@ -73,7 +73,7 @@ def _place(settings, method, key, value):
     elif key in optim: settings['fit'].setdefault('options', {})[key] = value
     else: _place_in_model(settings, method, pick(key, sorted(model | fit | flat-_foreign(model) | optim), '--set'), value)
 
-_of_models = {'init','backbone','weights','pretrained','freeze_bn','n_parts','compat'}
+_of_models = {'init','backbone','weights','layer','pretrained','freeze_bn','n_parts','compat'}
 
 def _foreign(model):
     "Settings that a model with the options `model` does not have, and that are no advice for a misspelt name"
