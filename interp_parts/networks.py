@@ -65,6 +65,13 @@ def _stated_size(net):
         if v is not None: return v[0] if isinstance(v, (tuple,list)) else v
     return (getattr(net, 'pretrained_cfg', None) or {}).get('input_size', (3,224,224))[1]
 
+def _up_to(net, layer):
+    "A network of body and head, as fastai makes it, without the head if the layer is in the body: a map needs no more"
+    if not (isinstance(net, nn.Sequential) and len(net) == 2 and layer.split('.')[0] == '0'): return net
+    out = nn.Sequential(net[0], nn.Identity())
+    out.training = net.training
+    return out
+
 
 # %% ../nbs/00g_own_networks.ipynb #b80b38b3
 class LayerMap(nn.Module):
@@ -76,7 +83,8 @@ class LayerMap(nn.Module):
     ):
         super().__init__()
         net = self.plain(net)
-        self.net,self.layer = net,pick(layer, [n for n,_ in net.named_modules() if n], 'layer')
+        self.layer = pick(layer, [n for n,_ in net.named_modules() if n], 'layer')
+        self.net = net = _up_to(net, layer)
         self.size = size or _stated_size(net)
         with eval_mode(net), torch.no_grad(): _,self.channels,h,_ = self(torch.zeros(1, 3, self.size, self.size)).shape
         self.stride = round(self.size/h)
@@ -132,11 +140,6 @@ def _build(name, library, options):
 
 def _shapes(net): return {k:tuple(v.shape) for k,v in net.state_dict().items()}
 
-def _needed(map_):
-    "Shapes of the tensors of a `LayerMap`; of a fastai network, those of its body"
-    fits = _shapes(map_.net)
-    return {k:v for k,v in fits.items() if not k.startswith('1.')} if isinstance(map_.net, nn.Sequential) else fits
-
 def _same(a, b):
     "Are two maps equal but for rounding? Memory formats and threads round differently, another network is far off"
     return a.shape == b.shape and bool((a-b).abs().max() <= 1e-4*a.abs().max())
@@ -146,7 +149,7 @@ def _proven(map_, way):
     "Does a way to build a network give the same map?"
     try:
         with torch.device('meta') if way['library'] != 'timm' else torch.device('cpu'): shapes = _shapes(_build(**way))
-        if shapes != _needed(map_): return False
+        if shapes != _shapes(map_.net): return False
         new = _build(**way)
         new.load_state_dict({k:map_.net.state_dict()[k] for k in shapes})
         other = LayerMap(new, map_.layer, map_.size)

@@ -55,6 +55,7 @@ def _train(
     init:str=None, # RUN, or weights, of a base model or trunk to start from, for methods that have one
     backbone:str=None, # timm's name; default: the method's own, such as resnet50
     weights:str=None, # Backbone weights: a .safetensors file, or a plain state dict, with timm's or torchvision's names
+    layer:str=None, # With a classifier of your own as --init: the layer whose map is explained
     pretrained:bool=None, # Download timm's weights? Default: yes
     freeze_bn:bool=None, # Keep the backbone's batch norm statistics?
     n_parts:int=None, # Parts, the background included; default: the method's own
@@ -179,10 +180,11 @@ def _features(
     split:str=None, # Rows of this split only
     device:str='auto', # auto, cpu, cuda or cuda:N
     overwrite:bool=False, # Replace a file that this command wrote before?
+    resume:bool=False, # Go on with a file that was not finished
 ):
     "Write embeddings, logits, presence and centres of the parts of each image as .npz"
     from interp_parts.command.features import features_run
-    arrays = features_run(run, out, path, split, device, overwrite=overwrite)
+    arrays = features_run(run, out, path, split, device, overwrite=overwrite, resume=resume)
     print(f"{out}: {', '.join(f'{k} {v.shape}' for k,v in arrays.items())}")
 
 # %% ../../nbs/30_command/01_cli.ipynb #0bd19bc6

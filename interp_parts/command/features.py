@@ -6,10 +6,12 @@
 __all__ = ['features_run', 'import_run']
 
 # %% ../../nbs/30_command/02e_features.ipynb #419d6884
-import inspect
+import hashlib, inspect, os, shutil, zipfile
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
+from fastcore.basics import patch
 
 from .settings import pick_device
 from ..core import CheckpointError, ConfigError, DataError, get_method, method_names, pick
@@ -17,30 +19,145 @@ from ..data.readers.registry import readers
 from ..data.rows import run_rows
 from ..evaluation.landmarks import part_centers
 from ..evaluation.scoring import split_rows
-from ..files import atomic_path, claim, claim_file, read_json, sign
+from ..files import atomic_path, claim, claim_file, made, read_json, sign, write_json
+from ..lock import locked
+from ..serving.lines import weights_hash
 from ..training.runs import load_run
 from ..visualization.report import write_model_card
 
 # %% ../../nbs/30_command/02e_features.ipynb #1b1bad1c
-def _of_batch(p, b, more):
-    "For each image of a batch what is kept; centres as shares of width and height"
+def _columns(p, b, more):
+    "Arrays (B,...) of a batch that are kept; centres as shares of width and height"
     centers = part_centers(p.maps, b.size[0])/b.size[0].flip(0)
     cols = dict(presence=p.presence, centers=centers, embedding=p.embedding, logits=p.logits, **more)
-    return [{k:v[i].float().numpy() for k,v in cols.items() if v is not None} for i in range(len(b))]
+    return {k:v.float().numpy() for k,v in cols.items() if v is not None}
 
-def _write_arrays(out, res):
+def _check_text(cols, out, method):
+    "Raise an error for text without an embedding"
+    if 'embedding' in cols: return
+    raise ConfigError('--out', Path(out).name, 'a name ending in .npz', f'{method} has no embedding to write as text')
+
+# %% ../../nbs/30_command/02e_features.ipynb #6e58a8e1
+def _part(out): return Path(f'{out}.part')
+
+def _check_part(folder, overwrite, resume):
+    "Raise an error for what is left of a file that was not finished, unless the user says what to do with it"
+    if not os.path.lexists(folder): return
+    if made(folder) != 'features': raise ConfigError(folder, 'exists, and interp_parts did not write it', 'no such folder', 'pass another --out')
+    if not (resume or overwrite):
+        raise ConfigError(folder, 'exists: a file that was not finished', 'none', 'pass --resume to go on, or --overwrite to begin again')
+    if not resume: shutil.rmtree(folder)
+
+def _about_rows(rows, model):
+    "What arrays are made of: weights, images and splits"
+    said = '\n'.join([model, *(f'{i} {s}' for i,s in zip(rows.image, rows.split))])
+    return dict(schema=1, rows=len(rows), made_from=hashlib.sha256(said.encode('utf-8', 'surrogateescape')).hexdigest()[:16])
+
+# %% ../../nbs/30_command/02e_features.ipynb #6ebb3f28
+_again = 'pass --overwrite to begin again'
+
+class _RowFiles:
+    "Arrays of rows in files of a folder, and which rows are there"
+    def __init__(self, folder, rows, model):
+        self.folder,self.about,self.files,self.lock = Path(folder),_about_rows(rows, model),{},None
+        self.begun = (self.folder/'about.json').exists()
+        self.there = self._read() if self.begun else np.zeros(len(rows), bool)
+
+    def _read(self):
+        "Which rows the folder has (N,), if they are of the same images and weights"
+        if read_json(self.folder/'about.json') != self.about:
+            raise ConfigError(self.folder, 'of other weights or images', 'those of this command', _again)
+        try: there = np.fromfile(self.folder/'there', np.uint8)
+        except OSError: there = ()
+        if len(there) == len(self): return there == 1
+        raise CheckpointError(self.folder/'there', f'{len(there)} bytes', str(len(self)), _again)
+
+    def __len__(self): return self.about['rows']
+    def __enter__(self): return self
+    def __exit__(self, kind, *error):
+        self.close()
+        if kind is None: shutil.rmtree(self.folder)
+
+# %% ../../nbs/30_command/02e_features.ipynb #2913b353
+@patch
+def _begin(self:_RowFiles, cols):
+    "Make the files that are not there, and open all"
+    self.lock = locked(claim(self.folder, 'features'))
+    self.lock.__enter__()
+    if not self.begun:
+        for k,v in cols.items(): np.lib.format.open_memmap(self.folder/f'{k}.npy', 'w+', v.dtype, (len(self),*v.shape[1:]))
+        (self.folder/'there').write_bytes(bytes(len(self)))
+        write_json(self.folder/'about.json', self.about)
+    self.files = {k:self._open(k, v) for k,v in cols.items()}
+    self.files['there'] = open(self.folder/'there', 'r+b', buffering=0),0
+
+@patch
+def _open(self:_RowFiles, k, like):
+    "The file of an array, and where its rows begin"
+    file = self.folder/f'{k}.npy'
+    try: m = np.load(file, mmap_mode='r')
+    except (OSError, ValueError) as e: raise CheckpointError(file, f'damaged ({e})', 'an array', _again) from None
+    if m.shape != (len(self),*like.shape[1:]) or m.dtype != like.dtype:
+        raise CheckpointError(file, f'{m.shape} {m.dtype}', f'rows of {like.shape[1:]}', _again)
+    return open(file, 'r+b', buffering=0),m.offset
+
+# %% ../../nbs/30_command/02e_features.ipynb #29d4b186
+@patch
+def write(self:_RowFiles,
+    at, # Positions of the rows (B,)
+    cols:dict, # Arrays (B,...)
+):
+    "Write rows, and then that they are there"
+    if not self.files: self._begin(cols)
+    for k,v in dict(cols, there=np.ones(len(at), np.uint8)).items():
+        f,start = self.files[k]
+        for i,row in zip(at, v):
+            f.seek(start + i*row.nbytes)
+            f.write(row.tobytes())
+
+@patch
+def close(self:_RowFiles):
+    "Close the files, and let go of the folder"
+    for f,_ in self.files.values(): f.close()
+    if self.lock is not None: self.lock.__exit__(None, None, None)
+    self.lock = None
+
+@patch
+def names(self:_RowFiles):
+    "Names of the arrays"
+    return sorted(f.stem for f in self.folder.glob('*.npy'))
+
+# %% ../../nbs/30_command/02e_features.ipynb #f0c34565
+def _fill(files, learn, rows, text):
+    "Compute the rows that are missing"
+    own = get_method(learn.config['method']).features
+    more = own(learn) if own else lambda x,p,b: {}
+    place,missing = dict(zip(rows.index, range(len(rows)))),rows[~files.there]
+    for x,b in learn.batches(missing) if len(missing) else ():
+        p = learn.model.parts(x.to(learn.dls.device)).cpu()
+        cols = _columns(p, b, more(x, p, b))
+        if text: _check_text(cols, text, learn.config['method'])
+        files.write([place[i] for i in b.index.tolist()], cols)
+
+# %% ../../nbs/30_command/02e_features.ipynb #7a6372d7
+def _arrays(out, rows, files):
+    "Write the .npz file; returns its arrays, which are read when they are asked for"
+    about = dict(image=rows.image.to_numpy(str), split=rows.split.to_numpy(str))
+    if 'label' in rows: about['label'] = rows.label.to_numpy(int)
     with atomic_path(out) as tmp:
-        with open(tmp, 'wb') as f: np.savez(f, **res)
+        with open(tmp, 'wb') as f: np.savez(f, **about)
+        with zipfile.ZipFile(tmp, 'a') as z:
+            for k in files.names(): z.write(files.folder/f'{k}.npy', f'{k}.npy')
         sign(tmp)
+    return np.load(out, allow_pickle=False)
 
-def _write_text(out, learn, res):
+def _text(out, learn, rows, files, at_once=1000):
     "Write the embedding alone, and a note on it; returns what is written"
-    if 'embedding' in res:
-        with atomic_path(out) as tmp: np.savetxt(tmp, res['embedding'], fmt='%.8g')
-        sign(out, run=str(learn.run_dir), image=res['image'].tolist(), split=res['split'].tolist())
-        return dict(embedding=res['embedding'])
-    raise ConfigError('--out', Path(out).name, 'a name ending in .npz',
-                      f"{learn.config['method']} has no embedding to write as text")
+    load = lambda **how: np.load(files.folder/'embedding.npy', **how)
+    with atomic_path(out) as tmp, open(tmp, 'w') as f:
+        for i in range(0, len(rows), at_once): np.savetxt(f, load(mmap_mode='r')[i:i+at_once], fmt='%.8g')
+    sign(out, run=str(learn.run_dir), image=rows.image.tolist(), split=rows.split.tolist())
+    return dict(embedding=load())
 
 # %% ../../nbs/30_command/02e_features.ipynb #19c05da8
 def _claim(out, overwrite):
@@ -59,24 +176,17 @@ def features_run(
     device:str='auto', # Where the model goes
     workers:int=2, # Processes that decode images
     overwrite:bool=False, # Replace a file that it wrote before?
-)->dict:
-    "Write, and return, arrays of all images of a run's data: image, split, label, presence, centers, embedding, logits"
+    resume:bool=False, # Go on with a file that was not finished?
+)->Mapping:
+    "Write arrays of all images of a run's data, and return them: image, split, label, presence, centers, embedding, logits"
     text = _claim(out, overwrite)
+    _check_part(_part(out), overwrite, resume)
     learn = load_run(run, pick_device(device), workers=workers)
     df = run_rows(learn.config, path, run)
     rows = split_rows(df, (split,)) if split else df
-    got = {}
-    own = get_method(learn.config['method']).features
-    more = own(learn) if own else lambda x,p,b: {}
-    for x,b in learn.batches(rows):
-        p = learn.model.parts(x.to(learn.dls.device)).cpu()
-        got.update(zip(b.index.tolist(), _of_batch(p, b, more(x, p, b))))
-    cols = [np.stack(c) for c in zip(*(got[i].values() for i in rows.index))]
-    res = dict(image=rows.image.to_numpy(str), split=rows.split.to_numpy(str), **dict(zip(got[rows.index[0]], cols)))
-    if 'label' in rows: res['label'] = rows.label.to_numpy(int)
-    if text: return _write_text(out, learn, res)
-    _write_arrays(out, res)
-    return res
+    with _RowFiles(_part(out), rows, weights_hash(run)) as files:
+        _fill(files, learn, rows, out if text else None)
+        return _text(out, learn, rows, files) if text else _arrays(out, rows, files)
 
 # %% ../../nbs/30_command/02e_features.ipynb #68d2e22e
 _instead = dict(activation_diversity='they published a graph of TensorFlow; train from images: interp-parts train activation_diversity')

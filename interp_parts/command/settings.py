@@ -81,7 +81,7 @@ def _spelt(key, names):
     if key not in names and ours: raise ConfigError('--set', repr(key), '', f'did you mean {ours}?')
     return pick(key, names, '--set')
 
-_of_models = {'init','backbone','weights','pretrained','freeze_bn','n_parts','compat'}
+_of_models = {'init','backbone','weights','layer','pretrained','freeze_bn','n_parts','compat'}
 
 def _foreign(model):
     "Settings that a model with the options `model` does not have, and that are no advice for a misspelt name"

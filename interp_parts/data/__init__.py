@@ -6,15 +6,16 @@
 __all__ = []
 
 # %% ../../nbs/01_data/00_data.ipynb #4a4203dc
-from . import table, images, views, loaders, masks, transfer, archives, download, rows
+from . import table, images, known, views, loaders, masks, transfer, archives, download, rows
 
 # %% ../../nbs/01_data/00_data.ipynb #fce97581
-__all__ = [*table.__all__, *images.__all__, *views.__all__, *loaders.__all__, *masks.__all__, *transfer.__all__,
+__all__ = [*table.__all__, *images.__all__, *known.__all__, *views.__all__, *loaders.__all__, *masks.__all__, *transfer.__all__,
            *archives.__all__, *download.__all__, *rows.__all__]
 
 # %% ../../nbs/01_data/00_data.ipynb #9bbd1236
 from .table import *
 from .images import *
+from .known import *
 from .views import *
 from .loaders import *
 from .masks import *

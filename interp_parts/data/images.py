@@ -19,6 +19,7 @@ from fastai.vision.core import TensorImage
 from fasttransform import Transform
 
 from ..core import DataError
+from .known import KnownFiles
 
 # %% ../../nbs/01_data/02_images.ipynb #69498570
 MAX_ASPECT = 200
@@ -117,10 +118,13 @@ def find_broken(
     decode:bool=False, # Decode them all, rather than look at both ends?
 )->list:
     "`(path, what is wrong)` of every file that is not a complete image"
-    if not decode: return [(p,why) for p in paths if (why := broken(p))]
-    alone = Lock() # eight large images at once would fill the memory
-    with ThreadPoolExecutor(8) as pool: whys = pool.map(lambda p: _why_undecodable(p, alone), paths)
-    return [(p,why) for p,why in zip(paths, whys) if why]
+    known,question = KnownFiles.active(),'decodes' if decode else 'whole'
+    new,alone = [p for p in paths if not known.get(p, question)],Lock() # eight large images at once would fill the memory
+    with ThreadPoolExecutor(8) as pool:
+        whys = list(pool.map(lambda p: _why_undecodable(p, alone), new) if decode else map(broken, new))
+    for p,why in zip(new, whys):
+        if not why: known.put(p, question, 1)
+    return [(p,why) for p,why in zip(new, whys) if why]
 
 # %% ../../nbs/01_data/02_images.ipynb #203170d1
 def _numbers(im):

@@ -12,6 +12,7 @@ from pathlib import Path
 import pandas as pd
 
 from ..core import CheckpointError, InterpPartsError, get_method
+from .known import KnownFiles
 from .masks import add_grabcut_masks
 from .readers.registry import read_data
 from .table import content_groups, first_few, match_classes, usable_images, use_split
@@ -23,7 +24,7 @@ def _read(s, method, run):
     opts = {**s.get('reader', {}), **(dict(protocol=s['protocol']) if s.get('protocol') else {})}
     how = s.get('on_bad_image', 'error')
     read = lambda: read_data(s['data'], s['path'], **opts)
-    df = read() if how == 'error' else usable_images(read, how)
+    with KnownFiles(s['path']): df = read() if how == 'error' else usable_images(read, how)
     if method is None or 'mask' not in get_method(method).extra or 'mask' in df or 'box' not in df: return df
     return add_grabcut_masks(df, s.get('masks') or Path(run)/'masks')
 

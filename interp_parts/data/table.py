@@ -17,6 +17,7 @@ import numpy as np, pandas as pd
 
 from ..core import DataError, pick
 from .images import find_broken
+from .known import KnownFiles
 from ..errors import warn_user
 from ..files import write_text
 
@@ -166,7 +167,12 @@ def _size(file):
     except OSError: return 0 # `find_broken` names it
 
 def _hash(file):
-    with open(file, 'rb') as f: return hashlib.file_digest(f, 'blake2b').digest()
+    "Hash of the content, of an earlier time if the file is unchanged"
+    known = KnownFiles.active()
+    if (h := known.get(file, 'hash')) is not None: return h
+    with open(file, 'rb') as f: h = hashlib.file_digest(f, 'blake2b').hexdigest()[:40]
+    known.put(file, 'hash', h)
+    return h
 
 def _by(key, files):
     "Files by key"
@@ -193,7 +199,7 @@ def content_groups(
     first,group = {f:i for i,f in reversed(list(enumerate(files)))},{}
     for size,same in _by(_size, first).items():
         for fs in (_by(_hash, same).values() if size and len(same) > 1 else ([f] for f in same)):
-            group.update({f:min(first[g] for g in fs) for f in fs})
+            group.update(dict.fromkeys(fs, min(first[f] for f in fs)))
     return [group[f] for f in files]
 
 # %% ../../nbs/01_data/01_table.ipynb #a0457340

@@ -103,6 +103,15 @@ def _stored(learn, file, rows):
                       'stored maps cover that view')
 
 # %% ../../nbs/12_visual_words/22_scores.ipynb #770e5ab5
+def _explained(learner):
+    "The base model that a run of words was started from: of a run, or of a file of weights; None if it is gone or was a module"
+    t = getattr(learner, 'config', {}).get('training') or {}
+    init = t.get('init')
+    if not init: return None
+    if Path(init).is_file(): return BaseModel.of_file(learner.config['model']['backbone'], init, t['model'].get('layer')).to(learner.dls.device)
+    if Path(init).exists(): return BaseModel.of_run(init, learner.dls.device)[0]
+    warn_user(f'{init}, which the words explain, is gone: no agreement, no attention')
+
 def word_scores(
     learner, # Of a run of visual words
     df, # Its table
@@ -113,12 +122,9 @@ def word_scores(
 )->dict:
     "`evaluate_words` beside the base model the run was started from; what the method registers as its own measures"
     if protocol == 'accuracy' or learner.dls.multi or not {'train','test'} <= set(df.split): return {}
-    run = (getattr(learner, 'config', {}).get('training') or {}).get('init')
-    base = BaseModel.of_run(run, learner.dls.device)[0] if run and Path(run).exists() else None
-    if run and not base: warn_user(f'{run}, which the words explain, is gone: no agreement, no attention')
     true = 'part_mask' in df
     labels = dict(labels=_SeenLabels(df.part_mask, learner.dls.view), n_labels=len(df.attrs['parts'])) if true else {}
     if attention: labels['attention'] = _stored(learner, attention, split_rows(df, ('test',)))
     qs,top = _percentiles(thresholds),min(top, len(learner.model.words))
-    out = evaluate_words(learner, df, base, thresholds=qs, top=top, compat=protocol == 'paper', **labels)
+    out = evaluate_words(learner, df, _explained(learner), thresholds=qs, top=top, compat=protocol == 'paper', **labels)
     return {k:v for k,v in out.items() if k not in ('accuracy','n_images')}

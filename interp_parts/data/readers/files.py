@@ -16,6 +16,7 @@ from PIL import Image
 
 from ...core import CheckpointError, DataError
 from ..images import IMAGE_SUFFIXES, broken
+from ..known import KnownFiles
 from .matlab import read_mat
 from ..table import first_few
 from ...errors import warn_user
@@ -164,13 +165,22 @@ _unread_suffixes = {'.avif', '.heic', '.heif', '.jxl', '.jp2', '.j2k', '.tga', '
 def _is_yours(p):
     "Is it neither hidden, nor of a system, nor made by this library?"
     if p.name.startswith(('.','__','@')): return False
-    return p.is_file() and p.suffix != '.png' or made(p) is None
+    if not p.is_file(): return made(p) is None
+    known = KnownFiles.active()
+    if not p.name.endswith('.png') or known.get(p, 'yours'): return True
+    if made(p): return False
+    known.put(p, 'yours', 1)
+    return True
+
+def _entries(folder):
+    "What a folder holds, in order"
+    with os.scandir(folder) as found: return [Path(e) if e.is_symlink() else e for e in sorted(found, key=lambda e: e.name)]
 
 def _walk(folder, seen=()):
     "Files below a folder, in order; through links, but into no folder within itself"
     here = os.path.realpath(folder)
     if here in seen: return
-    for p in sorted(Path(folder).iterdir()):
+    for p in _entries(folder):
         if not _is_yours(p): continue
         if p.is_dir(): yield from _walk(p, {here, *seen})
         elif p.is_file(): yield p
@@ -182,25 +192,25 @@ def each_image(self:DataFolder,
 ):
     "Yield all images below a folder, in order; nothing but the names of one folder is kept"
     for p in _walk(self.path.joinpath(*within)):
-        if p.suffix.lower() in IMAGE_SUFFIXES: yield p
+        if p.name.lower().endswith(IMAGE_SUFFIXES): yield Path(p)
 
 @patch
 def images(self:DataFolder,
     *within:str, # Sub-folder; default all of it
 )->list:
     "All images below a folder, in order"
-    return sorted(self.each_image(*within))
+    return list(self.each_image(*within))
 
 @patch
 def folders(self:DataFolder)->list:
     "Its visible sub-folders, in order"
-    return sorted(p for p in self.path.iterdir() if p.is_dir() and _is_yours(p))
+    return [Path(p) for p in _entries(self.path) if p.is_dir() and _is_yours(p)]
 
 # %% ../../../nbs/01_data/readers/01_files.ipynb #6740662e
 @patch
 def warn_unread(self:DataFolder):
     "Say which files below the folder are images that cannot be read"
-    left = [p.name for p in _walk(self.path) if p.suffix.lower() in _unread_suffixes]
+    left = [p.name for p in _walk(self.path) if os.path.splitext(p.name)[1].lower() in _unread_suffixes]
     if left: warn_user(f'{self.path}: {len(left)} images of formats that cannot be read are left out: '
                            f'{first_few(left)}; convert them to JPEG or PNG')
 

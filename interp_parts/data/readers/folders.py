@@ -13,6 +13,7 @@ import numpy as np, pandas as pd
 
 from ...core import ConfigError, DataError
 from ..images import IMAGE_SUFFIXES
+from ..known import KnownFiles
 from .files import DataFolder, readers
 from ..table import check_copies, check_table, content_groups, first_few, part_table
 from ...errors import warn_user
@@ -146,6 +147,10 @@ def read_folder(
     "The table of a folder of class folders"
     top = Path(os.path.abspath(path))
     if not top.is_dir(): raise DataError(top, 'no such folder', 'a folder of class folders', 'check --path')
+    with KnownFiles(top): return _folder_table(top, test, seed, copies)
+
+def _folder_table(top, test, seed, copies):
+    "The table of a folder that is there"
     root = _opened(top)
     DataFolder(root).warn_unread()
     splits = _labelled(_split_layout(root))

@@ -12,6 +12,7 @@ from pathlib import Path
 import pandas as pd
 
 from ...core import ConfigError, DataError, pick
+from ..known import KnownFiles
 from ..masks import add_masks
 from .files import readers
 from ...files import reading
@@ -51,6 +52,6 @@ def read_data(
     _check_values(reader, options)
     if not Path(path).exists():
         raise DataError(path, 'no such file or folder', f'the data of --data {name}', 'check --path')
-    with reading(path, f'the data of --data {name}', 'check --path, or restore the files'):
+    with reading(path, f'the data of --data {name}', 'check --path, or restore the files'), KnownFiles(path):
         df = reader(path, **options)
         return df if masks is None else _other_masks(df, masks, path)
