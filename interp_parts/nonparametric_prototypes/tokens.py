@@ -156,9 +156,7 @@ def encode(self:TokenBackbone,
 @patch
 def _through(self:TokenBackbone, h, tuned):
     "Hidden tokens through the blocks behind the frozen ones, with or without those that learn"
-    if not self.net:
-        h = self.turned(h)
-        return self.added[0](h) if tuned and len(self.added) else h
+    if not self.net: return self.added[0](h) if tuned and len(self.added) else h
     added = iter(self.added)
     for i,new in self.plan:
         if not new: h = self.net[0].blocks[i](h)
@@ -170,6 +168,7 @@ def tokens(self:TokenBackbone,
     hidden:torch.Tensor, # (B,T,D) from `encode`
 )->tuple:
     "Raw tokens (B,N,D), without a gradient, and tuned ones"
+    if not self.net: hidden = self.turned(hidden)
     with torch.no_grad(): raw = self._through(hidden, False)
     return raw,self._through(hidden, True) if len(self.added) else raw
 
