@@ -192,7 +192,7 @@ def pooled(x, v, maps, floor=.01):
         out.append(m@f.transpose(1,2)/(m.sum(2, keepdim=True) + floor*196))
     return torch.cat(out)
 
-def accuracy(train, test, y, yt, seed, epochs=15, lr=5e-4):
+def accuracy(train, test, y, yt, seed, epochs=30, lr=5e-4):
     "Share of right answers; `train` are vectors (2,n,K,D) of both views, and the answer is the mean of the parts' votes"
     torch.manual_seed(seed)
     mean,scale = train.mean((0,1)),train.flatten(0,2).std(0)
@@ -214,7 +214,7 @@ def scores(maps, batches, attrs):
         for j in torch.arange(len(m)).split(50): yield Parts(m[j], m[j].amax((2,3)), background=K),b[j]
     names = ('keypoint_error','nmi','ari','fg_nmi','fg_ari')
     r = evaluate_parts(stream(maps[0], batches[0]), stream(maps[1], batches[1]), attrs)
-    return {k:r[k+e] for e in ('','_strips','_xy_kmeans','_constant_parts') for k in names if k+e in r}
+    return {k+e:r[k+e] for e in ('','_strips','_xy_kmeans','_constant_parts') for k in names if k+e in r}
 
 def in_box(b):
     "1 in the cells (n,14,14) of the boxes, almost 0 elsewhere"
