@@ -33,6 +33,7 @@ def nonparametric_prototypes_learner(
     cluster_epochs:int=1, # Epochs in which prototypes move and nothing else does
     gamma:float=None, # Momentum of the prototypes; default: the mean of their patches; .99 with `compat`
     ppd:float=.8, # Weight of the contrast of patches
+    within:float=0., # Weight of the contrast among the prototypes of an image's class; 0 as published
     cache=None, # Keep tokens in a file? True, False, or a folder for it; default: if images come back in the same views
     half:bool=False, # Keep them in half precision?
     pretrained:bool=True, # Download the backbone's weights?
@@ -46,7 +47,7 @@ def nonparametric_prototypes_learner(
                                     **options)
     if model.kind == 'mask': _bring_masks(dls)
     gamma = .99 if compat and gamma is None else gamma
-    stages = PrototypeStages(cluster_epochs, gamma, ppd, start=not compat, align=not compat)
+    stages = PrototypeStages(cluster_epochs, gamma, ppd, within=within, start=not compat, align=not compat)
     learn = part_learner(dls, model, cbs=[stages, *L(cbs)])
     if cache is not False:
         learn.dls = token_dls(dls, model.backbone, None if cache in (None,True) else cache, half, must=cache is not None)
@@ -68,8 +69,8 @@ nonparametric_prototypes_recipes = dict(
     cars_nonparam_vitb=_recipe('cars', _vitb, _others),
     dogs_nonparam_vitb=_recipe('dogs', _vitb, _others),
     own_network=dict(size=224, resize='squash', bs=32, brightness=0.,
-                     model=dict(n_parts=5, stage='final', stride=32, width=128),
-                     fit=dict(epochs=10, lr=(2e-3,1e-2), schedule='one_cycle'),
+                     model=dict(n_parts=5, stage='final', stride=16, width=128, directions=256, within=5.),
+                     fit=dict(epochs=7, lr=(2e-3,1e-2), schedule='one_cycle'),
                      note='ours, not published; measured on CUB classes 1 to 40'))
 _method = register(nonparametric_prototypes_learner, NonparametricPrototypes, nonparametric_prototypes_recipes,
                    'class prototypes that are means of patches, on a frozen network (Zhu et al., CVPR 2025)',

@@ -46,6 +46,7 @@ class NonparametricPrototypes(PartModel):
         stride:int=16, # Pixels of a token, for convolutional networks
         stage:str='last', # Map of a convolutional network
         width:int=None, # Of the bottleneck on a convolutional network; default a quarter of the channels
+        directions:int=0, # Principal directions of standardised channels that tokens keep; 0: tokens as they are
         compat:bool=False, # The original's behaviour, quirks included?
         pretrained:bool=False, # Download the backbone's weights?
         weights:str=None, # Backbone weights in a local file
@@ -56,7 +57,7 @@ class NonparametricPrototypes(PartModel):
         if n_parts < 1: raise ConfigError('--n-parts', n_parts, 'at least 1')
         self.kind = pick(foreground or ('batch' if compat else 'pca'), FOREGROUNDS, '--set foreground')
         self.temperature = temperature
-        self.backbone = TokenBackbone(backbone, expand, stride, stage, width, pretrained, weights, features)
+        self.backbone = TokenBackbone(backbone, expand, stride, stage, width, directions, pretrained, weights, features)
         self.bank = PrototypeBank(n_classes, n_parts, self.backbone.channels)
         self.foreground = TokenForeground(self.backbone.channels)
         self.omega = nn.Parameter(torch.full((n_classes, n_parts), .5))
@@ -65,9 +66,10 @@ class NonparametricPrototypes(PartModel):
 @patch
 def forward(self:NonparametricPrototypes,
     x:torch.Tensor, # (B,3,H,W) normalised images, or (B,T,D) hidden tokens of them
+    grid:tuple=None, # Height and width of the hidden tokens' map; None: they are equal
 )->_Matched:
     "Logits, scores of all prototypes, and similarities of all patches"
-    if x.ndim == 3: hidden,grid = x,(round((x.shape[1]-self.backbone.prefix)**.5),)*2
+    if x.ndim == 3: hidden,grid = x,grid or (round((x.shape[1]-self.backbone.prefix)**.5),)*2
     else: hidden,grid = self.backbone.encode(x)
     raw,tuned = self.backbone.tokens(hidden)
     similarity = self.bank(tuned)

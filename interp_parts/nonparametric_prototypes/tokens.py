@@ -51,6 +51,29 @@ class _TokenBottleneck(nn.Module):
 
     def forward(self, x): return x + self.expand(F.gelu(self.reduce(self.norm(x))))
 
+# %% ../../nbs/16_nonparametric_prototypes/03_tokens.ipynb #7a537026
+class _Directions(nn.Module):
+    "Tokens of unit length in the principal directions of standardised channels, once these are fitted"
+    def __init__(self, channels, n):
+        super().__init__()
+        self.register_buffer('mean', torch.zeros(channels))
+        self.register_buffer('turn', torch.eye(channels, n))
+        self.register_buffer('fitted', torch.tensor(False))
+
+    def forward(self, x): return F.normalize((x - self.mean)@self.turn, dim=-1)
+
+    @torch.no_grad()
+    def fit(self, tokens, most=20_000):
+        "Find the directions in tokens (M,D), at most about `most` of them"
+        x = tokens[::max(1, len(tokens)//most)].float()
+        scale = x.std(0).clamp_min(1e-6)
+        z = (x - x.mean(0))/scale
+        turn = torch.linalg.eigh((z.T@z).double()).eigenvectors.flip(1)[:,:self.turn.shape[1]]
+        turn = turn*turn.sum(0).sign()
+        self.mean.copy_(x.mean(0))
+        self.turn.copy_(turn/scale[:,None])
+        self.fitted.fill_(True)
+
 # %% ../../nbs/16_nonparametric_prototypes/03_tokens.ipynb #01fdbc36
 def _is_transformer(net):
     "Is it a plain timm transformer, with a token for each patch in every block?"
@@ -66,6 +89,7 @@ class TokenBackbone(nn.Module):
         stride:int=16, # Pixels of a token, for convolutional networks
         stage:str='last', # Map of a convolutional network
         width:int=None, # Of the bottleneck on a convolutional network; default a quarter of the channels
+        directions:int=0, # Principal directions of standardised channels that tokens keep; 0: tokens as they are
         pretrained:bool=False, # Download the network's weights?
         weights:str=None, # Its weights in a local file
         features:nn.Module=None, # A module with `.channels` instead of a timm network
@@ -78,7 +102,10 @@ class TokenBackbone(nn.Module):
         self.channels,self.stride = self.features.channels,getattr(self.features, 'stride', stride)
         self.net = [self.features.net] if transformer else [] # in a list: it is no second sub-module
         self.prefix = self.net[0].num_prefix_tokens if transformer else 0
+        self.turned = _Directions(self.channels, min(directions, self.channels)) if directions else nn.Identity()
+        if not self.net: self.channels = min(directions, self.channels) or self.channels
         self._append(expand, width)
+        if directions: self.channels = self.turned.turn.shape[1]
 
     @staticmethod
     def expansion_plan(
@@ -134,12 +161,31 @@ def _through(self:TokenBackbone, h, tuned):
     for i,new in self.plan:
         if not new: h = self.net[0].blocks[i](h)
         elif tuned: h = next(added)(h)
-    return self.net[0].norm(h)[:,self.prefix:]
+    return self.turned(self.net[0].norm(h)[:,self.prefix:])
 
 @patch
 def tokens(self:TokenBackbone,
     hidden:torch.Tensor, # (B,T,D) from `encode`
 )->tuple:
     "Raw tokens (B,N,D), without a gradient, and tuned ones"
+    if not self.net: hidden = self.turned(hidden)
     with torch.no_grad(): raw = self._through(hidden, False)
     return raw,self._through(hidden, True) if len(self.added) else raw
+
+# %% ../../nbs/16_nonparametric_prototypes/03_tokens.ipynb #81d94331
+@patch
+@torch.no_grad()
+def fit_directions(self:TokenBackbone,
+    hidden:torch.Tensor, # (B,T,D) from `encode`, of a sample of training images
+):
+    "Find the principal directions, once; nothing with `directions=0`"
+    if isinstance(self.turned, nn.Identity) or self.turned.fitted: return
+    plain = self.net[0].norm(self._behind(hidden))[:,self.prefix:] if self.net else hidden
+    self.turned.fit(plain.flatten(0,1))
+
+@patch
+def _behind(self:TokenBackbone, h):
+    "Hidden tokens through the frozen blocks behind the cached ones"
+    for i,new in self.plan:
+        if not new: h = self.net[0].blocks[i](h)
+    return h

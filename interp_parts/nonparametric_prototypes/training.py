@@ -6,7 +6,7 @@
 __all__ = ['PrototypeStages']
 
 # %% ../../nbs/16_nonparametric_prototypes/07_training.ipynb #95157b6f
-import torch
+import torch, torch.nn.functional as F
 from fastai.callback.core import CancelBackwardException, CancelStepException
 from fastcore.basics import patch
 
@@ -26,12 +26,14 @@ class PrototypeStages(LossTerms):
         gamma:float=None, # Momentum of the prototypes; None: the mean of their patches
         ppd:float=.8, # Weight of the contrast of patches
         background:float=.1, # Weight of the background's patches in it
+        within:float=0., # Weight of the contrast among the prototypes of an image's class; 0 as published
         start:bool=True, # Start prototypes among patches? Else at random directions, as published
         align:bool=True, # Put the prototypes of all classes into one order, after clustering?
     ):
         if cluster_epochs < 0: raise ConfigError('cluster_epochs', cluster_epochs, 'at least 0')
         self.cluster_epochs,self.gamma,self.ppd,self.background = cluster_epochs,gamma,ppd,background
-        self.start,self.align = start,align
+        self.start,self.align,self.within = start,align,within
+        if within: self.names = 'patch','within'
 
     @property
     def clustering(self): return self.epoch < self.cluster_epochs
@@ -66,9 +68,12 @@ def _check_enough(self:PrototypeStages, n_classes, n_parts, n_tokens):
 def _begin(self:PrototypeStages, m):
     "Fit the foreground, and start the prototypes, on a sample of training images"
     fits = m.kind in ('pca','otsu') and not m.foreground.fitted
-    if not (self.start or fits): return
+    if not (self.start or fits or m.config.get('directions')): return
     batches = list(self.sample())
-    with eval_mode(m): seen = [(m(x.to(next(m.parameters()))),y.to(self.dls.device),mask) for x,y,mask in batches]
+    with eval_mode(m):
+        hidden = [m.backbone.encode(x.to(next(m.parameters()))) for x,_,_ in batches]
+        m.backbone.fit_directions(torch.cat([h for h,_ in hidden]))
+        seen = [(m(*h),y.to(self.dls.device),mask) for h,(_,y,mask) in zip(hidden, batches)]
     raw = torch.cat([o.raw for o,_,_ in seen])
     self._check_enough(*m.omega.shape, raw.shape[1])
     if fits: m.foreground.fit(raw, seen[0][0].grid, m.kind == 'otsu')
@@ -100,12 +105,24 @@ def _assign(self:PrototypeStages, o):
     at = at.view(-1, o.raw.shape[1])
     return at if n_processes() == 1 else at.chunk(n_processes())[torch.distributed.get_rank()]
 
+# %% ../../nbs/16_nonparametric_prototypes/07_training.ipynb #6faf16b8
+def _within_contrast(similarity, y, assignment, temperature=.1):
+    "Mean cross entropy of foreground patches and their prototypes among those of the class, and the number of patches"
+    c,k = similarity.shape[2:]
+    own = similarity[torch.arange(len(y), device=y.device),:,y].flatten(0,1)
+    at,on = (assignment%k).flatten(),(assignment < (c-1)*k).flatten()
+    loss = F.cross_entropy(own/temperature, at, reduction='none')*on
+    return loss.sum()/on.sum().clamp_min(1),on.sum().to(loss)
+
 @patch
 def terms(self:PrototypeStages):
-    "The contrast of patches"
+    "The contrasts of patches"
     o = self.learn.out
-    loss,weight = patch_contrast(o.similarity, self._assign(o), background=self.background)
-    return dict(patch=self.ppd*mean_weight(weight.detach())*loss)
+    at = self._assign(o)
+    mean = lambda loss,weight: mean_weight(weight.detach())*loss
+    out = dict(patch=self.ppd*mean(*patch_contrast(o.similarity, at, background=self.background)))
+    if self.within: out['within'] = self.within*mean(*_within_contrast(o.similarity, self.learn.yb[0], at))
+    return out
 
 # %% ../../nbs/16_nonparametric_prototypes/07_training.ipynb #ef2bc2bf
 @patch
