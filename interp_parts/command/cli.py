@@ -69,6 +69,7 @@ def _train(
     resume:bool=False, # Continue a run that exists?
     overwrite:bool=False, # Replace a run that exists?
     save_every:int=None, # Also save the training state after so many steps, not only after each epoch
+    track:str=None, # Also send each epoch's numbers and part pictures to tensorboard, wandb or mlflow
     deterministic:bool=None, # Only deterministic kernels? Slower on a GPU
     precision:str=None, # 32, tf32, bf16 or fp16, inside the network; losses stay in float32
     channels_last:bool=None, # Images in channels-last memory?

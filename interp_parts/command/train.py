@@ -28,6 +28,7 @@ from ..training.optim import seed_everything
 from ..training.runs import fingerprint, run_config, save_run
 from ..training.state import read_state
 from ..visualization.report import write_model_card
+from ..visualization.tracking import Track
 
 # %% ../../nbs/30_command/02b_train.ipynb #176b978f
 def _workers(s, shm='/dev/shm'):
@@ -59,7 +60,7 @@ def make_learner(
     return create_learner(method, dls, **common, **s['model'])
 
 # %% ../../nbs/30_command/02b_train.ipynb #57b06d5a
-_no_matter = {'workers','device','save_every','cache_features','cache_gb'}
+_no_matter = {'workers','device','save_every','track','cache_features','cache_gb'}
 
 def _identity(method, s):
     "The settings that make the weights what they are, as JSON gives them back"
@@ -162,7 +163,8 @@ def _backbone(learn, s):
     return frozen_backbone(learn, s['cache_features'], s['views'], s['cache_gb'], s['cache_half'])
 
 def _train(learn, run, s, config, resume, start):
-    with _backbone(learn, s): fit_run(learn, s['epochs'], run, resume, save_every=s['save_every'], **s['fit'])
+    cbs = [Track(run, s['track'])] if s['track'] else ()
+    with _backbone(learn, s): fit_run(learn, s['epochs'], run, resume, cbs=cbs, save_every=s['save_every'], **s['fit'])
     if this_process()[0]: return
     save_run(learn, run, dict(config, model=learn.model.config, seconds=round(time.time()-start, 1)))
 
