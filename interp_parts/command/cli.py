@@ -324,6 +324,32 @@ def _cost(
     from interp_parts.command.benchmark import benchmark_cost
     for line in benchmark_cost(method, repeats): print(json.dumps(line), flush=True)
 
+@command(_benchmarks)
+def _throughput(
+    method:str, # Such as region_grouping
+    data:str=None, # Reader's name, such as cub
+    path:str=None, # Folder or file of the data
+    backbone:str=None, # timm's name
+    weights:str=None, # Backbone weights: a .safetensors file, or a plain state dict, with timm's or torchvision's names
+    pretrained:bool=None, # Download timm's weights? Default: yes
+    n_parts:int=None, # Parts, the background included; default: the method's own
+    bs:int=None, # Images in a batch
+    size:int=None, # Side, or shorter side, of the network input in pixels
+    workers:int=None, # Processes that decode images
+    device:str=None, # auto, cpu, cuda or cuda:N
+    precision:str=None, # 32, tf32, bf16 or fp16
+    channels_last:bool=None, # Images in channels-last memory?
+    compile:bool=None, # Compile the network?
+    fast_decode:bool=None, # Decode large JPEGs at 1/2, 1/4 or 1/8 of their size?
+    steps:int=10, # Timed training steps
+    rounds:int=3, # Timed rounds of reading
+    set_:list[str]=[], # key=value: any further option of the method or the training; data.key=value: of the reader
+):
+    "Images a second of decoding, of the loader, of a plain step and of the method's step, on your images"
+    options = _given(locals(), 'method', 'steps', 'rounds', 'set_')
+    from interp_parts.command.throughput import benchmark_throughput
+    for line in benchmark_throughput(method, options, _parse_set(set_), steps, rounds): print(json.dumps(line), flush=True)
+
 # %% ../../nbs/30_command/01_cli.ipynb #7831d051
 def _of_methods(options):
     "Options by method: `METHOD.key` for one, `key` for all"
