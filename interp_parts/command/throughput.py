@@ -16,6 +16,7 @@ from .settings import check_kind, check_settings, make_settings, pick_device
 from .train import make_learner
 from ..data.rows import read_rows
 from ..training.fit import fit_run
+from ..training.optim import keep_memory
 
 # %% ../../nbs/30_command/04a_throughput.ipynb #7d686011
 def _decode_all(files, size):
@@ -99,6 +100,7 @@ def benchmark_throughput(
 ):
     "Yield a dictionary a line: images a second of `decode`, `loader`, `plain` and `method`"
     check_kind('--steps', steps, 1, 1)
+    keep_memory() # as trainings do
     s = make_settings(method, options=options, extra=extra)
     check_settings(s)
     s['device'] = str(pick_device(s['device']))

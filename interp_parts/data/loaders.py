@@ -8,8 +8,8 @@ __all__ = ['EXTRAS', 'PartDataset', 'PartDL', 'part_dls', 'PartBatches']
 # %% ../../nbs/01_data/04_loaders.ipynb #fa2bb8d7
 import random
 
-import numpy as np, pandas as pd, torch
-from PIL import Image, ImageEnhance
+import cv2, numpy as np, pandas as pd, torch
+from PIL import Image
 from fastai.data.core import DataLoaders, TfmdDL
 from fastai.torch_core import TensorBase, TensorCategory, TensorMultiCategory, default_device
 from fastai.vision.core import TensorImage, TensorMask, TensorPoint
@@ -79,12 +79,16 @@ def __getitem__(self:PartDataset, i):
     y = self.kind(torch.tensor(self.cols[self.target][i] if self.target else -1))
     return (x, y, *self._points(i, place), *self._mask(i, place), *self._index(i, place))
 
+def _brighter(factor):
+    "Table (256,) of PIL's `ImageEnhance.Brightness`: the same pixels, sooner"
+    return (np.float32(factor)*np.arange(256, dtype='float32')).clip(0, 255).astype('uint8')
+
 @patch
 def _tensor(self:PartDataset, im, place):
     "The image on the canvas (3,H,W), 0 to 255"
-    x,b = place.image(im),self.brightness
-    if b: x = ImageEnhance.Brightness(x).enhance(self.chance.uniform(1-b, 1+b))
-    return TensorImage(torch.from_numpy(np.asarray(x).copy()).permute(2,0,1).contiguous())
+    x,b = np.asarray(place.image(im)),self.brightness
+    if b: x = cv2.LUT(x, _brighter(self.chance.uniform(1-b, 1+b)))
+    return TensorImage(torch.from_numpy(np.stack(cv2.split(x))))
 
 # %% ../../nbs/01_data/04_loaders.ipynb #88c0399d
 def _swap_pairs(n, pairs):
