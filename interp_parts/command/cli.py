@@ -112,12 +112,17 @@ def _evaluate(
     baselines:bool=True, # Also the untrained model and Lab-colour clusters?
     device:str='auto', # auto, cpu, cuda or cuda:N
     workers:int=2, # Processes that decode images
+    num_processes:int=None, # Processes that share the images, one for each GPU
     set_:list[str]=[], # data.key=value: of the reader, as data.masks=DIR; key=value: remove_parts, ridge, flip, use_mask, seed, fit, classes, noisy, or of the method's scores
 ):
     "Score a run and its baselines; writes RUN/metrics.json"
+    if num_processes not in (None, 1):
+        from interp_parts.command.processes import run_processes
+        return run_processes(num_processes, typed)
     from interp_parts.command.evaluate import evaluate_run
     from interp_parts.evaluation.scoring import format_metrics
     scores = evaluate_run(run, path, protocol, split, baselines, device, workers, _parse_set(set_))
+    if os.environ.get('RANK', '0') != '0': return # the first process prints
     print(format_metrics(scores))
     if 'without_parts' in scores: say_without(scores['without_parts'])
 

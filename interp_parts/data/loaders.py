@@ -6,7 +6,7 @@
 __all__ = ['EXTRAS', 'PartDataset', 'PartDL', 'part_dls', 'PartBatches']
 
 # %% ../../nbs/01_data/04_loaders.ipynb #fa2bb8d7
-import random
+import copy, random
 
 import cv2, numpy as np, pandas as pd, torch
 from PIL import Image
@@ -232,6 +232,15 @@ class PartBatches:
 
     def __len__(self): return len(self.groups)
 
+    def share(self,
+        i:int, # Number of a process
+        n:int, # How many there are
+    ):
+        "Every `n`-th batch, from the `i`-th"
+        mine = copy.copy(self)
+        mine.groups = self.groups[i::n]
+        return mine
+
     def __iter__(self):
         dl = torch.utils.data.DataLoader(self.ds, batch_sampler=self.groups, num_workers=self.workers,
                                          collate_fn=_stack)
@@ -252,6 +261,10 @@ def batches(self:PartLearner,
     return PartBatches(data, **{**own, **view})
 
 # %% ../../nbs/01_data/04_loaders.ipynb #0222d89c
+def _one_by_one(batches, f): return (f(x, b) for x,b in batches)
+
+PartLearner.each = staticmethod(_one_by_one) # `take_turns` shares the batches between processes
+
 @patch
 def parts(self:PartLearner,
     data, # Rows of a table, or anything that iterates `(images, Batch)`
@@ -259,7 +272,8 @@ def parts(self:PartLearner,
     **view # Overrides of `PartBatches`' arguments
 ):
     "Yield `(Parts, Batch)` on the CPU over whole images"
-    for x,b in self.batches(data, **view): yield self.model.parts(x.to(self.dls.device), target).cpu(),b
+    see = lambda x,b: (self.model.parts(x.to(self.dls.device), target).cpu(),b)
+    yield from self.each(self.batches(data, **view), see)
 
 # %% ../../nbs/01_data/04_loaders.ipynb #fd64ddfb
 @patch
@@ -268,12 +282,11 @@ def logits(self:PartLearner,
     flip:bool=False, # Add the logits of the mirror image (the original's CUB evaluation)?
 )->tuple:
     "Logits and targets of all rows, in the table's order, on the view of the training"
-    out = []
-    with eval_mode(self.model), torch.no_grad():
-        for x,b in self.batches(data, whole=False):
-            x = x.to(self.dls.device)
-            l = self.model(x).logits
-            out.append((b.index, (l + self.model(x.flip(-1)).logits if flip else l).float().cpu(), b.label))
+    def see(x, b):
+        x = x.to(self.dls.device)
+        l = self.model(x).logits
+        return b.index,(l + self.model(x.flip(-1)).logits if flip else l).float().cpu(),b.label
+    with eval_mode(self.model), torch.no_grad(): out = list(self.each(self.batches(data, whole=False), see))
     index,logits,label = (None if v[0] is None else torch.cat(v) for v in zip(*out))
     order = index.argsort()
     return logits[order],(None if label is None else label[order])
