@@ -6,7 +6,7 @@
 __all__ = ['EXTRAS', 'PartDataset', 'PartDL', 'part_dls', 'PartBatches']
 
 # %% ../../nbs/01_data/04_loaders.ipynb #fa2bb8d7
-import copy, random
+import random
 
 import cv2, numpy as np, pandas as pd, torch
 from PIL import Image
@@ -232,15 +232,6 @@ class PartBatches:
 
     def __len__(self): return len(self.groups)
 
-    def share(self,
-        i:int, # Number of a process
-        n:int, # How many there are
-    ):
-        "Every `n`-th batch, from the `i`-th"
-        mine = copy.copy(self)
-        mine.groups = self.groups[i::n]
-        return mine
-
     def __iter__(self):
         dl = torch.utils.data.DataLoader(self.ds, batch_sampler=self.groups, num_workers=self.workers,
                                          collate_fn=_stack)
@@ -261,9 +252,7 @@ def batches(self:PartLearner,
     return PartBatches(data, **{**own, **view})
 
 # %% ../../nbs/01_data/04_loaders.ipynb #0222d89c
-def _one_by_one(batches, f): return (f(x, b) for x,b in batches)
-
-PartLearner.each = staticmethod(_one_by_one) # `take_turns` shares the batches between processes
+PartLearner.each = staticmethod(lambda batches, f: (f(x, b) for x,b in batches)) # or `take_turns`, between processes
 
 @patch
 def parts(self:PartLearner,

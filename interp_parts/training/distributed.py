@@ -7,7 +7,7 @@ __all__ = ['together', 'this_process', 'n_processes', 'gather_rows', 'in_process
            'gather_plain', 'any_process', 'on_first', 'take_turns', 'joined']
 
 # %% ../../nbs/04_training/07_distributed.ipynb #7dbfeada
-import io, os, re, tempfile
+import copy, io, os, re, tempfile
 from contextlib import contextmanager, nullcontext, redirect_stdout
 
 import torch, torch.distributed as dist, torch.multiprocessing as mp
@@ -148,8 +148,10 @@ def take_turns(
 ):
     "Yield `f(x, batch)` of all batches in their order; each process looks at its share"
     rank,n = this_process()
-    if n == 1 or not hasattr(batches, 'share'): return (yield from (f(x, b) for x,b in batches))
-    mine = iter(batches.share(rank, n))
+    if n == 1 or not hasattr(batches, 'groups'): return (yield from (f(x, b) for x,b in batches))
+    mine = copy.copy(batches)
+    mine.groups = batches.groups[rank::n]
+    mine = iter(mine)
     for i in range(0, len(batches), n):
         own = _unpacked(f(*next(mine))) if i+rank < len(batches) else None
         yield from (_packed(o) for o in gather_plain(own) if o is not None)
