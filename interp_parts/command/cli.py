@@ -70,6 +70,7 @@ def _train(
     resume:bool=False, # Continue a run that exists?
     overwrite:bool=False, # Replace a run that exists?
     save_every:int=None, # Also save the training state after so many steps, not only after each epoch
+    track:str=None, # Also send each epoch's numbers and part pictures to tensorboard, wandb or mlflow
     deterministic:bool=None, # Only deterministic kernels? Slower on a GPU
     precision:str=None, # 32, tf32, bf16 or fp16, inside the network; losses stay in float32
     channels_last:bool=None, # Images in channels-last memory?
@@ -118,12 +119,17 @@ def _evaluate(
     baselines:bool=True, # Also the untrained model and Lab-colour clusters?
     device:str='auto', # auto, cpu, cuda or cuda:N
     workers:int=2, # Processes that decode images
+    num_processes:int=None, # Processes that share the images, one for each GPU
     set_:list[str]=[], # data.key=value: of the reader, as data.masks=DIR; key=value: remove_parts, ridge, flip, use_mask, seed, fit, classes, noisy, or of the method's scores
 ):
     "Score a run and its baselines; writes RUN/metrics.json"
+    if num_processes not in (None, 1):
+        from interp_parts.command.processes import run_processes
+        return run_processes(num_processes, typed)
     from interp_parts.command.evaluate import evaluate_run
     from interp_parts.evaluation.scoring import format_metrics
     scores = evaluate_run(run, path, protocol, split, baselines, device, workers, _parse_set(set_))
+    if os.environ.get('RANK', '0') != '0': return # the first process prints
     print(format_metrics(scores))
     if 'without_parts' in scores: _say_without(scores['without_parts'])
 
@@ -335,6 +341,32 @@ def _cost(
     "Time of a training step over that of the plain network, on one thread"
     from interp_parts.command.benchmark import benchmark_cost
     for line in benchmark_cost(method, repeats): print(json.dumps(line), flush=True)
+
+@command(_benchmarks)
+def _throughput(
+    method:str, # Such as region_grouping
+    data:str=None, # Reader's name, such as cub
+    path:str=None, # Folder or file of the data
+    backbone:str=None, # timm's name
+    weights:str=None, # Backbone weights: a .safetensors file, or a plain state dict, with timm's or torchvision's names
+    pretrained:bool=None, # Download timm's weights? Default: yes
+    n_parts:int=None, # Parts, the background included; default: the method's own
+    bs:int=None, # Images in a batch
+    size:int=None, # Side, or shorter side, of the network input in pixels
+    workers:int=None, # Processes that decode images
+    device:str=None, # auto, cpu, cuda or cuda:N
+    precision:str=None, # 32, tf32, bf16 or fp16
+    channels_last:bool=None, # Images in channels-last memory?
+    compile:bool=None, # Compile the network?
+    fast_decode:bool=None, # Decode large JPEGs at 1/2, 1/4 or 1/8 of their size?
+    steps:int=10, # Timed training steps
+    rounds:int=3, # Timed rounds of reading
+    set_:list[str]=[], # key=value: any further option of the method or the training; data.key=value: of the reader
+):
+    "Images a second of decoding, of the loader, of a plain step and of the method's step, on your images"
+    options = _given(locals(), 'method', 'steps', 'rounds', 'set_')
+    from interp_parts.command.throughput import benchmark_throughput
+    for line in benchmark_throughput(method, options, _parse_set(set_), steps, rounds): print(json.dumps(line), flush=True)
 
 # %% ../../nbs/30_command/01_cli.ipynb #7831d051
 def _of_methods(options):

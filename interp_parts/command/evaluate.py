@@ -20,6 +20,7 @@ from ..evaluation.removal import remove_parts
 from ..evaluation.scoring import PROTOCOLS, evaluate
 from ..files import claim, keep_theirs, load_tensors, read_json, reading, write_csv, write_json
 from ..training.runs import data_changed, load_run
+from ..training.distributed import joined, on_first, take_turns, this_process
 from ..training.names import part_names
 from ..visualization.report import write_model_card, write_report
 from ..visualization.summary import RunSummary
@@ -88,11 +89,14 @@ def _benchmark(run, protocol):
     own = get_method(read_json(Path(run)/'config.json').get('method')).protocols
     return own[pick(protocol, [*PROTOCOLS, *own], '--protocol')]
 
+def _claimed(run): claim(run, 'run')
+
 def _score_benchmark(run, path, benchmark, device, workers, options):
     "Score a run on a benchmark with data of its own; kept in RUN/metrics.json under its name"
     learn = load_run(run, pick_device(device), workers=workers)
-    claim(run, 'run')
+    on_first(_claimed, run)
     res,f = benchmark(learn, path, **(options or {})),Path(run)/'metrics.json'
+    if this_process()[0]: return res
     old = read_json(f) if f.exists() else {}
     write_json(f, dict(old, benchmarks={**old.get('benchmarks', {}), res['protocol']:res}))
     return res
@@ -105,7 +109,7 @@ def _published(config, protocol, res):
 
 def _write_answers(run, logits, target, vocab):
     "Count the answers for each class in RUN/answers.csv; those of attributes are not counted"
-    if target.ndim > 1 or keep_theirs(Path(run)/'answers.csv'): return
+    if target.ndim > 1 or this_process()[0] or keep_theirs(Path(run)/'answers.csv'): return
     known = target < logits.shape[1]
     counts = Counter(zip(target[known].tolist(), logits[known].argmax(1).tolist()))
     rows = [(vocab[a], vocab[b], n) for (a,b),n in sorted(counts.items())]
@@ -122,12 +126,18 @@ def evaluate_run(
     options:dict=None, # Options of `evaluate`, and with `data.` before their names of the reader
 )->dict:
     "Score a run, write RUN/metrics.json and return it"
-    own = _benchmark(run, protocol)
-    if own: return _score_benchmark(run, path, own, device, workers, options)
+    with joined(device):
+        own = _benchmark(run, protocol)
+        if own: return _score_benchmark(run, path, own, device, workers, options)
+        return _score_run(run, path, protocol, split, baselines, device, workers, options)
+
+def _score_run(run, path, protocol, split, baselines, device, workers, options):
+    "Scores from the run's own data, or others like these; processes share the images"
     learn = load_run(run, pick_device(device), workers=workers)
+    learn.each = take_turns
     own = get_method(learn.config['method']).scores
     reader,opts,more = _evaluation_options(options, own)
-    claim(run, 'run')
+    on_first(_claimed, run)
     RunSummary.read_metrics(run) # an error for a file of yours under this name
     df,reader = _rows(learn.config, path, run, reader, protocol)
     score = lambda: evaluate(learn, df, protocol, test=split, **opts)
@@ -144,8 +154,9 @@ def evaluate_run(
     return _write_metrics(run, res)
 
 def _write_metrics(run, res):
-    "Write the metrics into a run's files; those of a plain classifier and of benchmarks stay"
+    "Write the metrics into a run's files, in the first process; those of a plain classifier and of benchmarks stay"
     f = Path(run)/'metrics.json'
+    if this_process()[0]: return res
     res |= {k:v for k,v in RunSummary.read_metrics(run).items() if k in ('plain_classifier','benchmarks')}
     write_json(f, res)
     write_model_card(run)

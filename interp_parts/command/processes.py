@@ -50,12 +50,12 @@ def _end(processes, patience=10):
         until = time.time()+wait
         while time.time() < until and any(p.poll() is None for p in processes): time.sleep(.05)
 
-def _why(i, code, text):
+def _why(i, code, text, resumes=True):
     "One line about the process that failed first"
     lines = [l for l in text.splitlines() if l.startswith('interp-parts: ') and not l.startswith('interp-parts: warning')]
     if code > 0: return (lines or text.splitlines() or [f'exit code {code}'])[-1].removeprefix('interp-parts: ')
     name = signal.Signals(-code).name
-    return f'process {i} was ended by {name}, and the others with it; the same command with --resume goes on'
+    return f'process {i} was ended by {name}, and the others with it; the same command{" with --resume"*resumes} {"goes on" if resumes else "starts again"}'
 
 # %% ../../nbs/30_command/02h_processes.ipynb #bdcff57a
 def run_processes(
@@ -79,4 +79,4 @@ def run_processes(
         for f in files: f.seek(0)
         said = [f.read() for f in files]
     if bad is None: return print(said[0], end='', file=sys.stderr)
-    raise TrainingError(_why(bad, ps[bad].returncode, said[bad]))
+    raise TrainingError(_why(bad, ps[bad].returncode, said[bad], words[0] == 'train'))

@@ -21,12 +21,13 @@ from ..training.distributed import this_process
 from ..training.fit import fit_run
 from ..training.optim import optimizers, schedules
 from ..training.precision import PRECISIONS
+from ..visualization.tracking import check_tracker
 
 # %% ../../nbs/30_command/02a_settings.ipynb #0b57f0c8
 settings_defaults = dict(data=None, path=None, protocol=None, masks=None, init=None,
                          backbone=None, weights=None, pretrained=True, freeze_bn=False, n_parts=None,
                          epochs=12, bs=32, size=224, resize='short', flip=.5, brightness=.1, on_bad_image='error',
-                         seed=0, workers=2, device='auto', deterministic=False, compat=False, save_every=None,
+                         seed=0, workers=2, device='auto', deterministic=False, compat=False, save_every=None, track=None,
                          frozen=False, views=1, cache_features=False, cache_gb=20., cache_half=False, fast_decode=False,
                          model={}, fit={}, reader={})
 
@@ -215,7 +216,7 @@ def _check_speed(precision='32', channels_last=False, compile=False, accumulate=
     WeightAverage(ema)
 
 # %% ../../nbs/30_command/02a_settings.ipynb #c8130f39
-_kinds = {**dict.fromkeys('data path protocol masks init backbone weights'.split(), ''), 'n_parts':1, 'save_every':1}
+_kinds = {**dict.fromkeys('data path protocol masks init backbone weights track'.split(), ''), 'n_parts':1, 'save_every':1}
 _limits = dict(n_parts=(1,), epochs=(0,), bs=(1,), size=(1,8192), workers=(0,1024), save_every=(1,), seed=(0,2**63-1),
                flip=(0.,1.), brightness=(0.,1.), views=(1,), cache_gb=(0.,))
 
@@ -233,6 +234,7 @@ def check_settings(
     pick(s['on_bad_image'], BAD_IMAGE, '--on-bad-image')
     if s['views'] > 1 and not (s['frozen'] or s['cache_features']):
         raise ConfigError('--views', s['views'], 'a backbone that stays as it is', 'pass --frozen or --cache-features too')
+    if s['track']: check_tracker(s['track'])
     _check_fit(**s['fit'])
     _check_files(s)
 

@@ -31,6 +31,7 @@ from ..training.optim import seed_everything
 from ..training.runs import data_changed, run_config, save_run
 from ..training.state import read_state
 from ..visualization.report import write_model_card
+from ..visualization.tracking import Track
 
 # %% ../../nbs/30_command/02b_train.ipynb #176b978f
 def _workers(s, shm='/dev/shm'):
@@ -62,7 +63,7 @@ def make_learner(
     return create_learner(method, dls, **common, **s['model'])
 
 # %% ../../nbs/30_command/02b_train.ipynb #57b06d5a
-_no_matter = {'workers','device','save_every','cache_features','cache_gb'}
+_no_matter = {'workers','device','save_every','track','cache_features','cache_gb'}
 
 def _identity(method, s):
     "The settings that make the weights what they are, as JSON gives them back"
@@ -213,7 +214,8 @@ def _rows_in_files(learn):
     return nullcontext() if in_notebook() or sys.stdout.isatty() else learn.no_bar()
 
 def _train(learn, run, s, config, resume, start):
-    with _backbone(learn, s), _rows_in_files(learn): fit_run(learn, s['epochs'], run, resume, save_every=s['save_every'], **s['fit'])
+    cbs = [Track(run, s['track'])] if s['track'] else ()
+    with _backbone(learn, s), _rows_in_files(learn): fit_run(learn, s['epochs'], run, resume, cbs=cbs, save_every=s['save_every'], **s['fit'])
     if this_process()[0]: return
     save_run(learn, run, dict(config, model=learn.model.config, seconds=round(time.time()-start, 1)))
 

@@ -4,15 +4,15 @@
 
 # %% auto #0
 __all__ = ['together', 'this_process', 'n_processes', 'gather_rows', 'in_processes', 'same_everywhere', 'mean_weight',
-           'gather_plain', 'any_process', 'on_first', 'joined']
+           'gather_plain', 'any_process', 'on_first', 'take_turns', 'joined']
 
 # %% ../../nbs/04_training/07_distributed.ipynb #7dbfeada
-import io, os, re, tempfile
+import copy, io, os, re, tempfile
 from contextlib import contextmanager, nullcontext, redirect_stdout
 
 import torch, torch.distributed as dist, torch.multiprocessing as mp
 
-from ..core import TrainingError
+from ..core import Batch, Parts, TrainingError
 
 # %% ../../nbs/04_training/07_distributed.ipynb #d8f984a6
 _together = [False]
@@ -130,6 +130,31 @@ def on_first(
     return out
 
 _gone = 'several processes','another one has ended','','the same command with --resume goes on'
+
+# %% ../../nbs/04_training/07_distributed.ipynb #02dcd52e
+def _unpacked(o):
+    "`Parts`, `Batch` and tuples of them as something plain"
+    if isinstance(o, tuple): return [_unpacked(v) for v in o]
+    return {type(o).__name__:vars(o)} if isinstance(o, (Parts,Batch)) else o
+
+def _packed(o):
+    "What `_unpacked` was given"
+    if isinstance(o, list): return tuple(_packed(v) for v in o)
+    return next((t(**o[t.__name__]) for t in (Parts,Batch) if isinstance(o, dict) and o.keys() == {t.__name__}), o)
+
+def take_turns(
+    batches, # A `PartBatches`, the same in each process; anything else is looked at by each
+    f, # Called with the images and the `Batch`; returns tensors, `Parts` and `Batch`, or a tuple of them
+):
+    "Yield `f(x, batch)` of all batches in their order; each process looks at its share"
+    rank,n = this_process()
+    if n == 1 or not hasattr(batches, 'groups'): return (yield from (f(x, b) for x,b in batches))
+    mine = copy.copy(batches)
+    mine.groups = batches.groups[rank::n]
+    mine = iter(mine)
+    for i in range(0, len(batches), n):
+        own = _unpacked(f(*next(mine))) if i+rank < len(batches) else None
+        yield from (_packed(o) for o in gather_plain(own) if o is not None)
 
 # %% ../../nbs/04_training/07_distributed.ipynb #ad884156
 @contextmanager
