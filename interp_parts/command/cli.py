@@ -6,37 +6,21 @@
 __all__ = ['main']
 
 # %% ../../nbs/30_command/01_cli.ipynb #04f9d199
-import ast, contextlib, json, os, sys
+import json, os, sys
 
 import typer
 
+from . import benchmarks
 from .hand_on import label_run
-from .shell import app, command, run_command, typed
-from ..errors import ConfigError, method_names
+from .shell import command, given, parse_set, run_command, typed
+from ..errors import ConfigError
 
 # %% ../../nbs/30_command/01_cli.ipynb #23ce636d
 def main():
     "Entry point of the command `interp-parts`"
     sys.exit(run_command())
 
-# %% ../../nbs/30_command/01_cli.ipynb #9cd981e4
-def _parse_set(pairs):
-    "Values by key: numbers, lists, booleans, None, or words"
-    out = {}
-    for p in pairs or []:
-        key,eq,val = p.partition('=')
-        if not eq: raise ConfigError('--set', repr(p), 'key=value')
-        out[key] = val
-        for read in (ast.literal_eval, json.loads):                           # of Python what JSON has too, no set or bytes
-            with contextlib.suppress(ValueError, SyntaxError, TypeError, RecursionError, MemoryError):
-                out[key] = json.loads(json.dumps(read(val)))
-    return out
-
 # %% ../../nbs/30_command/01_cli.ipynb #699b5cb0
-def _given(options, *but):
-    "Arguments of a command by name, but for those that it uses itself"
-    return {k:v for k,v in options.items() if k not in but}
-
 def _split_reader(options):
     "Options of the reader, which start with `data.`, and all others"
     reader = {k[5:]:v for k,v in options.items() if k.startswith('data.')}
@@ -90,14 +74,14 @@ def _train(
     set_:list[str]=[], # key=value: any further option of the method or the training; data.key=value: of the reader
 ):
     "Train a method; writes the folder --out"
-    options = _given(locals(), 'method', 'out', 'recipe', 'config', 'resume', 'overwrite', 'num_processes', 'set_')
+    options = given(locals(), 'method', 'out', 'recipe', 'config', 'resume', 'overwrite', 'num_processes', 'set_')
     if num_processes not in (None, 1):
         from interp_parts.command.processes import run_processes
         return run_processes(num_processes, typed)
     from interp_parts.command.settings import make_settings, recipe_note
     from interp_parts.command.train import train_run
     from interp_parts.files import read_json
-    settings = make_settings(method, recipe, read_json(config) if config else None, options, _parse_set(set_))
+    settings = make_settings(method, recipe, read_json(config) if config else None, options, parse_set(set_))
     if recipe: print(recipe_note(method, recipe))
     run = train_run(method, out, settings, resume, overwrite)
     if os.environ.get('RANK', '0') == '0': # of several processes, the first one
@@ -128,7 +112,7 @@ def _evaluate(
         return run_processes(num_processes, typed)
     from interp_parts.command.evaluate import evaluate_run
     from interp_parts.evaluation.scoring import format_metrics
-    scores = evaluate_run(run, path, protocol, split, baselines, device, workers, _parse_set(set_))
+    scores = evaluate_run(run, path, protocol, split, baselines, device, workers, parse_set(set_))
     if os.environ.get('RANK', '0') != '0': return # the first process prints
     print(format_metrics(scores))
     if 'without_parts' in scores: _say_without(scores['without_parts'])
@@ -225,9 +209,9 @@ def _foreground(
     set_:list[str]=[], # key=value: threshold or largest; data.key=value: of the reader
 ):
     "Learn foreground masks from the training images, and write one for every image"
-    options = _given(locals(), 'data', 'path', 'out', 'protocol', 'set_')
+    options = given(locals(), 'data', 'path', 'out', 'protocol', 'set_')
     from interp_parts.command.foreground import foreground_run
-    reader,more = _split_reader(_parse_set(set_))
+    reader,more = _split_reader(parse_set(set_))
     settings = dict(data=data, path=path, protocol=protocol, reader=reader)
     n = len(foreground_run(out, settings, **options, **more))
     print(f'{out}: masks of {n} images; next, interp-parts evaluate RUN --set data.masks={out}')
@@ -328,77 +312,3 @@ def _demo(
     "The whole way on synthetic birds: train, score, draw; a few minutes on two CPU cores"
     from interp_parts.command.demo import run_demo
     run_demo(out, seed)
-
-# %% ../../nbs/30_command/01_cli.ipynb #2b587124
-_benchmarks = typer.Typer(rich_markup_mode=None, no_args_is_help=True, help='What a method costs.')
-app.add_typer(_benchmarks, name='benchmark')
-
-@command(_benchmarks)
-def _cost(
-    method:str, # Such as region_grouping
-    repeats:int=5, # Timed steps of each side, taken in turn
-):
-    "Time of a training step over that of the plain network, on one thread"
-    from interp_parts.command.benchmark import benchmark_cost
-    for line in benchmark_cost(method, repeats): print(json.dumps(line), flush=True)
-
-@command(_benchmarks)
-def _throughput(
-    method:str, # Such as region_grouping
-    data:str=None, # Reader's name, such as cub
-    path:str=None, # Folder or file of the data
-    backbone:str=None, # timm's name
-    weights:str=None, # Backbone weights: a .safetensors file, or a plain state dict, with timm's or torchvision's names
-    pretrained:bool=None, # Download timm's weights? Default: yes
-    n_parts:int=None, # Parts, the background included; default: the method's own
-    bs:int=None, # Images in a batch
-    size:int=None, # Side, or shorter side, of the network input in pixels
-    workers:int=None, # Processes that decode images
-    device:str=None, # auto, cpu, cuda or cuda:N
-    precision:str=None, # 32, tf32, bf16 or fp16
-    channels_last:bool=None, # Images in channels-last memory?
-    compile:bool=None, # Compile the network?
-    fast_decode:bool=None, # Decode large JPEGs at 1/2, 1/4 or 1/8 of their size?
-    steps:int=10, # Timed training steps
-    rounds:int=3, # Timed rounds of reading
-    set_:list[str]=[], # key=value: any further option of the method or the training; data.key=value: of the reader
-):
-    "Images a second of decoding, of the loader, of a plain step and of the method's step, on your images"
-    options = _given(locals(), 'method', 'steps', 'rounds', 'set_')
-    from interp_parts.command.throughput import benchmark_throughput
-    for line in benchmark_throughput(method, options, _parse_set(set_), steps, rounds): print(json.dumps(line), flush=True)
-
-# %% ../../nbs/30_command/01_cli.ipynb #7831d051
-def _of_methods(options):
-    "Options by method: `METHOD.key` for one, `key` for all"
-    own = {m:{} for m in method_names}
-    for k,v in options.items():
-        m,_,key = k.partition('.')
-        for name in [m] if m in own else own: own[name][key if m in own else k] = v
-    return own
-
-# %% ../../nbs/30_command/01_cli.ipynb #7e7b1b81
-@command(_benchmarks)
-def _table(
-    data:str=None, # Reader's name, such as cub
-    path:str=None, # Folder or file of the data
-    out:str='table', # Folder of the table
-    methods:str='all', # Names, separated by commas
-    seeds:int=3, # Trainings of each method
-    backbone:str='resnet50', # timm's name
-    weights:str=None, # Backbone weights: a .safetensors file, or a plain state dict, with timm's or torchvision's names
-    pretrained:bool=None, # Download timm's weights? Default: yes
-    freeze_bn:bool=None, # Keep the backbone's batch norm statistics?
-    epochs:int=None, # Passes over the training images
-    bs:int=None, # Images in a batch
-    size:int=None, # Side, or shorter side, of the network input in pixels
-    resize:str=None, # short, squash or pad
-    workers:int=None, # Processes that decode images
-    device:str=None, # auto, cpu, cuda or cuda:N
-    explain_n:int=200, # Test images for insertion, deletion, consistency and stability
-    set_:list[str]=[], # METHOD.key=value: a further option of one method; key=value: of all
-):
-    "Train and score every method on the same images; goes on where it was. Writes table.csv, table.md, report.html"
-    options = _given(locals(), 'out', 'methods', 'seeds', 'explain_n', 'set_')
-    from interp_parts.command.comparison import make_table
-    make_table(out, options, methods.split(','), seeds, _of_methods(_parse_set(set_)), explain_n)
