@@ -210,7 +210,7 @@ def predict_run(
     known,own = _mask_files(masks),get_method(ask.learn.config['method']).picture
     _check_images(images, on_bad_image, known, masks)
     files = zip(_each_image(images), _picture_files(images, pictures))
-    typed = dict(topk=topk != 3 and topk, all=every, masks=masks and str(masks), pictures=pictures is not None)
+    typed = dict(topk=topk != 3 and topk, all=every, masks=masks and str(masks))
     asked = {k:v for k,v in typed.items() if v}
     with AnswerFile(out, weights_hash(run), resume, asked) if out else nullcontext() as lines:
         done = set(map(os.path.realpath, lines.done)) if out else ()               # however you spell the folder
