@@ -6,7 +6,7 @@
 __all__ = ['export_run']
 
 # %% ../../nbs/22_serving/03_export.ipynb #d5e581ee
-import json, warnings
+import io, json, warnings
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -101,6 +101,12 @@ def _write_onnx(program, about, file, opset):
     for k,v in about.items(): model.metadata_props.add(key=k, value=v if isinstance(v, str) else json.dumps(v))
     with atomic_path(file) as tmp: tmp.write_bytes(model.SerializeToString())
 
+def _write_program(program, about, file):
+    "The program of torch.export, by way of memory: on a full disk its writer ends the process"
+    made,program = io.BytesIO(),program.run_decompositions({}) # blocks of autocast, which torch cannot read back, become their operations
+    torch.export.save(program, made, extra_files={'interp_parts':about['made_by'], 'about.json':json.dumps(about)})
+    with atomic_path(file) as tmp: tmp.write_bytes(made.getbuffer())
+
 # %% ../../nbs/22_serving/03_export.ipynb #38842ca3
 def export_run(
     run, # Folder of a run
@@ -126,9 +132,7 @@ def export_run(
         program,about['batch'] = _program(graph, size)
     file.parent.mkdir(parents=True, exist_ok=True)
     if file.suffix == '.onnx': _write_onnx(program, about, file, opset)
-    else:
-        program = program.run_decompositions({}) # blocks of autocast, which torch cannot read back, become their operations
-        with atomic_path(file) as tmp: torch.export.save(program, tmp, extra_files={'interp_parts':about['made_by'], 'about.json':json.dumps(about)})
+    else: _write_program(program, about, file)
     write_json(also[0], about)
     if also[1:]: write_text(also[1], _use)
     return about

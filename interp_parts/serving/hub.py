@@ -45,6 +45,14 @@ def save_pretrained(
     run,out = Path(run),claim(folder, 'pretrained')
     if out.resolve() == run.resolve(): raise ConfigError(folder, 'is the run itself', 'another folder')
     if occupied(out) and (why := replaceable(out, 'pretrained')): raise ConfigError(folder, why, 'a folder that this function wrote', another_folder(folder, 'pretrained'))
+    fresh = not any(f.name in _FILES for f in out.iterdir())
+    try: return _write_pretrained(learn, run, out, split)
+    except BaseException:
+        if fresh: shutil.rmtree(out, ignore_errors=True)
+        raise
+
+def _write_pretrained(learn, run, out, split):
+    "The files that travel"
     config = {**learn.config, **{k:_without_paths(learn.config[k]) for k in ('training','data')}}
     save_tensors(out/'model.safetensors', learn.model)
     write_json(out/'config.json', config)
@@ -102,7 +110,7 @@ def _asking(repo, revision=None):
         if name in ('RepositoryNotFoundError','HFValidationError','GatedRepoError'):
             raise CheckpointError(repo, 'no such folder, and no such model on the hub, or a private one', 'a folder, or user/name',
                                   'check the name; for a private model, hf auth login') from None
-        if name in ('LocalEntryNotFoundError','OfflineModeIsEnabled') or code is None and isinstance(e, OSError):
+        if name in ('LocalEntryNotFoundError','OfflineModeIsEnabled','ConnectError','ConnectTimeout') or code is None and isinstance(e, OSError):
             raise CheckpointError(repo, 'not in the cache, and the hub is not reached', 'a folder, or a network',
                                   'check the connection; unset HF_HUB_OFFLINE to download it') from None
         raise CheckpointError(repo, f'the hub said: {said}', 'a model') from e

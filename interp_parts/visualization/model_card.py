@@ -39,7 +39,8 @@ def _limits(run):
     yield f'The scores hold for images like the {m} they were measured on.' if m else 'It has not been scored yet.'
     if m: yield f'They are those of one training (seed {_seed(run)}); how far another one differs is not in this folder.'
     if run.config.get('valid_is_train'): yield 'No validation images were held out: nothing was chosen by validation.'
-    yield 'Time and energy of the training were not measured.'
+    seconds = run.config.get('seconds')
+    yield f'The training took {seconds} s; its energy was not measured.' if seconds else 'Time and energy of the training were not measured.'
 
 # %% ../../nbs/21_visualization/06_model_card.ipynb #3452b2be
 def _task(run):
