@@ -74,6 +74,7 @@ def _train(
     set_:list[str]=[], # key=value: any further option of the method or the training; data.key=value: of the reader
 ):
     "Train a method; writes the folder --out"
+    if None not in (epochs, steps): raise ConfigError('--steps', f'{steps}, and --epochs {epochs}', 'one of them', 'leave one out')
     options = given(locals(), 'method', 'out', 'recipe', 'config', 'resume', 'overwrite', 'num_processes', 'set_')
     if num_processes not in (None, 1):
         from interp_parts.command.processes import run_processes

@@ -167,7 +167,6 @@ def _size(file):
     except OSError: return 0 # `find_broken` names it
 
 def _hash(file):
-    "Hash of the content, of an earlier time if the file is unchanged"
     known = KnownFiles.active()
     if (h := known.get(file, 'hash')) is not None: return h
     with open(file, 'rb') as f: h = hashlib.file_digest(f, 'blake2b').hexdigest()[:40]
