@@ -6,14 +6,15 @@
 __all__ = []
 
 # %% ../../nbs/01_data/00_data.ipynb #4a4203dc
-from . import table, images, known, views, loaders, masks, transfer, archives, download, rows
+from . import table, split_lists, images, known, views, loaders, masks, transfer, archives, download, rows
 
 # %% ../../nbs/01_data/00_data.ipynb #fce97581
-__all__ = [*table.__all__, *images.__all__, *known.__all__, *views.__all__, *loaders.__all__, *masks.__all__, *transfer.__all__,
-           *archives.__all__, *download.__all__, *rows.__all__]
+__all__ = [*table.__all__, *split_lists.__all__, *images.__all__, *known.__all__, *views.__all__, *loaders.__all__, *masks.__all__,
+           *transfer.__all__, *archives.__all__, *download.__all__, *rows.__all__]
 
 # %% ../../nbs/01_data/00_data.ipynb #9bbd1236
 from .table import *
+from .split_lists import *
 from .images import *
 from .known import *
 from .views import *

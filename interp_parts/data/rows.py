@@ -15,7 +15,8 @@ from ..core import CheckpointError, InterpPartsError, get_method
 from .known import KnownFiles
 from .masks import add_grabcut_masks
 from .readers.registry import read_data
-from .table import content_groups, first_few, match_classes, usable_images, use_split
+from .split_lists import use_split
+from .table import content_groups, first_few, match_classes, usable_images
 from ..errors import warn_user
 
 # %% ../../nbs/01_data/09_rows.ipynb #bc2411a5

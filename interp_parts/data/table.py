@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SPLITS', 'BAD_IMAGE', 'part_table', 'first_few', 'class_names', 'check_table', 'match_classes', 'content_groups',
-           'check_copies', 'split_and_class', 'usable_images', 'bad_image_line', 'write_split', 'use_split']
+           'check_copies', 'split_and_class', 'usable_images', 'bad_image_line']
 
 # %% ../../nbs/01_data/01_table.ipynb #0677f6d3
 import hashlib, json, os, unicodedata
@@ -269,88 +269,3 @@ def bad_image_line(
     bad = [*df.attrs.get('bad_images', ()), *(_broke_later(dls) if dls else [])]
     done = 'replaced' if df.attrs.get('on_bad_image') == 'replace' else 'left out'
     return f"{len(bad)} unusable image{'s'*(len(bad) != 1)} {done}: {first_few(bad)}" if bad else ''
-
-# %% ../../nbs/01_data/01_table.ipynb #aaaf3dfd
-def _keys(images):
-    "Path of each image from the folder that holds them all, with one folder at least"
-    paths = [Path(os.path.abspath(p)) for p in images]
-    top = Path(os.path.commonpath([p.parent for p in paths]))
-    if any(p.parent == top for p in paths): top = top.parent
-    return [p.relative_to(top).as_posix() for p in paths]
-
-def write_split(
-    df:pd.DataFrame, # A table
-    path, # Text file to write
-):
-    "Write which image is in which split, one line an image: split, tab, path from the folder that holds all images"
-    _check_list(path)
-    rows = sorted({f'{s}\t{_quoted(k)}' for k,s in zip(_keys(df.image), df.split)})
-    said = ' '.join(f"# {df.attrs.get('name')}: {df.attrs.get('protocol')}".split()).encode('utf-8', 'replace').decode()
-    write_text(path, '\n'.join([said, *rows]) + '\n')
-
-def _check_list(path):
-    "Raise an error for a file that is no list of splits"
-    if not os.path.lexists(path): return
-    ours = os.path.isfile(path) and not os.path.islink(path)
-    if ours:
-        with open(path, 'rb') as f: ours = f.read(9).startswith((b'# ', *(f'{s}\t'.encode() for s in SPLITS)))
-    if not ours: raise DataError(path, 'exists, and is no list of splits', 'a new file')
-
-def _quoted(key):
-    "A path that is one line of text: one with line breaks, tabs or bytes of another encoding as JSON"
-    return key if key.isprintable() and not key.startswith('"') else json.dumps(key)
-
-# %% ../../nbs/01_data/01_table.ipynb #6287c823
-def _unquoted(key):
-    if not key.startswith('"'): return key
-    try: return json.loads(key)
-    except ValueError: return key
-
-def _read_split(path):
-    "Splits of each image path of a list; an image for accuracy may be one for parts, too"
-    try: lines = [l.split('\t') for l in Path(path).read_text(encoding='utf-8-sig').split('\n') if l and l[0] != '#']
-    except (OSError, UnicodeDecodeError):
-        raise DataError(path, 'no such file', 'lines such as `train<tab>owl/1.jpg`') from None
-    bad = [l for l in lines if len(l) != 2 or l[0] not in SPLITS]
-    if bad:
-        raise DataError(path, repr('\t'.join(bad[0])), f'lines such as `train<tab>owl/1.jpg`, of {", ".join(SPLITS)}')
-    out = {_unquoted(f):[s for s,_ in ls] for f,ls in _by(lambda l: l[1], lines).items()}
-    both = [f for f,s in out.items() if 'train' in s and {'test','eval'} & set(s)]
-    if both: raise DataError(path, f'{first_few(both)} in several splits', 'one split an image')
-    return out
-
-# %% ../../nbs/01_data/01_table.ipynb #4c7c4946
-def _line_of(image, listed):
-    "The longest path of a list that the image's path ends with, and the folder above; None if there is none"
-    parts = Path(os.path.abspath(image)).parts
-    keys = ('/'.join(parts[i:]) for i in range(1, len(parts)))
-    return next(((k, image[:-len(k)]) for k in keys if k in listed), None)
-
-def _listed_splits(df, path):
-    "The split that a list gives to each image (N,); None where it does not name it"
-    listed = _read_split(path)
-    lines = {im:_line_of(im, listed) for im in map(str, df.image.unique())}
-    above = Counter(l[1] for l in lines.values() if l)
-    best = {}
-    for im,l in lines.items():
-        if l and (l[0] not in best or above[l[1]] > above[lines[best[l[0]]][1]]): best[l[0]] = im
-    known = lambda p: listed[l[0]] if (l := lines[str(p)]) and best[l[0]] == str(p) else [None]
-    return pd.Series([s if s in (k := known(p)) else k[0] for p,s in zip(df.image, df.split)], df.index, dtype=object)
-
-# %% ../../nbs/01_data/01_table.ipynb #288bca9c
-def use_split(
-    df:pd.DataFrame, # A table
-    path, # List written by `write_split`
-    later:bool|str=False, # Leave out images that the list does not name? 'all': a table of which it names none stays as it is
-)->pd.DataFrame:
-    "The table with the splits of a list; an image that it does not name is an error, or left out with a warning"
-    split = _listed_splits(df, path)
-    if later == 'all' and split.isna().all(): return df
-    new = df.image[split.isna()].map(lambda p: '/'.join(Path(p).parts[-2:])).tolist()
-    if new and not (later and split.notna().any()):
-        raise DataError(path, f'no line for {len(new)} of {len(df)} images: {first_few(new)}',
-                        'the list of these images')
-    if new: warn_user(f'{path}: {len(new)} images that it does not name are left out: {first_few(new)}')
-    out = df.assign(split=split)[split.notna()].reset_index(drop=True)
-    out.attrs = {**{k:v for k,v in df.attrs.items() if k != 'drawn'}, 'protocol':f'split of the list {Path(path).name}'}
-    return out

@@ -6,12 +6,13 @@
 __all__ = []
 
 # %% ../../nbs/03_models/00_models.ipynb #24f05828
-from . import backbones, classifier, foreground
+from . import backbones, networks, classifier, foreground
 
 # %% ../../nbs/03_models/00_models.ipynb #2d889a4f
-__all__ = [*backbones.__all__, *classifier.__all__, *foreground.__all__]
+__all__ = [*backbones.__all__, *networks.__all__, *classifier.__all__, *foreground.__all__]
 
 # %% ../../nbs/03_models/00_models.ipynb #14a8e6c8
 from .backbones import *
+from .networks import *
 from .classifier import *
 from .foreground import *

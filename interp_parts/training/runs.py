@@ -20,7 +20,7 @@ from ..core import CheckpointError, ConfigError, DataError, PartLearner, get_met
 from ..data.images import NormalizeImages
 from ..data.loaders import PartDataset, PartDL
 from ..data.rows import run_rows
-from ..data.table import use_split, write_split
+from ..data.split_lists import use_split, write_split
 from ..data.views import View
 from ..networks import LayerMap
 from ..files import SCHEMA, claim, load_tensors, read_json, reading, save_tensors, write_json

@@ -15,7 +15,7 @@ from torch import nn
 
 from ..core import CheckpointError, ConfigError, DataError, pick
 from ..files import reading
-from ..models.backbones import load_network
+from ..models.networks import load_network
 from ..networks import LayerMap, as_map, forward_hooks
 from ..training.runs import load_run
 from .maps import resize_maps, to_unit

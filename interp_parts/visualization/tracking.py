@@ -121,6 +121,7 @@ def before_fit(self:Track):
 
 @patch
 def after_epoch(self:Track):
+    "Send the epoch's numbers and picture"
     if self.board is None or self.epoch < self.start: return # fastai passes through the epochs before
     names,values = self.learn.recorder.metric_names[1:],self.learn.recorder.values[-1]
     rates = {f'lr_{i}':h['lr'] for i,h in enumerate(self.learn.opt.hypers)}

@@ -14,7 +14,8 @@ from .citations import ABOUT
 from .classification import check_counts, hold_out_classes, official_table, validation_split
 from .files import DataFolder, save_png, readers
 from .folders import random_split
-from ..table import check_table, first_few, part_table, use_split
+from ..split_lists import use_split
+from ..table import check_table, first_few, part_table
 
 # %% ../../../nbs/01_data/readers/05b_animals.ipynb #22200435
 def _awa_rows(root, classes):
