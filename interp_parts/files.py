@@ -32,7 +32,8 @@ def atomic_path(
 ):
     "A temporary path to write to; it becomes `path` when the block ends well and vanishes when it does not"
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    try: path.parent.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError): raise ConfigError(path.parent, 'is a file', 'a folder', 'pass another path') from None
     end = path.suffix if len(path.suffix) < 16 else ''
     fd,tmp = tempfile.mkstemp(dir=path.parent, prefix=f'.interp_parts-{os.getpid()}-', suffix=end)
     os.close(fd)

@@ -19,6 +19,7 @@ from ..contrastive_reconstruction.networks import DeepLab
 from ..data.readers.file_lists import write_file_list
 from ..data.readers.registry import read_data
 from ..files import read_json, write_json
+from ..part_discovery.model import PartDiscovery
 from ..region_grouping.model import RegionGrouping
 from ..synthetic.folders import write_image
 from .layouts import write_layout
@@ -47,8 +48,8 @@ def _parsed(words):
     return command.make_context(words[0], [w for w in words[1:] if w != '...']).params
 
 # %% ../../nbs/40_testing/10_originals.ipynb #bde607ea
-_sides = dict(region_grouping=96, visual_words=96, classifier=96, activation_diversity=110, classification_specific_parts=107)
-_nets = dict(region_grouping='resnet26', visual_words='resnet18', classifier='resnet18')
+_sides = dict(part_discovery=112, region_grouping=96, visual_words=96, classifier=96, activation_diversity=110, classification_specific_parts=107)
+_nets = dict(part_discovery='resnet26', region_grouping='resnet26', visual_words='resnet18', classifier='resnet18')
 _tiny = {'--steps':'2', '--n-parts':'6', '--size':'107'} # in the place of what the page has
 
 def _shrunk(words):
@@ -127,6 +128,7 @@ def _visual_words():
     counts = read_data('pets', 'PETS').split.value_counts()
     for s in ('train','test'): np.save(f'grad_{s}_pets.npy', np.random.default_rng(0).random((counts[s],64,64)).astype('f'))
     torch.save(VisualWords(3, 6, 'resnet18', depth=8).original_views(), 'words.pth')
+    torch.save(timm.create_model('resnet34', num_classes=3).state_dict(), 'resnet34_pets.pth')
     Path('IMAGE').symlink_to(next(iter(sorted(Path('PETS/images').resolve().glob('*.jpg')))))
     _train('classifier --recipe base_resnet34 --data pets --path PETS --backbone resnet18 --size 96 --epochs 1 --out BASE')
     _train('visual_words --data pets --path PETS --backbone resnet18 --size 96 --resize squash --init BASE --n-parts 6 --epochs 2 --set last_epochs=2 --out RUN')
@@ -198,9 +200,17 @@ def _classification_specific_parts():
     _train('classification_specific_parts --data cub --path CUB_200_2011 --backbone inception_v3 --init CLASSIFIER --size 107 --epochs 0 --out RUN')
     return 'cub','CUB_200_2011'
 
+def _part_discovery():
+    _place('cub', 'CUB_200_2011', 96)
+    n = len(read_data('cub', 'CUB_200_2011').attrs['classes'])
+    vit = dict(backbone='vit_small_patch14_reg4_dinov2.lvd142m', design='paper', modulation='layer_norm', noise=True, side=56)
+    save_file({k:v.clone() for k,v in PartDiscovery(n, 3, **vit).original_views().items()}, 'model.safetensors')
+    _train('part_discovery --data cub --path CUB_200_2011 --backbone resnet26 --size 64 --epochs 1 --out RUN')
+    return 'cub','CUB_200_2011'
+
 _setups = {'Region grouping':_region_grouping, 'Contrastive reconstruction':_contrastive_reconstruction,
            'Visual words':_visual_words, 'Activation diversity':_activation_diversity,
-           'Classification-specific parts':_classification_specific_parts}
+           'Classification-specific parts':_classification_specific_parts, 'Part discovery':_part_discovery}
 
 # %% ../../nbs/40_testing/10_originals.ipynb #530bd735
 _data_of = {'pascal_dog':('pascal_part','PASCAL'), 'protopnet_cub_vgg19':('folder','datasets/cub200_cropped'),
