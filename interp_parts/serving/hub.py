@@ -13,7 +13,7 @@ from pathlib import Path
 
 from ..core import CheckpointError, ConfigError, InterpPartsError
 from ..data.transfer import server_answers
-from ..files import another_folder, claim, claim_file, occupied, read_json, save_tensors, write_json, write_text
+from ..files import another_folder, claim, made, occupied, save_tensors, write_json, write_text
 from ..replace import replaceable
 from ..training.runs import load_run
 from ..visualization.model_card import write_model_card
@@ -45,6 +45,7 @@ def save_pretrained(
     run,out = Path(run),claim(folder, 'pretrained')
     if out.resolve() == run.resolve(): raise ConfigError(folder, 'is the run itself', 'another folder')
     if occupied(out) and (why := replaceable(out, 'pretrained')): raise ConfigError(folder, why, 'a folder that this function wrote', another_folder(folder, 'pretrained'))
+    if made(out) != 'pretrained': raise ConfigError(folder, 'lies in a folder that interp_parts wrote for another use', 'a folder of its own', another_folder(folder, 'pretrained'))
     fresh = not any(f.name in _FILES for f in out.iterdir())
     try: return _write_pretrained(learn, run, out, split)
     except BaseException:
