@@ -21,7 +21,7 @@ from ..training.distributed import this_process
 from ..training.fit import fit_run
 from ..training.optim import optimizers, schedules
 from ..training.precision import PRECISIONS
-from ..visualization.tracking import check_tracker
+from ..visualization.tracking import Track
 
 # %% ../../nbs/30_command/02a_settings.ipynb #0b57f0c8
 settings_defaults = dict(data=None, path=None, protocol=None, masks=None, init=None,
@@ -234,7 +234,7 @@ def check_settings(
     pick(s['on_bad_image'], BAD_IMAGE, '--on-bad-image')
     if s['views'] > 1 and not (s['frozen'] or s['cache_features']):
         raise ConfigError('--views', s['views'], 'a backbone that stays as it is', 'pass --frozen or --cache-features too')
-    if s['track']: check_tracker(s['track'])
+    if s['track']: Track.check(s['track'])
     _check_fit(**s['fit'])
     _check_files(s)
 

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SPLITS', 'BAD_IMAGE', 'part_table', 'first_few', 'class_names', 'check_table', 'match_classes', 'content_groups',
-           'check_copies', 'split_and_class', 'usable_images', 'bad_image_line']
+           'check_copies', 'files_later', 'split_and_class', 'usable_images', 'bad_image_line']
 
 # %% ../../nbs/01_data/01_table.ipynb #0677f6d3
 import hashlib, json, os, unicodedata
@@ -217,7 +217,7 @@ def check_copies(
 BAD_IMAGE = ('error', 'skip', 'replace')
 
 @contextmanager
-def _later():
+def files_later():
     "Inside the block `check_table` does not look at files"
     token = _files_later.set(True)
     try: yield
@@ -246,7 +246,7 @@ def usable_images(
     "The table without unusable images; what they were, and why, is in `attrs['bad_images']`"
     if not callable(read): return usable_images(lambda: read, on_bad_image)
     if pick(on_bad_image, BAD_IMAGE, '--on-bad-image') == 'error': return check_table(read())
-    with _later(): df = read()
+    with files_later(): df = read()
     bad = dict(find_broken(df.image.unique(), decode=True))
     rows = range(len(df)) if on_bad_image == 'skip' else _next_like(split_and_class(df), (~df.image.isin(bad)).tolist())
     kept = [j for i,j in enumerate(rows) if j is not None and df.image.iloc[j] not in bad]
