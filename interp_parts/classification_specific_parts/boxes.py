@@ -70,7 +70,7 @@ def _boxes_of_batch(regions, q, least):
 def _best_boxes(regions, q, least=0):
     "Best box (B,K,4) of each region (B,K,H,W), at least `least` pixels wide and high, and its objective (B,K)"
     if q.device.type != 'cpu': found = _boxes_of_batch(regions, q, least)
-    else: found = torch.from_numpy(np.stack([_boxes_of(r, m, least) for r,m in zip(regions.numpy(), q.numpy())]))
+    else: found = torch.from_numpy(np.array([_boxes_of(r, m, least) for r,m in zip(regions.numpy(), q.numpy())]))
     return found[...,:4].to(q.dtype),found[...,4]
 
 searches = dict(exact=_best_boxes)

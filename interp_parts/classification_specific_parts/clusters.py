@@ -17,7 +17,7 @@ from ..core import ConfigError, pick
 def _peaks_of(q, k):
     "The peaks (k,2) of one map by OpenCV, strongest first, and how many there are"
     top = cv2.dilate(q, None) == q
-    top[[0,-1]] = top[:,[0,-1]] = False
+    top[0] = top[-1] = top[:,0] = top[:,-1] = False
     at = np.flatnonzero(top)
     v = q.ravel()[at]
     at = at[(-v).argsort(kind='stable')[:min(k, np.count_nonzero(v > q.min()))]]
@@ -41,7 +41,7 @@ def _map_peaks(q, k):
     "Rows and columns (B,k,2) of the strongest local maxima, strongest first, and how many there are (B,)"
     if q.device.type != 'cpu': return _peaks(q, k)
     yx,n = zip(*(_peaks_of(m, k) for m in q.numpy()))
-    return torch.from_numpy(np.stack(yx)),torch.tensor(n)
+    return torch.from_numpy(np.array(yx)),torch.tensor(n)
 
 def _more_starts(q, mask, yx, n):
     "Fill the starts `yx` (k,2) of one image, of which `n` are peaks, with strong pixels far from them"
@@ -122,10 +122,13 @@ def _lloyd(z, filled, starts, iters=300, tol=1e-4):
 # %% ../../nbs/14_classification_specific_parts/03a_clusters.ipynb #ca227398
 _ONE = 2.**23 # What a pixel adds to a row's sum, beside its column
 
+@lru_cache(8)
+def _ones(h, w): return np.tile((_ONE+np.arange(w)).astype(np.float32), (h,1))
+
 def _row_sums(mask):
     "Number, times 2^23, plus sum of columns of the pixels left of each column (H,W+1); at most 4096 columns"
-    one = (_ONE+np.arange(mask.shape[1])).astype(np.float32)
-    return np.diff(cv2.integral(mask*one), axis=0)
+    s = cv2.integral(cv2.copyTo(_ones(*mask.shape), mask.view(np.uint8)))
+    return s[1:]-s[:-1]
 
 @lru_cache(8)
 def _columns(n): return np.stack([np.ones(n), -np.arange(n)])
@@ -185,10 +188,11 @@ def _lloyd_rows(mask, starts, weight, tol, iters=300):
 def _paint(c, weight, mask):
     "Cluster (H,W) int16 of each pixel; `c` are column, row and number of the centres, from left to right"
     (h,w),k = mask.shape,len(c)
-    n,number = np.full((k,h), w),np.array([i+1 for _,_,i in c]*h, np.int16)
+    n,number = np.full((k,h), w),np.array([i for _,_,i in c]*h, np.int16)
     n[:-1] = _row_borders([(y,x) for x,y,_ in c], weight, h, w)
     n[1:] -= n[:-1].copy()
-    return np.repeat(number, n.T.ravel()).reshape(h, w)*mask - np.int16(1)
+    out = np.full((h,w), -1, np.int16)
+    return cv2.copyTo(np.repeat(number, n.T.ravel()).reshape(h, w), mask.view(np.uint8), out)
 
 # %% ../../nbs/14_classification_specific_parts/03a_clusters.ipynb #cde1f380
 def _cluster_all(q, mask, yx, colors, features, own_frame):
@@ -207,9 +211,9 @@ def _unit(side): return [1/v if v else 0. for v in side.tolist()]
 
 def _spread(mask, by):
     "Mean variance of the rows and columns of the pixels, scaled by `by`"
-    out = 0.
+    out,count = 0.,max(1, np.count_nonzero(mask))
     for d,f in zip((1,0), by):
-        n = cv2.reduce(mask, d, cv2.REDUCE_SUM, dtype=cv2.CV_32S).ravel()/max(1, np.count_nonzero(mask))
+        n = cv2.reduce(mask, d, cv2.REDUCE_SUM, dtype=cv2.CV_32S).ravel()/count
         at = f*np.arange(len(n))
         out += n@(at-n@at)**2/2
     return out
@@ -243,5 +247,5 @@ def cluster_pixels(
         labels,first,c = _cluster_all(q, mask, yx, colors, features, own_frame)
     else:
         maps = [_cluster_map(m, s, own_frame) for m,s in zip(mask.numpy(), yx.numpy())]
-        labels,first,c = (torch.from_numpy(np.stack(v)) for v in zip(*maps))
+        labels,first,c = (torch.from_numpy(np.array(v)) for v in zip(*maps))
     return labels,yx,first.to(q.dtype),c.to(q.dtype),few
