@@ -163,6 +163,8 @@ class PartModel(OriginalWeights, nn.Module):
 
     def _parts(self, x, target): raise NotImplementedError(f'{type(self).__name__} has no _parts')
 
+    def _see(self, stats): pass # mean and standard deviation of the images that a learner gives, for a model that undoes them
+
     def _without(self, x, p): return None # how, and logits (K,B,C), without each part, if the method has a way of its own
 
     def parts(self,
@@ -233,6 +235,7 @@ class PartLearner(Learner):
         _check_processes()
         self.out,self.extra,self.at = None,(),_start
         model = model.to(memory_format=torch.channels_last) # twice as fast for depth-wise convolutions on a CPU
+        if isinstance(model, PartModel) and getattr(dls, 'stats', None): model._see(dls.stats)
         super().__init__(dls, model, *args, cbs=[_PickLogits(), _SplitTargets(), *L(cbs)], **kwargs)
 
     def _do_epoch_train(self):

@@ -6,7 +6,8 @@
 __all__ = ['chainer_names']
 
 # %% ../../nbs/14_classification_specific_parts/11_imported.ipynb #0cc44de0
-import shutil
+import shutil, zipfile
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np, timm, torch
@@ -51,9 +52,18 @@ def chainer_names()->dict:
     return {f'{a}/{k}':f'{b}.{v}' for a,b in layers.items() for k,v in _layers.items()}
 
 # %% ../../nbs/14_classification_specific_parts/11_imported.ipynb #34a461e3
+@contextmanager
+def _plain_arrays(path):
+    "Within the block a file that NumPy could read by unpickling alone is refused"
+    try: yield
+    except CheckpointError: raise
+    except ValueError:
+        got = 'pickled objects, which may run code' if zipfile.is_zipfile(path) else 'not a file of plain arrays'
+        raise CheckpointError(path, got, 'an npz file of plain arrays', 'where you trust it, numpy.savez of its arrays makes one') from None
+
 def _chainer_arrays(path):
     "Arrays of the file by name, without the name of a wrapper"
-    with reading(path, 'arrays of an InceptionV3', error=CheckpointError), np.load(path, allow_pickle=False) as z:
+    with reading(path, 'arrays of an InceptionV3', error=CheckpointError), _plain_arrays(path), np.load(path, allow_pickle=False) as z:
         first = next((k for k in z.files if k.endswith('head/conv1/conv/W')), None)
         if first is None: raise CheckpointError(path, 'no head/conv1/conv/W', 'an InceptionV3 of cvmodelz')
         prefix = first.removesuffix('head/conv1/conv/W')

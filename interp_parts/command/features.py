@@ -10,7 +10,7 @@ import hashlib, inspect, os, shutil, zipfile
 from collections.abc import Mapping
 from pathlib import Path
 
-import numpy as np
+import numpy as np, torch
 from fastcore.basics import patch
 
 from .settings import pick_device
@@ -210,9 +210,22 @@ def _check_path(make, path):
 
 # %% ../../nbs/30_command/02e_features.ipynb #7be1904f
 _TORCH = b'\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19' # Where torch.save began a file before version 1.6
+_tensors_alone = "where its code is at hand and you trust it, torch.save(torch.load('{}', weights_only=False).state_dict(), 'tensors.pth') keeps the tensors"
+
+def _classes_in(file, head):
+    "The first classes that a file of torch would import when it is unpickled, in words; nothing for plain tensors"
+    if _TORCH in head:
+        try: torch.load(file, map_location='cpu', weights_only=True)
+        except Exception: return 'a whole model'
+    if not zipfile.is_zipfile(file): return ''
+    with zipfile.ZipFile(file) as z: names = z.namelist()
+    if any(n.endswith('/constants.pkl') for n in names): return 'a program of TorchScript'
+    if not any(n.endswith('/data.pkl') for n in names): return ''
+    found = torch.serialization.get_unsafe_globals_in_checkpoint(file)
+    return ', '.join([n for n in sorted(found) if not n.startswith('numpy')][:2]) # a plain number of NumPy is a scalar
 
 def _check_kind(file, method):
-    "Raise for a graph of TensorFlow, and for a pickle that torch did not write"
+    "Raise for a graph of TensorFlow, and for a pickle of more than tensors"
     if not Path(file).is_file(): raise CheckpointError(file, 'no such file', 'a file of the authors')
     with open(file, 'rb') as f: head = f.read(64)
     if Path(file).suffix in ('.pb','.meta','.h5'):
@@ -220,6 +233,8 @@ def _check_kind(file, method):
     if head[:1] == b'\x80' and _TORCH not in head:
         raise CheckpointError(file, 'a pickle, as joblib and scikit-learn dump an SVM, which may run code', 'tensors or arrays by name',
                               f'fit it again: interp-parts train {method}')
+    if (found := _classes_in(file, head)):
+        raise CheckpointError(file, f'a pickle of {found}, which may run code', 'tensors by name', _tensors_alone.format(Path(file).name))
 
 # %% ../../nbs/30_command/02e_features.ipynb #6795b96f
 def import_run(

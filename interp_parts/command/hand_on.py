@@ -28,10 +28,11 @@ def _push(
     to:str, # user/name on the Hugging Face hub
     public:bool=False, # May everybody see it, if it is new?
     split:bool=True, # Also the list of the images and their splits?
+    licence:str=None, # Of the model, such as cc-by-4.0; needed where its data state none
 ):
     "Send a run to the Hugging Face hub: weights, configuration, model card, names of parts"
     from interp_parts.serving.hub import push_to_hub
-    commit = push_to_hub(run, to, private=not public, split=split)
+    commit = push_to_hub(run, to, private=not public, split=split, licence=licence)
     print(f"{to}: from_pretrained('{to}', revision='{commit}')")
 
 # %% ../../nbs/30_command/01b_hand_on.ipynb #d633e301

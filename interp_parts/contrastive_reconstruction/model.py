@@ -67,6 +67,9 @@ class ContrastiveReconstruction(PartModel):
             self.head = DilatedSum(self.backbone.channels, n_parts, dilations)
         else: self.net = published_net(net, n_parts, pretrained, weights)
 
+    def _see(self, stats):
+        for k,v in zip(('mean','std'), stats): getattr(self, k).copy_(torch.as_tensor(v)[:,None,None])
+
     def train(self, mode=True):
         super().train(mode)
         if self.freeze_bn: [m.eval() for m in self.modules() if isinstance(m, nn.BatchNorm2d)]

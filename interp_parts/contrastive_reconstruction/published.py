@@ -54,10 +54,10 @@ def _original_state(path):
     except FileNotFoundError: raise CheckpointError(path, 'no such file', 'a checkpoint', f'get one from {_checkpoints}') from None
     except Exception as e:
         got = f'cannot be read without unpickling ({type(e).__name__})'
-        raise CheckpointError(path, got, 'a file of tensors') from None
-    state = {k.removeprefix('module.'):v for k,v in ckpt.get('model_state_dict', ckpt).items()}
+        raise CheckpointError(path, got, 'a file of tensors', 'save model.state_dict() where the model can be loaded') from None
+    state = ckpt.get('model_state_dict', ckpt) if isinstance(ckpt, dict) else {}
     if not all(isinstance(v, torch.Tensor) for v in state.values()): raise ValueError('not all are tensors')
-    return state
+    return {k.removeprefix('module.'):v for k,v in state.items()}
 
 # %% ../../nbs/11_contrastive_reconstruction/10_published.ipynb #37101c88
 def import_original(

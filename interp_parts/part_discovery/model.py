@@ -109,6 +109,9 @@ class PartDiscovery(PartModel):
         for k,v in zip(('mean','std'), backbone_stats(backbone)):
             self.register_buffer(k, torch.tensor(v)[:,None,None], persistent=False)
 
+    def _see(self, stats):
+        for k,v in zip(('mean','std'), stats): getattr(self, k).copy_(torch.as_tensor(v)[:,None,None])
+
     def _heads(self, n, design, modulation):
         "Prototypes, modulation and classifier"
         d,p = self.backbone.channels,self.n_parts+1

@@ -13,8 +13,8 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from ..core import ConfigError, eval_mode, pick
-from ..files import atomic_path, claim_file, made_by, write_json, write_text
+from ..core import CheckpointError, ConfigError, eval_mode, pick
+from ..files import atomic_path, claim_file, made_by, read_json, write_json, write_text
 from .explainer import Explainer
 from ..training.names import part_names
 
@@ -45,39 +45,48 @@ def _program(graph, size):
         except Exception as e: why = ' '.join(str(e).split())[:120] # whatever the model's code raises
     raise ConfigError('export', f'{type(graph.model).__name__}: {why}', 'a model that torch.export takes', 'serve it with Explainer')
 
-def _about(ask, p, batch):
+def _about(ask, p, file):
     "What a program has to know beside the numbers"
     c,view = ask.learn.config,ask.learn.dls.view
     names = [n for n in _OUTPUTS if getattr(p, n) is not None]
     image = dict(name='images', layout='NCHW, RGB, values in 0..1', size=view.size, resize=view.resize)
-    return dict(made_by=made_by(), method=c['method'], input=image, outputs=names, batch=batch, classes=ask.vocab, multi=ask.learn.dls.multi,
+    return dict(made_by=made_by(), file=file.name, method=c['method'], input=image, outputs=names, batch=None, classes=ask.vocab, multi=ask.learn.dls.multi,
                 parts=part_names(ask.run, p.n_parts, p.background), contribution_kind=p.contribution_kind,
                 data=c['data'].get('name', ''), licence=c['data'].get('licence', ''), citation=c.get('citation', ''))
 
 # %% ../../nbs/22_serving/03_export.ipynb #1d7e0bc9
-_use = """# Made by interp_parts: asks the model beside it
-import json, sys
-import numpy as np, onnxruntime
+_use = """# Made by interp_parts: asks {onnx!r}, which lies beside this file
+import json, os, sys, numpy as np, onnxruntime
 from PIL import Image, ImageOps
 
-about = json.load(open(f'{__file__[:-3]}.json', encoding='utf-8'))
-session = onnxruntime.InferenceSession(f'{__file__[:-3]}.onnx')
+session = onnxruntime.InferenceSession(os.path.join(os.path.dirname(os.path.abspath(__file__)), {onnx!r}))
+meta = session.get_modelmeta().custom_metadata_map
+outputs,classes,parts = (json.loads(meta[k]) for k in ('outputs','classes','parts'))
 
-def predict(file):
-    "Outputs by name, for one image"
-    im,s,how = ImageOps.exif_transpose(Image.open(file)).convert('RGB'),about['input']['size'],about['input']['resize']
-    side = max(im.size) if how == 'pad' else min(im.size)
-    im = im.resize((s,s) if how == 'squash' else [max(1, v*s//side) for v in im.size], Image.Resampling.BILINEAR)
-    x,y = [v//2 if v >= 0 else -(-v//2) for v in (s-im.width, s-im.height)]
-    x = np.asarray(im.crop((-x, -y, s-x, s-y)), np.float32).transpose(2,0,1)[None]/255
-    return dict(zip(about['outputs'], session.run(None, {'images':x})))
+def predict(file): # Outputs by name, for one image
+    im = ImageOps.exif_transpose(Image.open(file)).convert('RGB')
+    {sized}
+    x = np.asarray(im, np.float32).transpose(2,0,1)[None]/255
+    return dict(zip(outputs, session.run(None, {{'images':x}})))
 
 for file in sys.argv[1:] if __name__ == '__main__' else ():
     out = predict(file)
-    best = about['classes'][out['logits'][0].argmax()] if 'logits' in out and not about['multi'] else ''
     counted = out.get('contribution', out['presence'])[0]
-    print(file, best, {about['parts'][k]:round(float(counted[k]), 3) for k in np.argsort(-abs(counted))[:5]})
+    print(file, {says}, {{parts[k]:round(float(counted[k]), 3) for k in np.argsort(-abs(counted))[:5]}})
 """
+
+_to_size = """im = im.resize([max(1, v*{size}//{side}(im.size)) for v in im.size], Image.Resampling.BILINEAR)
+    x,y = [int((v-{size})/2) for v in im.size]
+    im = im.crop((x, y, x+{size}, y+{size}))"""
+
+def _program_text(about, onnx):
+    "The program for a model: its size, how images come to it, and what it answers"
+    size,how = about['input']['size'],about['input']['resize']
+    if how == 'squash': sized = f"im = im.resize(({size},{size}), Image.Resampling.BILINEAR)"
+    else: sized = _to_size.format(size=size, side='max' if how == 'pad' else 'min')
+    best = "classes[out['logits'][0].argmax()]"
+    if about['multi']: best = "[c for c,v in zip(classes, out['logits'][0]) if v > 0]"
+    return _use.format(onnx=onnx, sized=sized, says=best if 'logits' in about['outputs'] else "'parts:'")
 
 # %% ../../nbs/22_serving/03_export.ipynb #c9503e4b
 def _check_opset(opset):
@@ -108,6 +117,15 @@ def _write_program(program, about, file):
     with atomic_path(file) as tmp: tmp.write_bytes(made.getbuffer())
 
 # %% ../../nbs/22_serving/03_export.ipynb #38842ca3
+def _about_file(file):
+    "model.json, or model.pt2.json where model.json tells of another model that lies beside it"
+    plain = file.with_suffix('.json')
+    other = file.with_suffix('.pt2' if file.suffix == '.onnx' else '.onnx')
+    try: taken = other.exists() and read_json(plain)['file'] == other.name
+    except (CheckpointError, KeyError, TypeError): taken = False
+    return file.with_name(f'{file.name}.json') if taken else plain
+
+# %% ../../nbs/22_serving/03_export.ipynb #466fb9f2
 def export_run(
     run, # Folder of a run
     file, # model.onnx or model.pt2
@@ -117,7 +135,7 @@ def export_run(
     "Write the model of a run for other programs, with .json (and .py for ONNX) beside it; returns what the JSON says"
     file = Path(file)
     pick(file.suffix, ('.onnx','.pt2'), 'ending of the file')
-    also = [file.with_suffix(s) for s in ('.json','.py')[:1+(file.suffix == '.onnx')]]
+    also = [_about_file(file), *[file.with_suffix('.py')]*(file.suffix == '.onnx')]
     for f in (file, *also): claim_file(f, replace=overwrite)
     if also[1:]: _check_opset(opset)
     elif opset: raise ConfigError('--opset', opset, 'none for .pt2')
@@ -128,11 +146,11 @@ def export_run(
                           'a method whose parts are a forward pass', 'serve it with Explainer')
     graph = _Graph(model, ask.learn.dls.stats)
     with eval_mode(graph):
-        with torch.no_grad(): about = _about(ask, graph.parts(torch.rand(1, 3, size, size)), None)
+        with torch.no_grad(): about = _about(ask, graph.parts(torch.rand(1, 3, size, size)), file)
         program,about['batch'] = _program(graph, size)
     file.parent.mkdir(parents=True, exist_ok=True)
     if file.suffix == '.onnx': _write_onnx(program, about, file, opset)
     else: _write_program(program, about, file)
     write_json(also[0], about)
-    if also[1:]: write_text(also[1], _use)
+    if also[1:]: write_text(also[1], _program_text(about, file.name))
     return about

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from ..core import CheckpointError, ConfigError, InterpPartsError
 from ..data.transfer import server_answers
-from ..files import another_folder, claim, made, occupied, save_tensors, write_json, write_text
+from ..files import another_folder, claim, made, occupied, read_json, save_tensors, write_json, write_text
 from ..replace import replaceable
 from ..training.runs import load_run
 from ..visualization.model_card import write_model_card
@@ -30,15 +30,27 @@ def _without_paths(v):
 _HEAD = '''---
 library_name: interp_parts
 pipeline_tag: image-classification
+license: {licence}
 tags: [interpretability, parts, {method}]
 ---
 '''
+_hub_licence = re.compile(r'[a-z][a-z0-9.-]*') # As the hub spells them: cc-by-4.0
+
+def _check_licence(run, licence):
+    "Raise for a model that would go to others without saying what they may do with it"
+    if licence is not None and not _hub_licence.fullmatch(licence):
+        raise ConfigError('--licence', repr(licence), "a licence as the hub spells it", "such as cc-by-4.0, or 'other'")
+    about = read_json(Path(run)/'config.json', dict(data=dict))
+    stated = licence or about.get('licence') or about['data'].get('licence')
+    if stated in (None, '', 'not stated'):
+        raise ConfigError(run, 'its data state no licence', 'a card that says what others may do with the model', 'pass --licence, such as cc-by-4.0')
 
 # %% ../../nbs/22_serving/04_hub.ipynb #7b01b2b8
 def save_pretrained(
     run, # Folder of a run
     folder, # Folder to be written: new, empty, or one that this function wrote
     split:bool=True, # Also the list of the images and their splits? It holds the names of their files
+    licence:str=None, # Of the model, as the hub spells it, such as 'cc-by-4.0'; None: what its data and weights state
 )->Path:
     "Write what others need to use a run, without the paths of this machine"
     learn = load_run(run)
@@ -47,6 +59,7 @@ def save_pretrained(
     if occupied(out) and (why := replaceable(out, 'pretrained')): raise ConfigError(folder, why, 'a folder that this function wrote', another_folder(folder, 'pretrained'))
     if made(out) != 'pretrained': raise ConfigError(folder, 'lies in a folder that interp_parts wrote for another use', 'a folder of its own', another_folder(folder, 'pretrained'))
     fresh = not any(f.name in _FILES for f in out.iterdir())
+    if licence: learn.config['licence'] = licence
     try: return _write_pretrained(learn, run, out, split)
     except BaseException:
         if fresh: shutil.rmtree(out, ignore_errors=True)
@@ -62,7 +75,7 @@ def _write_pretrained(learn, run, out, split):
         if (run/f.name).exists() and (split or f.name != 'split.txt'): shutil.copyfile(run/f.name, f)
     write_model_card(out)
     card = (out/'README.md').read_text(encoding='utf-8')
-    write_text(out/'README.md', _HEAD.format(method=config['method']) + card)
+    write_text(out/'README.md', _HEAD.format(method=config['method'], licence=config.get('licence', 'other')) + card)
     return out
 
 # %% ../../nbs/22_serving/04_hub.ipynb #9e83eff2
@@ -165,14 +178,16 @@ def push_to_hub(
     token:str=None, # Of the hub; default the one that you are logged in with
     message:str='A model of interp_parts', # Of the commit
     split:bool=True, # As for `save_pretrained`
+    licence:str=None, # The same; needed where the data state none
 )->str:
     "Send what `save_pretrained` writes to the hub; returns the commit, which `from_pretrained` takes as `revision`"
     if not _hub_id.fullmatch(str(repo)): raise ConfigError('hub id', repr(repo), 'user/name')
+    _check_licence(run, licence)
     hub,endpoint,offline = _hub()
     if offline: raise ConfigError(endpoint, 'out of reach, or HF_HUB_OFFLINE is set', 'a network', 'check the connection; unset HF_HUB_OFFLINE')
     api = hub.HfApi(endpoint, token=token)
     with tempfile.TemporaryDirectory() as tmp:
-        folder = save_pretrained(run, Path(tmp)/'model', split)
+        folder = save_pretrained(run, Path(tmp)/'model', split, licence)
         with _asking(repo):
             api.create_repo(repo, private=private, exist_ok=True)
             return api.upload_folder(repo_id=repo, folder_path=folder, commit_message=message, allow_patterns=list(_FILES)).oid

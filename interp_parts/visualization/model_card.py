@@ -10,6 +10,7 @@ import html, re
 from pathlib import Path
 
 from ..core import get_method, method_names
+from ..evaluation.removal import removal_rows
 from ..files import keep_theirs, write_text
 from ..training.names import given_names
 from .summary import RunSummary
@@ -26,49 +27,66 @@ def _md_table(head, rows):
     return ''.join(f"| {' | '.join(map(_md, r))} |\n" for r in (head, ['---']*len(head), *rows)) if rows else ''
 
 # %% ../../nbs/21_visualization/06_model_card.ipynb #fdaa6e7b
+def _n_answers(run):
+    "Classes or attributes that the model answers with; the data may have more, whose images are for scoring alone"
+    name = run.config.get('method')
+    if name in method_names and not getattr(get_method(name).model, 'classifies', True): return 0
+    return (run.config.get('model') or {}).get('n_classes') or len(run.config.get('vocab') or [])
+
 def _seed(run): return (run.config.get('training') or {}).get('seed', 'not noted')
 
 def _limits(run):
     "What the model cannot do, as far as its files say"
-    n,m = len(run.config.get('vocab') or []),run.metrics.get('n_images')
+    n,m = _n_answers(run),run.metrics.get('n_images')
     anything = 'for any image, also for one of something else.'
     if run.config.get('multi'): yield f'It says yes or no to {n} attributes {anything}'
     elif n: yield f'It knows {n} classes and answers with one of them {anything}'
     yield 'Its parts were found without part labels: another training may find others, and a person might name others.'
     yield 'Part maps are coarse; an overlay is exact to about one cell of the map.'
     yield f'The scores hold for images like the {m} they were measured on.' if m else 'It has not been scored yet.'
-    if m: yield f'They are those of one training (seed {_seed(run)}); how far another one differs is not in this folder.'
-    if run.config.get('valid_is_train'): yield 'No validation images were held out: nothing was chosen by validation.'
+    if m: yield f'The scores are those of one training (seed {_seed(run)}); how far another one differs is not in this folder.'
+    if run.config.get('valid_is_train'): yield 'No validation images were held out, so that no setting was chosen on them.'
     seconds = run.config.get('seconds')
-    yield f'The training took {seconds} s; its energy was not measured.' if seconds else 'Time and energy of the training were not measured.'
+    yield f'The training took {seconds} seconds; its energy was not measured.' if seconds else 'Time and energy of the training were not measured.'
 
 # %% ../../nbs/21_visualization/06_model_card.ipynb #3452b2be
 def _task(run):
     "What the model answers, in a sentence"
-    n = len(run.config.get('vocab') or [])
-    if run.config.get('multi'): return f'For an image it says which of {n} attributes are true, and which parts speak for it.'
-    if n: return f'For an image it says which of {n} classes it shows, and which parts speak for it.'
-    return 'For an image it says where its parts are.'
+    n = _n_answers(run)
+    if run.config.get('method') == 'activation_diversity':
+        return (f'For a face it gives an embedding, which lies near to those of other pictures of the same person, and says which parts '
+                f'of the face it looks at. It was trained to tell {n} people apart.')
+    if run.config.get('multi'): return f'For an image it says which of {n} attributes are true, and which parts speak for that.'
+    if n: return f'For an image it says which of {n} classes it shows, and which parts speak for that.'
+    return 'For an image it says where its parts are; it names no class.'
 
 def _reading(run):
     "How the parts are to be read, and their names"
-    text = ('A part is a map over the image: high where the model sees it. What a part counted is a share of the logit, an attention '
-            'weight or a similarity, as each answer says; only shares of the logit add up to it. Whether a part is needed is said by '
-            '`interp-parts evaluate RUN --set remove_parts=true`.\n')
-    named = getattr(run, 'part_names', {})
+    named,without = getattr(run, 'part_names', {}),run.metrics.get('without_parts')
+    text = ('A part is a map over the image, with large values where the part is. An answer says what each part counted '
+            '(`contribution`): a share of the logit, an attention weight or a similarity (`contribution_kind`). Only shares of the '
+            'logit add up to it.\n')
+    if not without: text += 'Whether the answers need a part, `interp-parts evaluate RUN --set remove_parts=true` measures.\n'
     return text + ('\n' + ''.join(f'- part {k}: {_md(v)}\n' for k,v in sorted(named.items())) if named else '')
 
 # %% ../../nbs/21_visualization/06_model_card.ipynb #c3251e18
-_faces = ('celeba', 'lfw', 'casia', 'ijb', 'face', 'people', 'mafl')
-_PEOPLE = """It was trained on images of people. Use it on images of people who consented to it, and never to identify or to
-track strangers, or to judge anybody. What it says of a face is not what a person is. Error rates may differ between groups of
-people; no such comparison is in this folder.
+_faces = ('celeba', 'lfw', 'casia', 'ijb', 'face', 'people', 'mafl', 'yale', 'fashion')
+_people_data = ('ar', 'att', 'orl')
+_PEOPLE = """{trained} Use it on images of people who consented to it. Do not use it to identify or to track strangers, or to
+judge anybody. An attribute or a likeness that it states is a guess from pixels, no fact about a person. Error rates may differ
+between groups of people; no such comparison is in this folder.
 """
+
+def _people(run):
+    "What the model must not be used for, if it is about faces"
+    if not _shows_people(run): return ''
+    made = 'synthetic' in str((run.config.get('data') or {}).get('name', '')).lower()
+    return _PEOPLE.format(trained='It was trained on synthetic faces, which show nobody.' if made else 'It was trained on images of people.')
 
 def _shows_people(run):
     "Was it trained on faces?"
     name = str((run.config.get('data') or {}).get('name', '')).lower()
-    return run.config.get('method') == 'activation_diversity' or name == 'ar' or any(f in name for f in _faces)
+    return run.config.get('method') == 'activation_diversity' or name in _people_data or any(f in name for f in _faces)
 
 # %% ../../nbs/21_visualization/06_model_card.ipynb #ced68325
 _PAPERS = dict(
@@ -88,7 +106,45 @@ def _citations(run):
     if run.config.get('citation'): yield f"Data: {run.config['citation']}"
     own = _PAPERS.get(name) or (get_method(name).summary if name in method_names else '')
     if own: yield f'Method: {own}'
-    yield 'Library: please cite interp_parts (Apache-2.0) with the version below'
+    yield 'Library: interp_parts, Apache License 2.0; please cite it with the version below'
+
+# %% ../../nbs/21_visualization/06_model_card.ipynb #e40d97c4
+_BASELINES = """Lower is better for errors (keypoint error, eer), higher for all others. The baselines need no training: horizontal strips of
+the object's box, clusters of places (xy kmeans) and of colours (lab kmeans), equal parts of the image (constant parts), the mean
+position of each keypoint (mean predictor), the most frequent class (majority). `untrained` is the same model before its training.
+"""
+
+def _scores(run, n=30):
+    "Scores beside their baselines, then the numbers of other protocols"
+    rows = [(k, v, ', '.join(f'{b} {x}' for b,x in base.items())) for k,v,base in run.scores]
+    other = [(k, v) for k,v in run.other_numbers.items() if k not in ('n_images','same_data')]
+    text = _md_table(('', 'this model', 'baselines and other models'), rows) + ('\n' + _BASELINES if rows else '')
+    if not other: return text
+    rest = f'\nThe other {len(other)-n} numbers are in metrics.json.\n' if len(other) > n else ''
+    return text + ('\n' if rows else '') + _md_table(('measured', 'value; of two, mean and standard deviation'), other[:n]) + rest
+
+def _without(run):
+    "What happens to the accuracy without each part, if that was measured"
+    found = run.metrics.get('without_parts')
+    if not found: return ''
+    rows = _md_table(('without', 'accuracy', 'change', 'classes that change most'), removal_rows(found))
+    return f"Accuracy with all parts: {found['all_parts']:.3f}. A part is removed by {_md(found['by'])}.\n\n{rows}"
+
+# %% ../../nbs/21_visualization/06_model_card.ipynb #56aeb97b
+_elsewhere = ('path','masks','init','weights','workers','device','save_every','track','on_bad_image','cache_features','cache_gb',
+              'cache_half','fast_decode','imported')
+
+def _settings(run):
+    "Settings that made the weights what they are, each once"
+    view,model,own = run.settings('view'),run.settings('model'),run.settings('training')
+    names = {k.split('.')[-1] for k in (*view, *model)} | set(_elsewhere)
+    more = {k:v for k,v in own.items() if k.split('.')[-1] not in names}
+    return [(k, v) for k,v in {**model, **view, **more}.items() if v not in ('None', '')]
+
+def _data(run):
+    "What the data set is; what only programs need stays in config.json"
+    named = {'protocol':'split', 'keypoint_norm':'unit of the keypoint error'}
+    return [(named.get(k, k), v) for k,v in run.section('data').items() if k not in ('pairs','fingerprint','drawn') and v]
 
 # %% ../../nbs/21_visualization/06_model_card.ipynb #f6234d49
 _LOAD = '''```python
@@ -99,19 +155,21 @@ learn = load_run('.')               # this folder
 learn.predict('image.jpg')          # name, number, probabilities
 learn.explain('image.jpg')          # which parts, where, how much each counted
 ```
+
+Or in a shell: `interp-parts predict . image.jpg`
 '''
 
 def _card(run):
     "The model card as Markdown"
-    scores = [(k, v, ', '.join(f'{b} {x}' for b,x in base.items())) for k,v,base in run.scores]
     sections = {'How to load it': _LOAD,
-                'Scores': _md_table(('', 'this model', 'baselines and other models'), scores) or 'Not scored yet.\n',
+                'Scores': _scores(run) or 'Not scored yet.\n',
                 'How to read the parts': _reading(run),
-                'Data': _md_table(('', ''), run.section('data').items()),
-                'Settings': _md_table(('', ''), run.settings('model', 'view', 'training').items()),
+                'Without each part': _without(run),
+                'Data': _md_table(('', ''), _data(run)),
+                'Settings': _md_table(('', ''), _settings(run)),
                 'Licences': _md_table(('of', 'licence'), run.licences.items()) or 'None is stated.\n',
                 'Limits': ''.join(f'- {_md(l)}\n' for l in _limits(run)),
-                'People': _PEOPLE if _shows_people(run) else '',
+                'People': _people(run),
                 'Citation': ''.join(f'- {_md(c)}\n' for c in _citations(run)),
                 'Versions': f"{_md(', '.join(f'{k} {v}' for k,v in run.section('versions').items()))}\n"}
     intro = f'# {_md(run.title)}\n\nMade by interp_parts: {_md(run.lead)}. {_task(run)}\n\n'

@@ -107,7 +107,8 @@ class RunSummary:
     @property
     def lead(self)->str:
         "How many classes, training images and scored images"
-        c,n = self.config,len(self.config.get('vocab') or [])
+        c = self.config
+        n = (c.get('model') or {}).get('n_classes') or len(c.get('vocab') or []) # the data may have more, for scoring alone
         what = f"{n} {'attributes' if c.get('multi') else 'classes'}" if n else ''
         images = f"{c['n_train']} training images" if c.get('n_train') else ''
         scored = f"scored on {self.metrics['n_images']}" if self.metrics.get('n_images') else 'not scored yet'
