@@ -72,7 +72,7 @@ class KnownFiles:
         files, # Paths
     ):
         "The index for these files: that of the folder read last if they lie in it, else one of their own folder"
-        folders = {os.path.abspath(os.path.dirname(f)) for f in map(os.fspath, files)} or {os.getcwd()}
+        folders = {os.path.abspath(d) for d in {os.path.dirname(os.fspath(f)) for f in files}} or {os.getcwd()}
         folder = os.path.join(os.path.commonpath(folders), '')
         return KnownFiles(_last[0] if folder.startswith(_last[0]) else folder)
 

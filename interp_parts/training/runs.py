@@ -47,7 +47,8 @@ def fingerprint(
 def _about_file(path, contents, rule):
     "What a fingerprint knows of a file"
     if contents: return _bytes_of(path, rule) if rule else _sample(path, whole=8192, between=0)
-    name = os.fsencode('/'.join(Path(path).parts[-2:]))
+    parts = os.fspath(path).rsplit('/', 2) if rule == '3-' else Path(path).parts
+    name = os.fsencode('/'.join(parts[-2:]))
     return name + b' ' + (_bytes_of(path, rule) if rule else str(Path(path).stat().st_size).encode())
 
 # %% ../../nbs/04_training/06_runs.ipynb #022011df
