@@ -12,7 +12,7 @@ import errno, hashlib, json, os, re, tempfile, zipfile
 from contextlib import contextmanager
 from pathlib import Path
 
-import torch
+import numpy as np, torch
 from PIL import Image
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -69,6 +69,7 @@ def write_csv(
     write_text(path, table.map(plain).rename(columns=plain).to_csv(index=False))
 
 
+
 # %% ../nbs/00a_files.ipynb #f407abc8
 @contextmanager
 def reading(
@@ -83,11 +84,11 @@ def reading(
     except FileNotFoundError as e: raise error(e.filename or path, 'no such file', expected, do) from None
     except Exception as e:
         said = ' '.join(str(e).split())[:200]
+        if 'allow_pickle' in said: said = 'no array of numbers' # NumPy's text recommends to unpickle
         raise error(path, f'cannot be read ({type(e).__name__}: {said})', expected, do) from e
 
 # %% ../nbs/00a_files.ipynb #0f5a5806
 _all_ = ['read_json']
-
 
 # %% ../nbs/00a_files.ipynb #6ccddd15
 SCHEMA = 1 # Of a run's configuration
@@ -179,6 +180,7 @@ def _is_our_file(p):
     if p.is_symlink() or not p.is_file() or p.suffix not in _kinds: return False
     try: return _kinds[p.suffix](p)
     except Exception: return False # whatever it is, it is not ours
+
 
 
 # %% ../nbs/00a_files.ipynb #a5054ef6
@@ -293,6 +295,7 @@ def _check_claim(p, kind, data, new):
     raise ConfigError(p, 'exists' if made(p) else f'exists and {why}', 'a new folder', another_folder(p, kind, data))
 
 
+
 # %% ../nbs/00a_files.ipynb #14679b02
 def sign(
     path, # File that was just written
@@ -309,6 +312,7 @@ def made_by()->str:
     "What our files say of who wrote them"
     from interp_parts import __version__
     return f'interp_parts {__version__}'
+
 
 
 # %% ../nbs/00a_files.ipynb #7f47f241

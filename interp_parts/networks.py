@@ -54,6 +54,7 @@ def forward_hooks(
         for h in handles: h.remove()
 
 
+
 # %% ../nbs/00g_own_networks.ipynb #f9e155d6
 class _Reached(Exception): "Raised by the hook: what comes after the layer is not needed"
 
@@ -71,6 +72,7 @@ def _up_to(net, layer):
     out = nn.Sequential(net[0], nn.Identity())
     out.training = net.training
     return out
+
 
 
 # %% ../nbs/00g_own_networks.ipynb #b80b38b3
@@ -109,12 +111,40 @@ class LayerMap(nn.Module):
         return as_map(got[0], x.shape[2:], getattr(self.net, 'num_prefix_tokens', None) if got[0].ndim == 3 else None)
 
 # %% ../nbs/00g_own_networks.ipynb #bdfcbd58
+def _vit_sizes(net):
+    "Of timm's ViT"
+    block = net.blocks[0]
+    return dict(img_size=list(net.patch_embed.img_size), patch_size=list(net.patch_embed.patch_size), embed_dim=net.embed_dim,
+                depth=len(net.blocks), num_heads=block.attn.num_heads, mlp_ratio=block.mlp.fc1.out_features/net.embed_dim)
+
+def _swin_sizes(net):
+    "Of timm's Swin"
+    blocks = [l.blocks for l in net.layers]
+    return dict(img_size=list(net.patch_embed.img_size), patch_size=list(net.patch_embed.patch_size), embed_dim=net.patch_embed.proj.out_channels,
+                depths=[len(b) for b in blocks], num_heads=[b[0].attn.num_heads for b in blocks], window_size=list(blocks[0][0].attn.window_size))
+
+def _convnext_sizes(net):
+    "Of timm's ConvNeXt"
+    return dict(depths=[len(s.blocks) for s in net.stages], dims=[s.blocks[-1].conv_dw.out_channels for s in net.stages])
+
+def _torchvision_vit_sizes(net):
+    "Of torchvision's ViT"
+    layers = net.encoder.layers
+    return dict(image_size=net.image_size, patch_size=net.patch_size, num_layers=len(layers), num_heads=layers[0].num_heads,
+                hidden_dim=net.hidden_dim, mlp_dim=net.mlp_dim, num_classes=net.num_classes)
+
+# %% ../nbs/00g_own_networks.ipynb #066b2c5e
+_sizes = dict(VisionTransformer=_vit_sizes, SwinTransformer=_swin_sizes, ConvNeXt=_convnext_sizes)
+
 def _timm_ways(net, size):
+    "timm keeps the name; sizes of its own come last"
     name = (getattr(net, 'pretrained_cfg', None) or {}).get('architecture')
     if not name or not timm.is_model(name): return
     regs = {} if not getattr(net, 'reg_token', None) is not None else dict(reg_tokens=net.reg_token.shape[1])
     for more in ({}, dict(img_size=size), dict(output_stride=16), dict(output_stride=8), dict(img_size=size, dynamic_img_size=True)):
         yield dict(library='timm', name=name, options={'num_classes':getattr(net, 'num_classes', 0), **regs, **more})
+    own = _sizes.get(type(net).__name__)
+    if own: yield dict(library='timm', name=name, options={'num_classes':net.num_classes, **regs, **own(net)})
 
 def _torchvision_ways(net, size):
     if not type(net).__module__.startswith('torchvision.models'): return
@@ -122,6 +152,8 @@ def _torchvision_ways(net, size):
     for name in torchvision.models.list_models(module=torchvision.models):
         for more in ({}, dict(image_size=size))[:1+name.startswith('vit')]:
             yield dict(library='torchvision', name=name, options=dict(num_classes=classes[0], **more))
+    if isinstance(net, torchvision.models.VisionTransformer):
+        yield dict(library='torchvision', name='VisionTransformer', options=_torchvision_vit_sizes(net))
 
 def _fastai_ways(net, size):
     "`vision_learner` cuts a torchvision network and puts a head behind it"
@@ -129,9 +161,10 @@ def _fastai_ways(net, size):
     for name in torchvision.models.list_models(module=torchvision.models):
         if name.startswith(('resnet','resnext','wide','densenet','vgg')): yield dict(library='fastai', name=name, options={})
 
-# %% ../nbs/00g_own_networks.ipynb #0db03ddd
+# %% ../nbs/00g_own_networks.ipynb #6b2976fe
 def _build(name, library, options):
     if library not in ('timm','torchvision','fastai'): raise CheckpointError('network', library, 'timm, torchvision or fastai')
+    if (library, name) == ('torchvision','VisionTransformer'): return torchvision.models.VisionTransformer(**options)
     known = timm.is_model(name) if library == 'timm' else name in torchvision.models.list_models()
     if not known: raise CheckpointError('network', repr(name), f'a model of {library}')
     if library == 'timm': return timm.create_model(name, pretrained=False, **options)
@@ -156,6 +189,7 @@ def _proven(map_, way):
         x = torch.randn(1, 3, map_.size, map_.size, generator=torch.Generator().manual_seed(0))
         with eval_mode(map_.net), eval_mode(new): return _same(map_(x), other(x))
     except (TypeError, ValueError, AssertionError, RuntimeError, ConfigError): return False
+
 
 
 # %% ../nbs/00g_own_networks.ipynb #6f8e14cb

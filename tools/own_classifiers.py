@@ -103,16 +103,34 @@ def explained(
     learn = visual_words_learner(dls, n_parts=5*CLASSES, base=base, depth=32, cluster=.3, attend_warm=True)
     with learn.no_bar(), learn.no_logging(): fit_run(learn, 12, lr=(1e-3,3e-3), clip=2.)
     s,iou = evaluate_words(learn, df),'attention_iou_50'
+    return dict(network=name, layer=layer, map=f'{learn.model.backbone.channels} x {SIZE//learn.model.backbone.stride}²',
+                accuracy=own, words_accuracy=s['accuracy'], agreement=s['base_agreement'], iou=s[iou],
+                iou_mean_cam=s[f'{iou}_mean_cam'], iou_shuffled=s[f'{iou}_shuffled'],
+                **saved(name, learn, folder, df), seconds=round(time.time()-start))
+
+def saved(
+    name:str, # One of `NETWORKS`
+    learn, # Of words on it
+    folder, # Of the images
+    df, # From `discs`
+)->dict:
+    "Who builds the network when its run is loaded in a fresh process, and how far the answers are off"
     with tempfile.TemporaryDirectory() as tmp:
         run,out = Path(tmp)/'run',Path(tmp)/'logits.pt'
         save_run(learn, run, run_config(learn, 'visual_words'))
         subprocess.run([sys.executable, __file__, '--again', run, name, folder, out], check=True)
-        off = (torch.load(out) - answers(learn, df)).abs().max().item()
-        known = bool(read_json(Path(run)/'config.json')['network'])
-    return dict(network=name, layer=layer, map=f'{learn.model.backbone.channels} x {SIZE//learn.model.backbone.stride}²',
-                accuracy=own, words_accuracy=s['accuracy'], agreement=s['base_agreement'], iou=s[iou],
-                iou_mean_cam=s[f'{iou}_mean_cam'], iou_shuffled=s[f'{iou}_shuffled'],
-                built_by='the run' if known else 'your code', logits_off=off, seconds=round(time.time()-start))
+        known = bool(read_json(run/'config.json')['network'])
+        return dict(built_by='the run' if known else 'your code', logits_off=(torch.load(out) - answers(learn, df)).abs().max().item())
+
+def untrained(
+    name:str, # One of `NETWORKS`
+    folder, # Where the images are, or will be
+)->dict:
+    "`saved` of words before their first step, on a network before its first step"
+    seed_everything(0)
+    (make,layer,*_),(df,dls) = NETWORKS[name],discs(folder)
+    learn = visual_words_learner(dls, n_parts=5*CLASSES, base=BaseModel(make(), layer), depth=32)
+    return dict(network=name, **saved(name, learn, folder, df))
 
 def main():
     "Explain the classifiers named, or all, and write the table"
@@ -120,14 +138,17 @@ def main():
     p.add_argument('names', nargs='*', metavar='NAME', help=f'of {list(NETWORKS)}; default all')
     p.add_argument('--images', default=str(Path(tempfile.gettempdir())/'own_classifiers_discs'), help='folder of the images')
     p.add_argument('--out', default=str(ROOT/'nbs'/'results'/'own_classifiers.csv'), help='the table')
+    p.add_argument('--untrained', action='store_true', help='only ask again who builds the networks, without a training')
     p.add_argument('--again', nargs=4, help=argparse.SUPPRESS)
     a = p.parse_args()
     if a.again: return again(*a.again)
     rows = pd.read_csv(a.out).to_dict('records') if Path(a.out).exists() else []
     for name in a.names or NETWORKS:
-        row = explained(name, a.images)
+        old = next((r for r in rows if r['network'] == name), {})
+        row = {**old, **untrained(name, a.images)} if a.untrained else explained(name, a.images)
         print(row, flush=True)
-        rows = [r for r in rows if r['network'] != name] + [row]
+        at = [r['network'] for r in rows].index(name) if old else len(rows)
+        rows = [*rows[:at], row, *rows[at+1:]]
         pd.DataFrame(rows).round(4).to_csv(a.out, index=False)
 
 if __name__ == '__main__': main()

@@ -86,11 +86,15 @@ sources = dict(
 
 _cr = 'https://www.robots.ox.ac.uk/~vgg/research/unsup-parts'
 
-def _masks_of(name): return dict(_from(f'{_cr}/files/{name}_supervisedlabels.tar.gz', 'supervisedlabels', None), need=False, page=f'{_cr}/')
+def _theirs(file, makes, MB): return dict(_from(f'{_cr}/files/{file}', makes, None), need=False, page=f'{_cr}/', MB=MB)
+
+_of_cub = [_theirs('cub_supervisedlabels.tar.gz', 'supervisedlabels', 17), _theirs('checkpoints/CUB/model_60000.pth', None, 181)]
+_of_fashion = [_theirs('deepfashion_supervisedlabels.tar.gz', 'supervisedlabels', 56),
+               _theirs('checkpoints/DeepFashion/model_100000.pth', None, 181)]
 
 _cleaned = dict(_hand('cachedir.tar.gz', 'cachedir'), page='https://www.dropbox.com/sh/ea3yprgrcjuzse5/AAB476Nn0Lwbrt3iuedB9yzIa?dl=0')
-sources['cub_parts'] = dict(sources['cub'], files=[*(dict(f, need=True) for f in sources['cub']['files']), _masks_of('cub'), _cleaned])
-sources['deepfashion']['files'].append(_masks_of('deepfashion'))
+sources['cub_parts'] = dict(sources['cub'], files=[*(dict(f, need=True) for f in sources['cub']['files']), *_of_cub, _cleaned])
+sources['deepfashion']['files'] += _of_fashion
 
 # %% ../../nbs/01_data/08_download.ipynb #019827b8
 def _all_parts(f):
@@ -158,12 +162,13 @@ def list_files(
     name:str, # One of `sources`
     dest, # Folder for archives and data
 )->pd.DataFrame:
-    "Every file of a data set: needed?, size in MB and MD5 where they are known, where it comes from, is it there?"
+    "Every file of a data set: needed?, size in MB, MD5, where it comes from, what it becomes in `dest`, is it there?"
     src,dest = pick(name, sources, 'data'),Path(dest).absolute()
     def row(f, part):
-        size = max((s for s in f['urls'].values() if s), default=None)
+        exact = max((s for s in f['urls'].values() if s), default=None)
+        size = f'{exact/1e6:,.0f}' if exact else f"about {f['MB']}" if 'MB' in f else 'unknown'
         have = (dest/f['makes']).exists() or (dest/part).exists()
-        return dict(file=part, needed='yes' if f['need'] else 'some uses', MB=f'{size/1e6:,.0f}' if size else '',
-                    md5=f['md5'] or '', source=next(iter(f['urls']), f"by hand from {src['page']}"),
+        return dict(file=part, needed='yes' if f['need'] else 'some uses', MB=size, md5=f['md5'] or 'unknown',
+                    source=next(iter(f['urls']), f"by hand from {f.get('page', src['page'])}"), becomes=f['makes'],
                     here='yes' if have else 'no')
     return pd.DataFrame([row(f, p) for f in src['files'] for p in _all_parts(f)])

@@ -51,6 +51,7 @@ def _write_index(folder, files):
 
 # %% ../../nbs/01_data/02a_known.ipynb #d6bdabb6
 _active,_settled = ContextVar('known_files', default=None),2_000_000_000 # Nanoseconds
+_last = ['/dev/null/'] # Folder of the newest block
 
 class KnownFiles:
     "Answers about the files below a folder, kept for as long as the files are unchanged"
@@ -65,6 +66,15 @@ class KnownFiles:
     def active():
         "The one whose block this is; outside of a block one that knows nothing"
         return _active.get() or _Nothing()
+
+    @staticmethod
+    def of(
+        files, # Paths
+    ):
+        "The index for these files: that of the folder read last if they lie in it, else one of their own folder"
+        folders = {os.path.abspath(d) for d in {os.path.dirname(os.fspath(f)) for f in files}} or {os.getcwd()}
+        folder = os.path.join(os.path.commonpath(folders), '')
+        return KnownFiles(_last[0] if folder.startswith(_last[0]) else folder)
 
 class _Nothing:
     "Knows no file, and keeps no answer"
@@ -106,7 +116,7 @@ def put(self:KnownFiles,
 # %% ../../nbs/01_data/02a_known.ipynb #8f5b364e
 @patch
 def __enter__(self:KnownFiles):
-    if _active.get() is None: self.token = _active.set(self)
+    if _active.get() is None: self.token,_last[0] = _active.set(self),self.folder
     return self
 
 @patch

@@ -18,6 +18,7 @@ from fastcore.basics import patch
 
 from ..core import CheckpointError, ConfigError, DataError, PartLearner, get_method
 from ..data.images import NormalizeImages
+from ..data.known import KnownFiles
 from ..data.loaders import PartDataset, PartDL
 from ..data.rows import run_rows
 from ..data.split_lists import use_split, write_split
@@ -32,31 +33,45 @@ from .optim import keep_memory
 def fingerprint(
     df:pd.DataFrame, # A table
     contents:bool=False, # Of what is in the files, whatever their names?
-    like:str='2-', # One to compare with: that of an earlier version is made by its rule
+    like:str='3-', # One to compare with: that of an earlier version is made by its rule
     of:str=None, # A column of annotations, 'box', 'keypoints', 'mask' or 'part_mask', to hash instead
 )->str:
     "Short hash of which images, splits and labels a table holds; independent of where it lies"
-    h,new = hashlib.sha256(),like.startswith('2-')
-    if of: return _of_annotations(df[of])
+    h,rule = hashlib.sha256(),next((r for r in ('3-','2-') if str(like).startswith(r)), '')
+    if of: return _of_annotations(df[of], rule)
     label = next((df[c] for c in ('label','labels','identity') if c in df), df.split)
-    for p,s,l in zip(df.image, df.split, label): h.update(_about_file(p, contents, new) + f' {s} {l}\n'.encode())
-    return '2-'*new + h.hexdigest()[:16]
+    with KnownFiles.of(df.image):
+        for p,s,l in zip(df.image, df.split, label): h.update(_about_file(p, contents, rule) + f' {s} {l}\n'.encode())
+    return rule + h.hexdigest()[:16]
 
-def _of_annotations(values):
+def _about_file(path, contents, rule):
+    "What a fingerprint knows of a file"
+    if contents: return _bytes_of(path, rule) if rule else _sample(path, whole=8192, between=0)
+    parts = os.fspath(path).rsplit('/', 2) if rule == '3-' else Path(path).parts
+    name = os.fsencode('/'.join(parts[-2:]))
+    return name + b' ' + (_bytes_of(path, rule) if rule else str(Path(path).stat().st_size).encode())
+
+# %% ../../nbs/04_training/06_runs.ipynb #022011df
+def _of_annotations(values, rule):
     "Hash of boxes, keypoints, or the contents of mask files"
-    h = hashlib.sha256()
-    for v in values: h.update(_mask_bytes(v) if isinstance(v, (str,Path)) else np.asarray(v, '<f8').round(3).tobytes())
-    return h.hexdigest()[:16]
+    files,h = [v for v in values if isinstance(v, (str,Path))],hashlib.sha256()
+    with KnownFiles.of(files):
+        for v in values: h.update(_mask_bytes(v, rule) if isinstance(v, (str,Path)) else np.asarray(v, '<f8').round(3).tobytes())
+    return '3-'*(rule == '3-') + h.hexdigest()[:16]
 
-def _mask_bytes(path):
-    try: return _sample(path)
+def _mask_bytes(path, rule):
+    try: return _bytes_of(path, rule)
     except OSError: return b'none'
 
-def _about_file(path, contents, new):
-    "What a fingerprint knows of a file"
-    if contents: return _sample(path) if new else _sample(path, whole=8192, between=0)
-    name = os.fsencode('/'.join(Path(path).parts[-2:]))
-    return name + b' ' + (_sample(path) if new else str(Path(path).stat().st_size).encode())
+# %% ../../nbs/04_training/06_runs.ipynb #40fc5ea3
+def _bytes_of(path, rule):
+    "The sample of a file, or the hash of it that is kept while the file is unchanged"
+    if rule != '3-': return _sample(path)
+    known = KnownFiles.active()
+    if (h := known.get(path, 'sample')) is None:
+        h = hashlib.sha256(_sample(path)).hexdigest()[:32]
+        known.put(path, 'sample', h)
+    return h.encode()
 
 def _sample(path, whole=65536, n=4096, between=16):
     "Size and bytes of a file: all of a small one, else both ends and blocks of 512 evenly between"
@@ -80,7 +95,8 @@ def data_changed(
     "What of a table differs from the data that the run was trained on, in words; empty if nothing does"
     was,noted = config['data']['fingerprint'],config.get('annotations') or {}
     if fingerprint(df, like=was) != was: return 'other images, splits or labels'
-    other = [_annotated[c] for c in _annotated if c in columns and c in df and noted.get(c, now := fingerprint(df, of=c)) != now] if noted else []
+    known = [c for c in _annotated if c in columns and c in df and c in noted]
+    other = [_annotated[c] for c in known if fingerprint(df, of=c, like=noted[c]) != noted[c]]
     return f"other {', '.join(other)}" if other else ''
 
 # %% ../../nbs/04_training/06_runs.ipynb #35a06c8a

@@ -118,10 +118,10 @@ def _data(learn, was=None):
     rows = [r for dl in learn.dls.loaders for r in getattr(dl.dataset, 'rows', ())]
     return None if table is None else fingerprint(table.loc[rows], contents=True, **dict(like=was) if was else {})
 
-def _annotations(learn):
-    "Hash of each kind of annotation that the training is given"
+def _annotations(learn, was={}):
+    "Hash of each kind of annotation that the training is given, by the rules of other ones"
     table,known = vars(learn.dls).get('table'),getattr(learn.dls.train.dataset, 'extra', ())
-    return {} if table is None else {c:fingerprint(table, of=c) for c in known if c in table}
+    return {} if table is None else {c:fingerprint(table, of=c, like=was.get(c, '3-')) for c in known if c in table}
 
 def _facts(learn):
     "What a training depends on outside of its state"
@@ -156,7 +156,9 @@ class SaveState(Callback):
 
     def before_fit(self):
         self.facts = _facts(self.learn)
-        if self.state: _compare(self.dir.parent, self.state, dict(self.facts, data=_data(self.learn, self.state.get('data'))))
+        if not self.state: return
+        by_its_rule = dict(data=_data(self.learn, self.state.get('data')), annotations=_annotations(self.learn, self.state.get('annotations') or {}))
+        _compare(self.dir.parent, self.state, {**self.facts, **by_its_rule})
 
     @staticmethod
     def say_unsaved(path, e):

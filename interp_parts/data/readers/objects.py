@@ -58,6 +58,16 @@ def _read_stl10(
 readers['stl10'] = _read_stl10
 
 # %% ../../../nbs/01_data/readers/05c_objects.ipynb #138948f9
+def _food_list(root, split):
+    "Lines such as apple_pie/1005649 of a list, which is text, or JSON with a list for each dish"
+    file = root.need(f'{split}.txt', f'{split}.json', subs=('meta',''))
+    if file.suffix == '.txt': return root.lines(file)
+    dishes = root.json(file)
+    if isinstance(dishes, dict) and all(isinstance(l, list) and all(isinstance(f, str) for f in l) for l in dishes.values()):
+        return [f for l in dishes.values() for f in l]
+    raise DataError(file, 'another form', 'a list of files for each dish', 'restore the file')
+
+# %% ../../../nbs/01_data/readers/05c_objects.ipynb #3ed0ef78
 def _read_food101(
     path, # Folder food-101, or the one above it
     valid:float=0., # Share of each class's training images that becomes `valid`
@@ -65,7 +75,7 @@ def _read_food101(
 )->pd.DataFrame:
     "The table of Food-101: 101 dishes, official split"
     root = DataFolder(path, 'images', 'food-101', do='unpack food-101.tar.gz there')
-    files = {s:root.lines(root.need(f'{s}.txt', subs=('meta',''))) for s in ('train','test')}
+    files = {s:_food_list(root, s) for s in ('train','test')}
     rows = [(f,s) for s,fs in files.items() for f in fs]
     classes = sorted({f.split('/')[0] for f,_ in rows})
     odd = [f for f,_ in rows if f.count('/') != 1]
