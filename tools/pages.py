@@ -1,7 +1,7 @@
 """Prepare the notebooks for Quarto in _proc and check them there: `python tools/pages.py [--render | --check | --selftest]`
 
-A page must keep its prose, name no object by its address, have no links within signatures, no links that leave and come back to the site,
-and a text for each picture. `--check` looks at _proc as it is; `--selftest` shows that each check sees its fault; `--render` makes the site.
+A page must keep its prose, name no object by its address, have no links within signatures, no links that leave and come back to the site or
+lead to a place that is not there, and a text for each picture. `--check` looks at _proc as it is; `--selftest` shows that each check sees its fault; `--render` makes the site.
 """
 import argparse, copy, html, json, os, posixpath, re, shutil, subprocess, sys, warnings
 from pathlib import Path
@@ -69,17 +69,45 @@ def local(text, page, site):
         return posixpath.relpath(path, posixpath.dirname(page) or '.') + (f'#{at}' if at else '')
     return re.sub(re.escape(site) + r'/([^)\s"\'<>]+)', relative, text)
 
+def slug(heading):
+    "The place of a heading as pandoc and nbdev name it"
+    plain = re.sub(r'\[([^\]]*)\]\([^)]*\)|\{[^}]*\}\s*$', r'\1', heading).replace('`', '').replace('*', '')
+    return re.sub(r'^[^a-z]+', '', re.sub(r'\s+', '-', re.sub(r'[^\w\s.-]', '', plain.strip().lower())))
+
+def address(page, nb):
+    "Path of the published page: nbdev leaves the number of a notebook out"
+    named = re.search(r'^output-file: (\S+)', joined(nb['cells'][0]['source']) if nb['cells'] else '', re.MULTILINE)
+    return posixpath.join(posixpath.dirname(page), named[1] if named else posixpath.basename(page).replace('.ipynb', '.html'))
+
+def places(nb):
+    "Where links can lead to on a page"
+    every = '\n'.join(_fence.sub('', joined(at[k])) for c in nb['cells'] for at,k in texts(c) if k in ('source','text/markdown'))
+    return {slug(h) for h in re.findall(r'^#{1,6}\s+(.*)$', every, re.MULTILINE)}
+
+_inner = re.compile(r'\[(`?)([^\]\n]*?)\1\]\(([^)\s:]*\.html)#([^)\s]+)\)')
+
+def nowhere(text, page, there):
+    "Links of a text to places that no page has; `there`: the places of each page by its address"
+    for m in _inner.finditer(text):
+        to = posixpath.normpath(posixpath.join(posixpath.dirname(page), m[3]))
+        if m[4] not in there.get(to, ()): yield m
+
+def unlinked(text, page, there):
+    "The text without links to places that no page has: nbdev links private names too, which no page shows"
+    for m in nowhere(text, page, there): text = text.replace(m[0], f'{m[1]}{m[2]}{m[1]}')
+    return text
+
 def last_sentence(prose):
     "The sentence before a picture, without markup"
     lines = [l for l in prose.splitlines() if l.strip() and not l.startswith(('#','|','```',':::'))]
     plain = re.sub(r'\[([^\]]*)\]\([^)]*\)', r'\1', ' '.join(lines)).replace('`', '').replace('*', '')
     return re.split(r'(?<=[.!?])\s+', plain.strip().rstrip(':').strip())[-1].strip()
 
-def mend(nb, page, site):
-    "Relative links, plain signatures, and for each picture without a text the sentence before it"
+def mend(nb, page, site, there):
+    "Relative links to places that are there, plain signatures, and for each picture without a text the sentence before it"
     said = ''
     for c in nb['cells']:
-        for at,k in texts(c): at[k] = local(joined(at[k]), page, site)
+        for at,k in texts(c): at[k] = unlinked(local(joined(at[k]), page, site), page, there)
         if c['cell_type'] == 'markdown' and last_sentence(joined(c['source'])): said = last_sentence(joined(c['source']))
         if pictures(c) and not has_alt(c) and said: c['source'] = f'#| fig-alt: {json.dumps(said, ensure_ascii=False)}\n' + joined(c['source'])
     return nb
@@ -103,15 +131,17 @@ def missing_prose(source, page):
     prose = [joined(c['source']) for c in source['cells'] if c['cell_type'] == 'markdown'][1:]
     return [f'lost prose: {words(p)[:60]}' for p in prose if words(p)[:200] not in there]
 
-def faults(source, page, site):
+def faults(source, page, site, rel='page.ipynb', there=None):
     "What is wrong with a page, in a line each"
     out = [*lost_prose(source), *missing_prose(source, page)]
+    there = {address(rel, page):places(page)} if there is None else there
     for i,c in enumerate(page['cells']):
         for at,k in texts(c):
             t = joined(at[k])
             if m := re.search(r'\S* object at 0x\w*', t): out.append(f'cell {i}: an object by its address: {m[0][:60]}')
             if any('](http' in f for f in _fence.findall(t)) and 'source' != k: out.append(f'cell {i}: a link within a signature')
             if site in t: out.append(f'cell {i}: an absolute link to this site: {t[t.find(site):][:90].split(")")[0]}')
+            for m in nowhere(t, rel, there): out.append(f'cell {i}: a link to a place that is not there: {m[3]}#{m[4]}')
             if re.search(r'!\[\s*\]\(', t) or re.search(r'<img(?![^>]*\balt=)', t): out.append(f'cell {i}: a picture without a text')
         if pictures(c) and not has_alt(c) and not hidden(c): out.append(f'cell {i}: a picture without a text')
     return out
@@ -124,12 +154,13 @@ def site_of():
 def each_page(change=None):
     "Faults of the pages in _proc; `change` is applied to each first"
     proc,nbs,site = ROOT/'_proc',ROOT/'nbs',site_of()
-    for f in sorted(proc.rglob('*.ipynb')):
-        rel = f.relative_to(proc).as_posix()
-        page = json.loads(f.read_text())
-        if change: f.write_text(json.dumps(change(page, rel, site), ensure_ascii=False))
+    pages = {f.relative_to(proc).as_posix():json.loads(f.read_text()) for f in sorted(proc.rglob('*.ipynb')) if '_docs' not in f.parts}
+    there = {address(rel, page):places(page) for rel,page in pages.items()}
+    for rel,page in pages.items():
+        if change: (proc/rel).write_text(json.dumps(change(page, rel, site, there), ensure_ascii=False))
         source = nbs/rel
-        for said in faults(json.loads(source.read_text()) if source.exists() else dict(cells=[]), page, site): yield f'{rel}: {said}'
+        source = json.loads(source.read_text()) if source.exists() else dict(cells=[])
+        for said in faults(source, page, site, rel, there): yield f'{rel}: {said}'
     every = {p.relative_to(nbs).as_posix() for p in nbs.rglob('*.ipynb') if not any(q[0] in '._' for q in p.relative_to(nbs).parts)}
     for rel in sorted(every):
         if not (proc/rel).exists(): yield f'{rel}: not prepared'
@@ -146,7 +177,8 @@ def selftest():
     seeds = {'title cell': (dict(cells=[md('# T\n\n> s\n\nLost words.')]), good), 'lost prose': (dict(cells=[*good['cells'], md('And more.')]), good)}
     for said,cell in (('by its address', code('x', **{'text/markdown':'<typer.models.OptionInfo object at 0x7f1>'})),
                       ('within a signature', code('x', **{'text/markdown':text('```python', 'def f(a, # [`B`](http://x.y)', '```')})),
-                      ('absolute link', md(f'[`B`]({site}/a.html#b)')), ('without a text', code('x', **{'image/png':'AA'})),
+                      ('absolute link', md(f'[`B`]({site}/a.html#b)')), ('not there', md('See [`B`](page.html#b).')),
+                      ('without a text', code('x', **{'image/png':'AA'})),
                       ('without a text', md('![](a.png)')), ('without a text', code('x', **{'text/html':'<img src="a.png">'}))):
         seeds[f'{said} {len(seeds)}'] = (good, dict(cells=[*good['cells'], cell]))
     assert faults(good, good, site) == [], faults(good, good, site)
@@ -154,8 +186,12 @@ def selftest():
         got = faults(source, page, site)
         assert len(got) == 1 and said.rstrip('0123456789 ') in got[0], (said, got)
     bad = dict(cells=[md(f'See [`B`]({site}/a/b.html#c).'), code('x', **{'image/png':'AA'}), code('x', **{'text/markdown':text('```python', f'def f(a, # [`B`]({site}/b.html)', '```')})])
-    mended = mend(copy.deepcopy(bad), 'a/page.ipynb', site)
-    assert faults(dict(cells=[]), mended, site) == [] and len(faults(dict(cells=[]), bad, site)) == 4, faults(dict(cells=[]), bad, site)
+    there = {'a/b.html':{'c'}, 'a/page.html':set()}
+    mended = mend(copy.deepcopy(bad), 'a/page.ipynb', site, there)
+    silent = faults(dict(cells=[]), mended, site, 'a/page.ipynb', there)
+    assert silent == [] and len(faults(dict(cells=[]), bad, site)) == 4, (silent, faults(dict(cells=[]), bad, site))
+    assert unlinked('A [`_b`](b.html#_b), a [`c`](b.html#c).', 'a/page.ipynb', there) == 'A `_b`, a [`c`](b.html#c).'
+    assert [slug(h) for h in ('LinearSVM.fit_l1', '`evaluate`', '1. What it *is*', 'From [`a`](b.html)')] == ['linearsvm.fit_l1','evaluate','what-it-is','from-a']
     assert 'b.html#c' in mended['cells'][0]['source'] and 'def f(a, # B' in mended['cells'][2]['outputs'][0]['data']['text/markdown']
     assert last_sentence('First. See [the `bird`](x.ipynb):') == 'See the bird'
     print(f'{len(seeds)} seeded faults seen')

@@ -33,14 +33,19 @@ def mean_face(
     return (total/n).float()
 
 # %% ../../nbs/13_activation_diversity/11_pictures.ipynb #e34a61bd
+def _stretched(rgb):
+    "Grey, from black to white: the mean of many faces has little contrast"
+    lo,hi = np.percentile(grey := rgb.mean(2, keepdims=True), (1,99))
+    return ((grey-lo)/max(hi-lo, 1e-6)*255).clip(0, 255).repeat(3, 2)
+
 def _dots(ax, m, s, face, scale):
     "One sign of one model"
     h,w = m.size
-    back = np.full((h,w,3), 200.) if face is None else to_rgb(face)
-    ax.imshow(back.astype(np.uint8), extent=(0,w,h,0), alpha=.6)
+    back = np.full((h,w,3), 200.) if face is None else _stretched(to_rgb(face))
+    ax.imshow(back.astype(np.uint8), extent=(0,w,h,0))
     ax.set(xlim=(0,w), ylim=(h,0)); ax.set_axis_off()
     lo,hi = scale
-    return ax.scatter(*m.center[s].T, c=m.deviation[s], s=7, cmap='coolwarm', vmin=lo, vmax=hi, linewidths=0)
+    return ax.scatter(*m.center[s].T, c=m.deviation[s], s=12, cmap='coolwarm', vmin=lo, vmax=hi, linewidths=.5, edgecolors='white')
 
 def location_figure(
     models:dict, # `Locations` by name, such as base, spatial and full

@@ -71,20 +71,23 @@ def _train(
     sync_bn:bool=None, # Of several processes: statistics of batch norms over all of them?
     on_bad_image:str=None, # error (the default), skip, or replace by the next of the same class and split
     compat:bool=None, # The original's quirks too?
+    report:bool=False, # Then score the run, and write RUN/report.html?
     set_:list[str]=[], # key=value: any further option of the method or the training; data.key=value: of the reader
 ):
     "Train a method; writes the folder --out"
     if None not in (epochs, steps): raise ConfigError('--steps', f'{steps}, and --epochs {epochs}', 'one of them', 'leave one out')
-    options = given(locals(), 'method', 'out', 'recipe', 'config', 'resume', 'overwrite', 'num_processes', 'set_')
+    options = given(locals(), 'method', 'out', 'recipe', 'config', 'resume', 'overwrite', 'num_processes', 'report', 'set_')
     if num_processes not in (None, 1):
         from interp_parts.command.processes import run_processes
-        return run_processes(num_processes, typed)
+        run_processes(num_processes, typed)
+        return _look_at(out, device, workers) if report else None
     from interp_parts.command.settings import make_settings, recipe_note
     from interp_parts.command.train import train_run
     from interp_parts.files import read_json
     settings = make_settings(method, recipe, read_json(config) if config else None, options, parse_set(set_))
     if recipe: print(recipe_note(method, recipe))
     run = train_run(method, out, settings, resume, overwrite)
+    if report and os.environ.get('WORLD_SIZE', '1') in ('','0','1'): return _look_at(out, device, workers)
     if os.environ.get('RANK', '0') == '0': # of several processes, the first one
         print(f'{run}: next, interp-parts evaluate {run}; interp-parts visualize {run}')
 
@@ -132,6 +135,12 @@ def _visualize(
     "Draw test images with their parts; writes RUN/visualization and RUN/report.html"
     from interp_parts.command.predict import visualize_run
     print(visualize_run(run, n, path, seed, device, target, beside))
+
+# %% ../../nbs/30_command/01_cli.ipynb #366d4306
+def _look_at(run, device, workers):
+    "Score a run that was just trained, and write its report"
+    _evaluate(str(run), device=device or 'auto', workers=2 if workers is None else workers)
+    _visualize(str(run), device=device or 'auto')
 
 # %% ../../nbs/30_command/01_cli.ipynb #2dd52ee2
 @command()

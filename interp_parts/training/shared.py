@@ -12,6 +12,7 @@ from itertools import zip_longest
 
 import torch, torch.distributed as dist
 from fastai.callback.core import Callback, CancelBatchException
+from fastai.torch_core import to_detach
 from fastcore.basics import patch
 from torch import nn
 
@@ -104,6 +105,7 @@ class ShareBatches(Callback):
         if self.n == 1: return
         self.blocks = []
         self._shares()
+        self.learn.to_detach = partial(to_detach, gather=False) # each process may have another number of batches
         self.learn.add_cb(_Average())
         with torch.no_grad():
             for t in self.learn.model.state_dict().values(): _from_first(t)
@@ -118,6 +120,7 @@ class ShareBatches(Callback):
         if self.n == 1: return
         while self.blocks: self.blocks.pop().__exit__(None, None, None)
         self.learn.remove_cb(_Average)
+        del self.learn.to_detach
 
 def _from_first(t):
     "Take the first process's tensor, in whatever memory layout"
