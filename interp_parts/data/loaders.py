@@ -37,7 +37,7 @@ def _targets(df):
 # %% ../../nbs/01_data/04_loaders.ipynb #cdd6ebdf
 class PartDataset:
     "Items (image, target, *extras) of a table under a view"
-    n_inp,key = 1,None
+    n_inp,key,room = 1,None,None
     def __init__(self,
         df:pd.DataFrame, # Rows of a table
         view:View, # How an image becomes network input
@@ -76,19 +76,56 @@ def __getitem__(self:PartDataset, i):
     where = (chance.random(),chance.random()) if self.train else (.5,.5)
     place = self.view.place(*getattr(im, 'full_size', im.size), where, chance.random() < self.flip)
     x = self._tensor(im, place)
-    y = self.kind(torch.tensor(self.cols[self.target][i] if self.target else -1))
+    y = torch.as_subclass(torch.tensor(self.cols[self.target][i] if self.target else -1), self.kind)
     return (x, y, *self._points(i, place), *self._mask(i, place), *self._index(i, place))
 
+
+# %% ../../nbs/01_data/04_loaders.ipynb #507b6361
 def _brighter(factor):
     "Table (256,) of PIL's `ImageEnhance.Brightness`: the same pixels, sooner"
-    return (np.float32(factor)*np.arange(256, dtype='float32')).clip(0, 255).astype('uint8')
+    return np.maximum(np.minimum(np.float32(factor)*_levels, 255), 0).astype('uint8')
+
+_levels = np.arange(256, dtype='float32')
 
 @patch
 def _tensor(self:PartDataset, im, place):
     "The image on the canvas (3,H,W), 0 to 255"
-    x,b = np.asarray(place.image(im)),self.brightness
-    if b: x = cv2.LUT(x, _brighter(self.chance.uniform(1-b, 1+b)))
-    return TensorImage(torch.from_numpy(np.stack(cv2.split(x))))
+    pixels,b = np.asarray(place.image(im)),self.brightness
+    shape = (3,*pixels.shape[:2])
+    x = np.empty(shape, 'uint8') if self.room is None else self.room.take(shape)
+    cv2.split(pixels, list(x))
+    if b: cv2.LUT(x, _brighter(self.chance.uniform(1-b, 1+b)), x)
+    return torch.as_subclass(torch.from_numpy(x), TensorImage)
+
+
+# %% ../../nbs/01_data/04_loaders.ipynb #2c2fda86
+class _Room:
+    "Memory for the images of a batch, taken one by one"
+    def __init__(self, n): self.n,self.images = n,None
+
+    def take(self, shape):
+        "The next image (3,H,W)"
+        if self.images is None:
+            self.images = torch.empty((self.n,*shape), dtype=torch.uint8)
+            self.free = iter(self.images.numpy())
+        return next(self.free)
+
+    def stack(self, items):
+        "Items stacked; images that lie here need no copy"
+        items = [torch.as_subclass(o, torch.Tensor) for o in items]
+        here = self.images is not None and items[0].data_ptr() == self.images.data_ptr()
+        return self.images if here else torch.stack(items)
+
+@patch
+def batch(self:PartDataset,
+    items, # Numbers of items of one size
+)->tuple:
+    "The items as a batch: images, targets and extras, stacked"
+    self.room = room = _Room(len(items))
+    try: items = [self[i] for i in items]
+    finally: self.room = None
+    return tuple(torch.as_subclass(room.stack(col), type(col[0])) for col in zip(*items))
+
 
 # %% ../../nbs/01_data/04_loaders.ipynb #88c0399d
 def _swap_pairs(n, pairs):
@@ -156,6 +193,12 @@ class PartDL(TfmdDL):
         key = self.rng.getrandbits(64)
         self.dataset.key = key % self.views if self.views else key
 
+    def create_batches(self, samps):
+        "Batches that the dataset stacks; fastai stacks what has transforms of its own"
+        if self.after_item.fs or self.before_batch.fs or not hasattr(self.dataset, 'batch'): yield from super().create_batches(samps)
+        else: yield from (self.dataset.batch(rows) for rows in self.chunkify(samps))
+
+
 # %% ../../nbs/01_data/04_loaders.ipynb #174b5024
 def part_dls(
     df:pd.DataFrame, # A checked table
@@ -187,16 +230,20 @@ def part_dls(
     return dls
 
 # %% ../../nbs/01_data/04_loaders.ipynb #e2b1fb15
-def _stack(items):
-    "Items of one size stacked, and the types of their extras; in the worker: each tensor sent costs a file descriptor"
-    columns = zip(*items)
-    return [torch.stack([i.as_subclass(torch.Tensor) for i in col]) for col in columns],[type(t) for t in items[0][2:]]
+class _Groups:
+    "A dataset's batches, as a `torch` dataset"
+    def __init__(self, ds, groups): self.ds,self.groups = ds,groups
+    def __len__(self): return len(self.groups)
+    def __getitem__(self, i): return self.ds.batch(self.groups[i])
+
+def _as_it_is(batch): return batch
+
 
 # %% ../../nbs/01_data/04_loaders.ipynb #e169088d
-def _to_batch(items, df):
-    "Images and a `Batch` from what `_stack` made"
-    (x,y,*more),kinds = items
-    got = dict(zip(kinds, more))
+def _to_batch(batch, df):
+    "Images and a `Batch` from what a dataset stacked"
+    x,y,*more = (torch.as_subclass(v, torch.Tensor) for v in batch)
+    got = dict(zip(map(type, batch[2:]), more))
     idx,pts,seen,mask,parts = (got.get(k) for k in (_TensorIndex,TensorPoint,_TensorVisible,TensorMask,_TensorPartMask))
     n,b = (0 if seen is None else seen.shape[1]),len(x)
     corners = None if pts is None or 'box' not in df else pts[:,n:]
@@ -233,10 +280,9 @@ class PartBatches:
     def __len__(self): return len(self.groups)
 
     def __iter__(self):
-        dl = torch.utils.data.DataLoader(self.ds, batch_sampler=self.groups, num_workers=self.workers,
-                                         collate_fn=_stack)
-        for items in dl:
-            x,b = _to_batch(items, self.df)
+        dl = torch.utils.data.DataLoader(_Groups(self.ds, self.groups), None, num_workers=self.workers, collate_fn=_as_it_is)
+        for batch in dl:
+            x,b = _to_batch(batch, self.df)
             yield normalize(x, self.stats),b
 
 # %% ../../nbs/01_data/04_loaders.ipynb #5e7cbb5c
