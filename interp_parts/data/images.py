@@ -55,9 +55,9 @@ def _to_rgb(im):
 
 def _reduced(im, least):
     "Upright 8-bit RGB of an opened file; of a JPEG at 1/2, 1/4 or 1/8 if its shorter side keeps `least` pixels"
-    turn = _orientation(im)
-    full = im.size[::-1] if turn >= 5 else im.size
-    if least: im.draft(None, [-(-s*least//min(im.size)) for s in im.size]) # other formats do nothing
+    turn,size = _orientation(im),im.size
+    full = size[::-1] if turn >= 5 else size
+    if least: im.draft(None, [-(-s*least//min(size)) for s in size]) # other formats do nothing
     if im.mode != 'RGB' or turn != 1 or max(full) > MAX_ASPECT*min(full): im = _to_rgb(im)
     im.load() # RGB as it is: no copy
     im.full_size = full
@@ -179,15 +179,15 @@ def _normalize(x, stats):
     mean,std = _stats(stats, x)
     return (x/255).float().sub_(mean).div_(std) # in place: memory is what this costs
 
-def _by_table(x, stats, n=2**17):
-    "The same of bytes on a CPU, sooner: each of the 256 values of a channel is computed once"
-    table = _normalize(torch.arange(256, dtype=torch.uint8).expand(1,3,1,256), stats)[0,:,0].numpy()
-    out = torch.empty(x.shape)
-    images,floats = x.as_subclass(torch.Tensor).reshape(len(x), 3, -1).numpy(),out.view(len(x), 3, -1).numpy()
-    for image,into in zip(images, floats):
-        for c in range(3):
-            for i in range(0, image.shape[1], n): cv2.LUT(image[c,i:i+n], table[c], into[c,i:i+n])
-    return out.as_subclass(type(x))
+def _table(stats):
+    "`_normalize` of the 256 values of a channel (3,256)"
+    return _normalize(torch.arange(256, dtype=torch.uint8).expand(1,3,1,256), stats)[0,:,0].numpy()
+
+def _look_up(image, table, out, n=2**17):
+    "Values of bytes (3,H,W) by table, into `out`, at most `n` at once: OpenCV's threads stay out"
+    for c,(x,to) in enumerate(zip(image.reshape(3, -1), out.reshape(3, -1))):
+        for i in range(0, len(x), n): cv2.LUT(x[i:i+n], table[c], to[i:i+n])
+
 
 # %% ../../nbs/01_data/02_images.ipynb #16cc816c
 def normalize(
@@ -195,8 +195,11 @@ def normalize(
     stats=imagenet_stats, # Mean and deviation of the three channels, for values in 0..1
 )->torch.Tensor:
     "Images as the network wants them"
-    if x.dtype == torch.uint8 and x.device.type == 'cpu' and x.is_contiguous(): return _by_table(x, stats)
-    return _normalize(x, stats)
+    if x.dtype != torch.uint8 or x.device.type != 'cpu' or not x.is_contiguous(): return _normalize(x, stats)
+    table,out = _table(stats),torch.empty(x.shape)
+    for image,to in zip(torch.as_subclass(x, torch.Tensor).numpy(), out.numpy()): _look_up(image, table, to)
+    return torch.as_subclass(out, type(x))
+
 
 # %% ../../nbs/01_data/02_images.ipynb #c31c8e12
 def denormalize(
@@ -209,12 +212,22 @@ def denormalize(
 
 # %% ../../nbs/01_data/02_images.ipynb #057350e7
 class NormalizeImages(Transform):
-    "`normalize` as the last step of a DataLoader"
+    "`normalize` as the last step of a DataLoader; `one` does it image by image, and floats are left as they are"
     order = 99
     def __init__(self,
         stats=imagenet_stats, # Mean and deviation the backbone expects
     ):
         super().__init__()
         self.stats = stats
-    def encodes(self, x:TensorImage): return normalize(x, self.stats)
+    def encodes(self, x:TensorImage): return normalize(x, self.stats) if x.dtype == torch.uint8 else x
     def decodes(self, x:TensorImage): return denormalize(x, self.stats)
+
+    def one(self,
+        image:np.ndarray, # (3,H,W) uint8
+        out:np.ndarray, # (3,H,W) float32, which is filled
+        levels=None, # (256,) uint8 that the values of the image are replaced by; None: themselves
+    ):
+        "Normalise an image of the CPU"
+        if not hasattr(self, 'table'): self.table = _table(self.stats)
+        _look_up(image, self.table if levels is None else self.table.take(levels, 1), out)
+

@@ -6,7 +6,7 @@
 __all__ = ['EXTRAS', 'PartDataset', 'PartDL', 'part_dls', 'PartBatches']
 
 # %% ../../nbs/01_data/04_loaders.ipynb #fa2bb8d7
-import os, random
+import ctypes, random
 
 import cv2, numpy as np, pandas as pd, torch
 from PIL import Image
@@ -15,7 +15,7 @@ from fastai.torch_core import TensorBase, TensorCategory, TensorMultiCategory, d
 from fastai.vision.core import TensorImage, TensorMask, TensorPoint
 from fastcore.basics import patch
 
-from ..core import Batch, ConfigError, DataError, PartLearner, eval_mode, pick
+from ..core import Batch, ConfigError, DataError, pick
 from .images import NormalizeImages, image_size, imagenet_stats, load_image, load_mask, normalize
 from .table import class_names, split_and_class
 from .views import View
@@ -80,33 +80,54 @@ def __getitem__(self:PartDataset, i):
     return (x, y, *self._points(i, place), *self._mask(i, place), *self._index(i, place))
 
 
+# %% ../../nbs/01_data/04_loaders.ipynb #1aa75285
+class _ArrowArray(ctypes.Structure): "Of Arrow's C interface, in which Pillow hands out its memory"
+_ArrowArray._fields_ = [*((k, ctypes.c_int64) for k in ('length','null_count','offset','n_buffers','n_children')),
+                        ('buffers', ctypes.POINTER(ctypes.c_void_p)), ('children', ctypes.POINTER(ctypes.POINTER(_ArrowArray)))]
+_pointer = ctypes.pythonapi.PyCapsule_GetPointer
+_pointer.restype,_pointer.argtypes = ctypes.c_void_p,[ctypes.py_object, ctypes.c_char_p]
+
+def _pixels(im):
+    "Pixels of an RGB image where they are (H,W,4), and their owner; or a copy (H,W,3)"
+    try: owner = im.__arrow_c_array__()[1]
+    except (AttributeError, ValueError): return np.asarray(im),None # an older Pillow, or an image in several pieces
+    at = _ArrowArray.from_address(_pointer(owner, b'arrow_array')).children[0].contents.buffers[1]
+    w,h = im.size
+    return np.frombuffer((ctypes.c_uint8*(4*w*h)).from_address(at), np.uint8).reshape(h, w, 4),owner
+
+
 # %% ../../nbs/01_data/04_loaders.ipynb #507b6361
 def _brighter(factor):
     "Table (256,) of PIL's `ImageEnhance.Brightness`: the same pixels, sooner"
-    return np.maximum(np.minimum(np.float32(factor)*_levels, 255), 0).astype('uint8')
+    return np.minimum(_levels*np.float32(max(0, factor)), _white).astype('uint8')
 
-_levels = np.arange(256, dtype='float32')
+_levels,_white = np.arange(256, dtype='float32'),np.float32(255)
 
 @patch
 def _tensor(self:PartDataset, im, place):
-    "The image on the canvas (3,H,W), 0 to 255"
-    pixels,b = np.asarray(place.image(im)),self.brightness
-    shape = (3,*pixels.shape[:2])
-    x = np.empty(shape, 'uint8') if self.room is None else self.room.take(shape)
-    cv2.split(pixels, list(x))
-    if b: cv2.LUT(x, _brighter(self.chance.uniform(1-b, 1+b)), x)
+    "The image on the canvas (3,H,W), 0 to 255, or normalised"
+    (pixels,own),b = _pixels(place.image(im)),self.brightness
+    x = np.empty((3,*pixels.shape[:2]), 'uint8') if self.room is None else self.room.take((3,*pixels.shape[:2]))
+    levels = _brighter(self.chance.uniform(1-b, 1+b)) if b else None
+    if x.dtype == np.uint8: _planes(pixels, x, levels)
+    else: self.room.norm.one(_planes(pixels, np.empty(x.shape, 'uint8')), x, levels)
     return torch.as_subclass(torch.from_numpy(x), TensorImage)
+
+def _planes(pixels, out, levels=None):
+    "Pixels (H,W,3 or 4) as (3,H,W), with other values"
+    cv2.split(pixels, [*out, np.empty(out.shape[1:], 'uint8')][:pixels.shape[2]])
+    return out if levels is None else cv2.LUT(out, levels, out)
 
 
 # %% ../../nbs/01_data/04_loaders.ipynb #2c2fda86
 class _Room:
-    "Memory for the images of a batch, taken one by one"
-    def __init__(self, n): self.n,self.images = n,None
+    "Memory for the images of a batch, taken one by one; of floats if they are normalised at once"
+    def __init__(self, n, norm=None): self.n,self.norm,self.images = n,norm,None
 
     def take(self, shape):
         "The next image (3,H,W)"
         if self.images is None:
-            self.images = torch.empty((self.n,*shape), dtype=torch.uint8)
+            self.images = torch.empty((self.n,*shape), dtype=torch.float32 if self.norm else torch.uint8)
             self.free = iter(self.images.numpy())
         return next(self.free)
 
@@ -119,9 +140,10 @@ class _Room:
 @patch
 def batch(self:PartDataset,
     items, # Numbers of items of one size
+    norm:NormalizeImages=None, # Normalise each image while it is at hand?
 )->tuple:
     "The items as a batch: images, targets and extras, stacked"
-    self.room = room = _Room(len(items))
+    self.room = room = _Room(len(items), norm)
     try: items = [self[i] for i in items]
     finally: self.room = None
     return tuple(torch.as_subclass(room.stack(col), type(col[0])) for col in zip(*items))
@@ -193,10 +215,17 @@ class PartDL(TfmdDL):
         key = self.rng.getrandbits(64)
         self.dataset.key = key % self.views if self.views else key
 
+    def _norm(self):
+        "What normalises each image where it is decoded: in the process of the network, on the CPU"
+        tfms = list(self.after_batch.fs)
+        here = torch.utils.data.get_worker_info() is None and str(self.device) == 'cpu'
+        return tfms[0] if here and len(tfms) == 1 and type(tfms[0]) is NormalizeImages else None
+
     def create_batches(self, samps):
         "Batches that the dataset stacks; fastai stacks what has transforms of its own"
-        if self.after_item.fs or self.before_batch.fs or not hasattr(self.dataset, 'batch'): yield from super().create_batches(samps)
-        else: yield from (self.dataset.batch(rows) for rows in self.chunkify(samps))
+        if self.after_item.fs or self.before_batch.fs or not hasattr(self.dataset, 'batch'):
+            yield from super().create_batches(samps)
+        else: yield from (self.dataset.batch(rows, self._norm()) for rows in self.chunkify(samps))
 
 
 # %% ../../nbs/01_data/04_loaders.ipynb #174b5024
@@ -232,9 +261,9 @@ def part_dls(
 # %% ../../nbs/01_data/04_loaders.ipynb #e2b1fb15
 class _Groups:
     "A dataset's batches, as a `torch` dataset"
-    def __init__(self, ds, groups): self.ds,self.groups = ds,groups
+    def __init__(self, ds, groups, norm): self.ds,self.groups,self.norm = ds,groups,norm
     def __len__(self): return len(self.groups)
-    def __getitem__(self, i): return self.ds.batch(self.groups[i])
+    def __getitem__(self, i): return self.ds.batch(self.groups[i], self.norm)
 
 def _as_it_is(batch): return batch
 
@@ -280,69 +309,8 @@ class PartBatches:
     def __len__(self): return len(self.groups)
 
     def __iter__(self):
-        dl = torch.utils.data.DataLoader(_Groups(self.ds, self.groups), None, num_workers=self.workers, collate_fn=_as_it_is)
-        for batch in dl:
+        norm = NormalizeImages(self.stats)
+        batches = _Groups(self.ds, self.groups, None if self.workers else norm)
+        for batch in torch.utils.data.DataLoader(batches, None, num_workers=self.workers, collate_fn=_as_it_is):
             x,b = _to_batch(batch, self.df)
-            yield normalize(x, self.stats),b
-
-# %% ../../nbs/01_data/04_loaders.ipynb #5e7cbb5c
-@patch
-def batches(self:PartLearner,
-    data, # Rows of a table, or anything that iterates `(images, Batch)`
-    **view # Overrides of `PartBatches`' arguments
-)->PartBatches:
-    "Batches of `data` as this learner's model was trained to see them"
-    if not isinstance(data, pd.DataFrame): return data
-    d = self.dls
-    own = dict(size=d.view.size, resize=d.view.resize, bs=d.bs, stats=d.stats, workers=d.num_workers)
-    return PartBatches(data, **{**own, **view})
-
-# %% ../../nbs/01_data/04_loaders.ipynb #0222d89c
-PartLearner.each = staticmethod(lambda batches, f: (f(x, b) for x,b in batches)) # or `take_turns`, between processes
-
-@patch
-def parts(self:PartLearner,
-    data, # Rows of a table, or anything that iterates `(images, Batch)`
-    target=None, # Class or attribute to explain; None: the predicted one
-    **view # Overrides of `PartBatches`' arguments
-):
-    "Yield `(Parts, Batch)` on the CPU over whole images"
-    see = lambda x,b: (self.model.parts(x.to(self.dls.device), target).cpu(),b)
-    yield from self.each(self.batches(data, **view), see)
-
-# %% ../../nbs/01_data/04_loaders.ipynb #fd64ddfb
-@patch
-def logits(self:PartLearner,
-    data, # Rows of a table
-    flip:bool=False, # Add the logits of the mirror image (the original's CUB evaluation)?
-)->tuple:
-    "Logits and targets of all rows, in the table's order, on the view of the training"
-    def see(x, b):
-        x = x.to(self.dls.device)
-        l = self.model(x).logits
-        return b.index,(l + self.model(x.flip(-1)).logits if flip else l).float().cpu(),b.label
-    with eval_mode(self.model), torch.no_grad(): out = list(self.each(self.batches(data, whole=False), see))
-    index,logits,label = (None if v[0] is None else torch.cat(v) for v in zip(*out))
-    order = index.argsort()
-    return logits[order],(None if label is None else label[order])
-
-# %% ../../nbs/01_data/04_loaders.ipynb #dc6a2333
-def _as_image(item):
-    "What `load_image` takes"
-    if isinstance(item, (str, os.PathLike, Image.Image)): return item
-    try: return Image.fromarray(item)
-    except Exception: pass # whatever it is
-    got = f'{type(item).__name__} {tuple(item.shape)} of {item.dtype}' if hasattr(item, 'dtype') else type(item).__name__
-    raise DataError('image', got, 'a file, a PIL image or an array (H,W,3) of uint8')
-
-@patch
-def predict(self:PartLearner,
-    item, # File, PIL image or (H,W,3) uint8 array
-)->tuple:
-    "Name, number and probabilities, as fastai's `predict`"
-    im = load_image(_as_image(item))
-    x = np.asarray(self.dls.view.place(*im.size).image(im)).copy()
-    x = normalize(torch.from_numpy(x).permute(2,0,1)[None].to(self.dls.device), self.dls.stats)
-    with eval_mode(self.model), torch.no_grad(): l = self.model(x).logits[0].float().cpu()
-    if self.dls.multi: return [n for n,v in zip(self.dls.vocab, l) if v > 0],l > 0,l.sigmoid()
-    return self.dls.vocab[l.argmax()],l.argmax(),l.softmax(0)
+            yield normalize(x, self.stats) if x.dtype == torch.uint8 else x,b
