@@ -204,8 +204,8 @@ def _earlier(d):
     if _json(d/'config.json').get('kind') == 'foreground': return 'foreground'
     if _json(d/'.foreground'/'config.json').get('kind') == 'foreground': return 'masks'
     if any(map(_is_run, (d/'runs').glob('*'))): return 'table'
-    if any({'schema','key','sha256'} <= _json(f).keys() for f in d.glob('*.json')): return 'parts'
     names = os.listdir(d)
+    if any({'schema','key','sha256'} <= _json(d/n).keys() for n in names if n.endswith('.json')): return 'parts'
     return 'grabcut' if names and all(map(_cut_mask.fullmatch, names)) else None
 
 # %% ../nbs/00a_files.ipynb #822001d2

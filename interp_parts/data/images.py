@@ -13,7 +13,7 @@ from contextlib import nullcontext
 from functools import partial
 from threading import Lock
 
-import numpy as np, torch
+import cv2, numpy as np, torch
 from PIL import Image, ImageOps, features
 from fastai.vision.core import TensorImage
 from fasttransform import Transform
@@ -41,7 +41,8 @@ def _decode(path, f):
         why = f'unreadable image ({_one_line(e)})'
         raise DataError(path, why, 'a complete image file', 'replace it or take its row out') from None
 
-def _upright(im): return ImageOps.exif_transpose(im) if im.getexif().get(0x0112, 1) != 1 else im
+def _orientation(im): return im.getexif().get(0x0112, 1) # 1: upright
+def _upright(im): return ImageOps.exif_transpose(im) if _orientation(im) != 1 else im
 
 # %% ../../nbs/01_data/02_images.ipynb #dc27a5d9
 def _to_rgb(im):
@@ -53,12 +54,14 @@ def _to_rgb(im):
     return im.convert('RGB')
 
 def _reduced(im, least):
-    "Upright 8-bit RGB of an opened JPEG, decoded at 1/2, 1/4 or 1/8 if its shorter side keeps `least` pixels"
-    full = im.size[::-1] if im.getexif().get(0x0112, 1) >= 5 else im.size
-    if least: im.draft(None, [-(-s*least//min(im.size)) for s in im.size]) # other formats do nothing
-    out = _to_rgb(im)
-    out.full_size = full
-    return out
+    "Upright 8-bit RGB of an opened file; of a JPEG at 1/2, 1/4 or 1/8 if its shorter side keeps `least` pixels"
+    turn,size = _orientation(im),im.size
+    full = size[::-1] if turn >= 5 else size
+    if least: im.draft(None, [-(-s*least//min(size)) for s in size]) # other formats do nothing
+    if im.mode != 'RGB' or turn != 1 or max(full) > MAX_ASPECT*min(full): im = _to_rgb(im)
+    im.load() # RGB as it is: no copy
+    im.full_size = full
+    return im
 
 def load_image(
     path, # Image file of one of `FORMATS`, or an opened PIL image
@@ -69,12 +72,13 @@ def load_image(
     try: return _to_rgb(path)
     except Exception as e: raise DataError('image', f'unreadable ({_one_line(e)})', 'a complete image') from None
 
+
 # %% ../../nbs/01_data/02_images.ipynb #35545637
 def image_size(
     path, # Image file
 )->tuple:
     "Width and height of the upright image, from its header alone"
-    def size(im): return im.size[::-1] if im.getexif().get(0x0112, 1) >= 5 else im.size
+    def size(im): return im.size[::-1] if _orientation(im) >= 5 else im.size
     return _decode(path, size)
 
 # %% ../../nbs/01_data/02_images.ipynb #574e7f97
@@ -171,14 +175,31 @@ imagenet_stats = ((0.485,0.456,0.406), (0.229,0.224,0.225))
 
 def _stats(stats, x): return [torch.tensor(s, dtype=torch.float32, device=x.device)[:,None,None] for s in stats]
 
+def _normalize(x, stats):
+    mean,std = _stats(stats, x)
+    return (x/255).float().sub_(mean).div_(std) # in place: memory is what this costs
+
+def _table(stats):
+    "`_normalize` of the 256 values of a channel (3,256)"
+    return _normalize(torch.arange(256, dtype=torch.uint8).expand(1,3,1,256), stats)[0,:,0].numpy()
+
+def _look_up(image, table, out, n=2**17):
+    "Values of bytes (3,H,W) by table, into `out`, at most `n` at once: OpenCV's threads stay out"
+    for c,(x,to) in enumerate(zip(image.reshape(3, -1), out.reshape(3, -1))):
+        for i in range(0, len(x), n): cv2.LUT(x[i:i+n], table[c], to[i:i+n])
+
+
 # %% ../../nbs/01_data/02_images.ipynb #16cc816c
 def normalize(
     x:torch.Tensor, # (B,3,H,W) uint8
     stats=imagenet_stats, # Mean and deviation of the three channels, for values in 0..1
 )->torch.Tensor:
     "Images as the network wants them"
-    mean,std = _stats(stats, x)
-    return (x/255).float().sub_(mean).div_(std) # in place: memory is what this costs
+    if x.dtype != torch.uint8 or x.device.type != 'cpu' or not x.is_contiguous(): return _normalize(x, stats)
+    table,out = _table(stats),torch.empty(x.shape)
+    for image,to in zip(torch.as_subclass(x, torch.Tensor).numpy(), out.numpy()): _look_up(image, table, to)
+    return torch.as_subclass(out, type(x))
+
 
 # %% ../../nbs/01_data/02_images.ipynb #c31c8e12
 def denormalize(
@@ -191,12 +212,22 @@ def denormalize(
 
 # %% ../../nbs/01_data/02_images.ipynb #057350e7
 class NormalizeImages(Transform):
-    "`normalize` as the last step of a DataLoader"
+    "`normalize` as the last step of a DataLoader; `one` does it image by image, and floats are left as they are"
     order = 99
     def __init__(self,
         stats=imagenet_stats, # Mean and deviation the backbone expects
     ):
         super().__init__()
         self.stats = stats
-    def encodes(self, x:TensorImage): return normalize(x, self.stats)
+    def encodes(self, x:TensorImage): return normalize(x, self.stats) if x.dtype == torch.uint8 else x
     def decodes(self, x:TensorImage): return denormalize(x, self.stats)
+
+    def one(self,
+        image:np.ndarray, # (3,H,W) uint8
+        out:np.ndarray, # (3,H,W) float32, which is filled
+        levels=None, # (256,) uint8 that the values of the image are replaced by; None: themselves
+    ):
+        "Normalise an image of the CPU"
+        if not hasattr(self, 'table'): self.table = _table(self.stats)
+        _look_up(image, self.table if levels is None else self.table.take(levels, 1), out)
+

@@ -27,27 +27,51 @@ def _cache():
 def _index_of(folder): return _cache()/f'{hashlib.sha256(os.fsencode(folder)).hexdigest()[:16]}.json'
 
 # %% ../../nbs/01_data/02a_known.ipynb #05bed039
-def _is_entry(v):
-    "Is it what an index holds of a file?"
-    if not isinstance(v, list) or len(v) != 5 or not isinstance(v[4], dict): return False
-    return all(isinstance(a, (str,int)) for a in v[4].values())
+def _columns(d):
+    "Paths, states, answers, and which of these each file has, of an index that is whole; else none"
+    files,states,answers,which = (d.get(k) for k in ('files','states','answers','which'))
+    if not all(isinstance(v, list) for v in (files, states, answers, which)): return [],[],[],[]
+    kinds = [set(map(type, v)) <= {k} for v,k in ((files,str), (states,int), (answers,dict), (which,int))]
+    plain = kinds == [True]*4 and {type(v) for a in answers for v in a.values()} <= {str,int}
+    whole = plain and len(states) == 4*len(files) == 4*len(which) and set(which) <= set(range(len(answers)))
+    return (files,states,answers,which) if whole else ([],[],[],[])
+
+class _Index:
+    "What was known of files: size, two times, number and answers of each; its columns stay as they were read"
+    def __init__(self, files, states, answers, which):
+        self.at = dict(zip(files, range(len(files))))
+        self.states,self.answers,self.which = states,answers,which
+
+    def get(self, path):
+        i = self.at.get(path)
+        return None if i is None else (*self.states[4*i:4*i+4], self.answers[self.which[i]])
+
+    def all(self): return {f:self.get(f) for f in self.at}
 
 def _read_index(folder):
-    "What is known of the files of a folder: lists of size, two times, number and answers, by path"
+    "What is known of the files of a folder; nothing if the index is not whole"
     try: d = read_json(_index_of(folder))
-    except (CheckpointError, OSError, RuntimeError, RecursionError): return {}
-    if not isinstance(d, dict) or d.get('of') != [1,folder] or not isinstance(d.get('files'), dict): return {}
-    return {k:v for k,v in d['files'].items() if _is_entry(v)}
+    except (CheckpointError, OSError, RuntimeError, RecursionError): d = {}
+    return _Index(*(_columns(d) if isinstance(d, dict) and d.get('of') == [2,folder] else ([],[],[],[])))
 
+def _as_columns(files):
+    "What is known of files in few long lists, which are read sooner than many short ones"
+    told = {}
+    which = [told.setdefault(tuple(e[4].items()), len(told)) for e in files.values()]
+    return dict(files=list(files), states=[v for e in files.values() for v in e[:4]], answers=list(map(dict, told)), which=which)
+
+
+# %% ../../nbs/01_data/02a_known.ipynb #c93293d3
 def _write_index(folder, files):
     "Keep an index, and the newest of the others; nothing if the cache cannot be written"
     try:
         file = _index_of(folder)
         file.parent.mkdir(parents=True, exist_ok=True)
-        with atomic_path(file) as tmp: tmp.write_text(json.dumps(dict(of=[1, folder], files=files), separators=(',',':')))
+        with atomic_path(file) as tmp: tmp.write_text(json.dumps(dict(of=[2, folder], **_as_columns(files)), separators=(',',':')))
         old = sorted(file.parent.glob('*.json'), key=lambda f: f.stat().st_mtime_ns)[:-_kept]
         for f in old: f.unlink(missing_ok=True)
     except (OSError, RuntimeError): pass
+
 
 # %% ../../nbs/01_data/02a_known.ipynb #d6bdabb6
 _active,_settled = ContextVar('known_files', default=None),2_000_000_000 # Nanoseconds
@@ -86,13 +110,13 @@ class _Nothing:
 def _entry(self:KnownFiles, path):
     "State and answers of a file; those of the index if its state is the same"
     path = os.fspath(path)
-    if path in self.seen: return self.seen[path]
+    if (found := self.seen.get(path)) is not None: return found
     if self.known is None: self.known = _read_index(self.folder)
     try: s = os.stat(path)
-    except OSError: return [0,0,0,0,{}]
-    state = [s.st_size, s.st_mtime_ns, s.st_ctime_ns, s.st_ino]
+    except OSError: return (0,0,0,0,{})
+    state = (s.st_size, s.st_mtime_ns, s.st_ctime_ns, s.st_ino)
     old = self.known.get(path.removeprefix(self.folder))
-    self.seen[path] = old if old and old[:4] == state else [*state, {}]
+    self.seen[path] = old if old and old[:4] == state else (*state, {})
     return self.seen[path]
 
 @patch
@@ -110,7 +134,8 @@ def put(self:KnownFiles,
     answer, # Anything that JSON holds
 ):
     "Keep an answer"
-    self._entry(path)[4][question] = answer
+    *state,answers = self._entry(path)
+    if os.fspath(path) in self.seen: self.seen[os.fspath(path)] = (*state, {**answers, question:answer})
     self.new = True
 
 # %% ../../nbs/01_data/02a_known.ipynb #8f5b364e
@@ -131,6 +156,6 @@ def _save(self:KnownFiles):
     "Keep what is known of files that have not changed for a moment"
     last = time.time_ns() - _settled
     seen = {p.removeprefix(self.folder):e for p,e in self.seen.items() if max(e[1], e[2]) < last and e[4]}
-    files = {**self.known, **seen}
+    files = {**self.known.all(), **seen}
     if len(files) > _most: files = seen
     if seen and len(files) <= _most: _write_index(self.folder, files)

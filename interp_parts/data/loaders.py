@@ -6,7 +6,7 @@
 __all__ = ['EXTRAS', 'PartDataset', 'PartDL', 'part_dls', 'PartBatches']
 
 # %% ../../nbs/01_data/04_loaders.ipynb #fa2bb8d7
-import os, random
+import ctypes, random
 
 import cv2, numpy as np, pandas as pd, torch
 from PIL import Image
@@ -15,7 +15,7 @@ from fastai.torch_core import TensorBase, TensorCategory, TensorMultiCategory, d
 from fastai.vision.core import TensorImage, TensorMask, TensorPoint
 from fastcore.basics import patch
 
-from ..core import Batch, ConfigError, DataError, PartLearner, eval_mode, pick
+from ..core import Batch, ConfigError, DataError, pick
 from .images import NormalizeImages, image_size, imagenet_stats, load_image, load_mask, normalize
 from .table import class_names, split_and_class
 from .views import View
@@ -37,7 +37,7 @@ def _targets(df):
 # %% ../../nbs/01_data/04_loaders.ipynb #cdd6ebdf
 class PartDataset:
     "Items (image, target, *extras) of a table under a view"
-    n_inp,key = 1,None
+    n_inp,key,room = 1,None,None
     def __init__(self,
         df:pd.DataFrame, # Rows of a table
         view:View, # How an image becomes network input
@@ -76,19 +76,78 @@ def __getitem__(self:PartDataset, i):
     where = (chance.random(),chance.random()) if self.train else (.5,.5)
     place = self.view.place(*getattr(im, 'full_size', im.size), where, chance.random() < self.flip)
     x = self._tensor(im, place)
-    y = self.kind(torch.tensor(self.cols[self.target][i] if self.target else -1))
+    y = torch.as_subclass(torch.tensor(self.cols[self.target][i] if self.target else -1), self.kind)
     return (x, y, *self._points(i, place), *self._mask(i, place), *self._index(i, place))
 
+
+# %% ../../nbs/01_data/04_loaders.ipynb #1aa75285
+class _ArrowArray(ctypes.Structure): "Of Arrow's C interface, in which Pillow hands out its memory"
+_ArrowArray._fields_ = [*((k, ctypes.c_int64) for k in ('length','null_count','offset','n_buffers','n_children')),
+                        ('buffers', ctypes.POINTER(ctypes.c_void_p)), ('children', ctypes.POINTER(ctypes.POINTER(_ArrowArray)))]
+_pointer = ctypes.pythonapi.PyCapsule_GetPointer
+_pointer.restype,_pointer.argtypes = ctypes.c_void_p,[ctypes.py_object, ctypes.c_char_p]
+
+def _pixels(im):
+    "Pixels of an RGB image where they are (H,W,4), and their owner; or a copy (H,W,3)"
+    try: owner = im.__arrow_c_array__()[1]
+    except (AttributeError, ValueError): return np.asarray(im),None # an older Pillow, or an image in several pieces
+    at = _ArrowArray.from_address(_pointer(owner, b'arrow_array')).children[0].contents.buffers[1]
+    w,h = im.size
+    return np.frombuffer((ctypes.c_uint8*(4*w*h)).from_address(at), np.uint8).reshape(h, w, 4),owner
+
+
+# %% ../../nbs/01_data/04_loaders.ipynb #507b6361
 def _brighter(factor):
     "Table (256,) of PIL's `ImageEnhance.Brightness`: the same pixels, sooner"
-    return (np.float32(factor)*np.arange(256, dtype='float32')).clip(0, 255).astype('uint8')
+    return np.minimum(_levels*np.float32(max(0, factor)), _white).astype('uint8')
+
+_levels,_white = np.arange(256, dtype='float32'),np.float32(255)
 
 @patch
 def _tensor(self:PartDataset, im, place):
-    "The image on the canvas (3,H,W), 0 to 255"
-    x,b = np.asarray(place.image(im)),self.brightness
-    if b: x = cv2.LUT(x, _brighter(self.chance.uniform(1-b, 1+b)))
-    return TensorImage(torch.from_numpy(np.stack(cv2.split(x))))
+    "The image on the canvas (3,H,W), 0 to 255, or normalised"
+    (pixels,own),b = _pixels(place.image(im)),self.brightness
+    x = np.empty((3,*pixels.shape[:2]), 'uint8') if self.room is None else self.room.take((3,*pixels.shape[:2]))
+    levels = _brighter(self.chance.uniform(1-b, 1+b)) if b else None
+    if x.dtype == np.uint8: _planes(pixels, x, levels)
+    else: self.room.norm.one(_planes(pixels, np.empty(x.shape, 'uint8')), x, levels)
+    return torch.as_subclass(torch.from_numpy(x), TensorImage)
+
+def _planes(pixels, out, levels=None):
+    "Pixels (H,W,3 or 4) as (3,H,W), with other values"
+    cv2.split(pixels, [*out, np.empty(out.shape[1:], 'uint8')][:pixels.shape[2]])
+    return out if levels is None else cv2.LUT(out, levels, out)
+
+
+# %% ../../nbs/01_data/04_loaders.ipynb #2c2fda86
+class _Room:
+    "Memory for the images of a batch, taken one by one; of floats if they are normalised at once"
+    def __init__(self, n, norm=None): self.n,self.norm,self.images = n,norm,None
+
+    def take(self, shape):
+        "The next image (3,H,W)"
+        if self.images is None:
+            self.images = torch.empty((self.n,*shape), dtype=torch.float32 if self.norm else torch.uint8)
+            self.free = iter(self.images.numpy())
+        return next(self.free)
+
+    def stack(self, items):
+        "Items stacked; images that lie here need no copy"
+        items = [torch.as_subclass(o, torch.Tensor) for o in items]
+        here = self.images is not None and items[0].data_ptr() == self.images.data_ptr()
+        return self.images if here else torch.stack(items)
+
+@patch
+def batch(self:PartDataset,
+    items, # Numbers of items of one size
+    norm:NormalizeImages=None, # Normalise each image while it is at hand?
+)->tuple:
+    "The items as a batch: images, targets and extras, stacked"
+    self.room = room = _Room(len(items), norm)
+    try: items = [self[i] for i in items]
+    finally: self.room = None
+    return tuple(torch.as_subclass(room.stack(col), type(col[0])) for col in zip(*items))
+
 
 # %% ../../nbs/01_data/04_loaders.ipynb #88c0399d
 def _swap_pairs(n, pairs):
@@ -156,6 +215,19 @@ class PartDL(TfmdDL):
         key = self.rng.getrandbits(64)
         self.dataset.key = key % self.views if self.views else key
 
+    def _norm(self):
+        "What normalises each image where it is decoded: in the process of the network, on the CPU"
+        tfms = list(self.after_batch.fs)
+        here = torch.utils.data.get_worker_info() is None and str(self.device) == 'cpu'
+        return tfms[0] if here and len(tfms) == 1 and type(tfms[0]) is NormalizeImages else None
+
+    def create_batches(self, samps):
+        "Batches that the dataset stacks; fastai stacks what has transforms of its own"
+        if self.after_item.fs or self.before_batch.fs or not hasattr(self.dataset, 'batch'):
+            yield from super().create_batches(samps)
+        else: yield from (self.dataset.batch(rows, self._norm()) for rows in self.chunkify(samps))
+
+
 # %% ../../nbs/01_data/04_loaders.ipynb #174b5024
 def part_dls(
     df:pd.DataFrame, # A checked table
@@ -187,16 +259,20 @@ def part_dls(
     return dls
 
 # %% ../../nbs/01_data/04_loaders.ipynb #e2b1fb15
-def _stack(items):
-    "Items of one size stacked, and the types of their extras; in the worker: each tensor sent costs a file descriptor"
-    columns = zip(*items)
-    return [torch.stack([i.as_subclass(torch.Tensor) for i in col]) for col in columns],[type(t) for t in items[0][2:]]
+class _Groups:
+    "A dataset's batches, as a `torch` dataset"
+    def __init__(self, ds, groups, norm): self.ds,self.groups,self.norm = ds,groups,norm
+    def __len__(self): return len(self.groups)
+    def __getitem__(self, i): return self.ds.batch(self.groups[i], self.norm)
+
+def _as_it_is(batch): return batch
+
 
 # %% ../../nbs/01_data/04_loaders.ipynb #e169088d
-def _to_batch(items, df):
-    "Images and a `Batch` from what `_stack` made"
-    (x,y,*more),kinds = items
-    got = dict(zip(kinds, more))
+def _to_batch(batch, df):
+    "Images and a `Batch` from what a dataset stacked"
+    x,y,*more = (torch.as_subclass(v, torch.Tensor) for v in batch)
+    got = dict(zip(map(type, batch[2:]), more))
     idx,pts,seen,mask,parts = (got.get(k) for k in (_TensorIndex,TensorPoint,_TensorVisible,TensorMask,_TensorPartMask))
     n,b = (0 if seen is None else seen.shape[1]),len(x)
     corners = None if pts is None or 'box' not in df else pts[:,n:]
@@ -233,70 +309,8 @@ class PartBatches:
     def __len__(self): return len(self.groups)
 
     def __iter__(self):
-        dl = torch.utils.data.DataLoader(self.ds, batch_sampler=self.groups, num_workers=self.workers,
-                                         collate_fn=_stack)
-        for items in dl:
-            x,b = _to_batch(items, self.df)
-            yield normalize(x, self.stats),b
-
-# %% ../../nbs/01_data/04_loaders.ipynb #5e7cbb5c
-@patch
-def batches(self:PartLearner,
-    data, # Rows of a table, or anything that iterates `(images, Batch)`
-    **view # Overrides of `PartBatches`' arguments
-)->PartBatches:
-    "Batches of `data` as this learner's model was trained to see them"
-    if not isinstance(data, pd.DataFrame): return data
-    d = self.dls
-    own = dict(size=d.view.size, resize=d.view.resize, bs=d.bs, stats=d.stats, workers=d.num_workers)
-    return PartBatches(data, **{**own, **view})
-
-# %% ../../nbs/01_data/04_loaders.ipynb #0222d89c
-PartLearner.each = staticmethod(lambda batches, f: (f(x, b) for x,b in batches)) # or `take_turns`, between processes
-
-@patch
-def parts(self:PartLearner,
-    data, # Rows of a table, or anything that iterates `(images, Batch)`
-    target=None, # Class or attribute to explain; None: the predicted one
-    **view # Overrides of `PartBatches`' arguments
-):
-    "Yield `(Parts, Batch)` on the CPU over whole images"
-    see = lambda x,b: (self.model.parts(x.to(self.dls.device), target).cpu(),b)
-    yield from self.each(self.batches(data, **view), see)
-
-# %% ../../nbs/01_data/04_loaders.ipynb #fd64ddfb
-@patch
-def logits(self:PartLearner,
-    data, # Rows of a table
-    flip:bool=False, # Add the logits of the mirror image (the original's CUB evaluation)?
-)->tuple:
-    "Logits and targets of all rows, in the table's order, on the view of the training"
-    def see(x, b):
-        x = x.to(self.dls.device)
-        l = self.model(x).logits
-        return b.index,(l + self.model(x.flip(-1)).logits if flip else l).float().cpu(),b.label
-    with eval_mode(self.model), torch.no_grad(): out = list(self.each(self.batches(data, whole=False), see))
-    index,logits,label = (None if v[0] is None else torch.cat(v) for v in zip(*out))
-    order = index.argsort()
-    return logits[order],(None if label is None else label[order])
-
-# %% ../../nbs/01_data/04_loaders.ipynb #dc6a2333
-def _as_image(item):
-    "What `load_image` takes"
-    if isinstance(item, (str, os.PathLike, Image.Image)): return item
-    try: return Image.fromarray(item)
-    except Exception: pass # whatever it is
-    got = f'{type(item).__name__} {tuple(item.shape)} of {item.dtype}' if hasattr(item, 'dtype') else type(item).__name__
-    raise DataError('image', got, 'a file, a PIL image or an array (H,W,3) of uint8')
-
-@patch
-def predict(self:PartLearner,
-    item, # File, PIL image or (H,W,3) uint8 array
-)->tuple:
-    "Name, number and probabilities, as fastai's `predict`"
-    im = load_image(_as_image(item))
-    x = np.asarray(self.dls.view.place(*im.size).image(im)).copy()
-    x = normalize(torch.from_numpy(x).permute(2,0,1)[None].to(self.dls.device), self.dls.stats)
-    with eval_mode(self.model), torch.no_grad(): l = self.model(x).logits[0].float().cpu()
-    if self.dls.multi: return [n for n,v in zip(self.dls.vocab, l) if v > 0],l > 0,l.sigmoid()
-    return self.dls.vocab[l.argmax()],l.argmax(),l.softmax(0)
+        norm = NormalizeImages(self.stats)
+        batches = _Groups(self.ds, self.groups, None if self.workers else norm)
+        for batch in torch.utils.data.DataLoader(batches, None, num_workers=self.workers, collate_fn=_as_it_is):
+            x,b = _to_batch(batch, self.df)
+            yield normalize(x, self.stats) if x.dtype == torch.uint8 else x,b

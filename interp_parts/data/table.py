@@ -48,7 +48,7 @@ def _fits(v, ok):
 
 def _bad_rows(df, col, ok):
     "Complain about the rows of `col` that are not `ok`"
-    rows = [i for i,v in enumerate(df[col]) if not _fits(v, ok)]
+    rows = [i for i,v in enumerate(df[col].tolist()) if not _fits(v, ok)]
     if rows: raise DataError(f"{df.attrs['name']}: column {col}", f'row {first_few(rows)}: {df[col].iloc[rows[0]]}',
                              _column_doc[col].format(**{k:len(v) for k,v in df.attrs.items() if isinstance(v, list)}))
 
@@ -105,11 +105,12 @@ def check_table(
     _check_names(df)
     for col,ok in _column_checks(df.attrs).items():
         if col in df: _bad_rows(df, col, ok)
-    both = sorted(set(df.image[df.split=='train']) & set(df.image[df.split.isin(['test','eval'])]))
+    train,test = (set(df.image[df.split.isin(s)].tolist()) for s in (['train'], ['test','eval']))
+    both = sorted(train & test)
     if both:
         raise DataError(name, f'{len(both)} test images are training images too: {first_few(both)}', 'disjoint splits')
     _check_labels(df, name)
-    bad = find_broken(df.image.unique()) if files and not _files_later.get() else []
+    bad = find_broken(dict.fromkeys(df.image.tolist())) if files and not _files_later.get() else []
     broken = [f'{p} ({why})' for p,why in bad]
     if bad: raise DataError(name, f"{len(bad)} unusable file{'s'*(len(bad) != 1)}: {first_few(broken)}", 'complete images',
                             'restore them, take their rows out, or pass --on-bad-image skip')

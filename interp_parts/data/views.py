@@ -26,9 +26,12 @@ class Placement:
 
     def image(self, im, how=Image.Resampling.BILINEAR):
         "The PIL image on the canvas"
-        im = im.resize(self.scaled, how) if im.size != self.scaled else im
-        (ox,oy),(w,h) = self.offset,self.canvas
-        im = im.crop((-ox, -oy, w-ox, h-oy)) if (im.size,self.offset) != (self.canvas,(0,0)) else im
+        (ox,oy),(w,h),size = self.offset,self.canvas,im.size
+        if size != self.scaled and w < self.scaled[0] and how == Image.Resampling.BILINEAR and im.mode in ('RGB','L'):
+            im = im.resize((self.scaled[0],size[1]), how).crop((-ox, 0, w-ox, size[1]))
+            im,size,ox = im.resize((w,self.scaled[1]), how),(w,self.scaled[1]),0 # only what stays is scaled in height
+        elif size != self.scaled: im,size = im.resize(self.scaled, how),self.scaled
+        if (size,ox,oy) != (self.canvas,0,0): im = im.crop((-ox, -oy, w-ox, h-oy))
         return im.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if self.flip else im
 
     def points(self, pts):

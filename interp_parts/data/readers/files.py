@@ -158,16 +158,20 @@ def mat(self:DataFolder,
     return read_mat(self/name, *variables)
 
 # %% ../../../nbs/01_data/readers/01_files.ipynb #e98950ea
-_unread_suffixes = {'.avif', '.heic', '.heif', '.jxl', '.jp2', '.j2k', '.tga', '.psd', '.svg', '.eps', '.dng', '.cr2',
-                    '.cr3', '.nef', '.arw', '.raf', '.orf', '.rw2'} - {*IMAGE_SUFFIXES}
+_unread_suffixes = tuple({'.avif', '.heic', '.heif', '.jxl', '.jp2', '.j2k', '.tga', '.psd', '.svg', '.eps', '.dng', '.cr2',
+                    '.cr3', '.nef', '.arw', '.raf', '.orf', '.rw2'} - {*IMAGE_SUFFIXES})
 
 # %% ../../../nbs/01_data/readers/01_files.ipynb #3339ead5
 def _is_yours(p):
     "Is it neither hidden, nor of a system, nor made by this library?"
     if p.name.startswith(('.','__','@')): return False
     if not p.is_file(): return made(p) is None
+    return not p.name.endswith('.png') or _is_your_picture(p)
+
+def _is_your_picture(p):
+    "Did somebody else make this PNG file?"
     known = KnownFiles.active()
-    if not p.name.endswith('.png') or known.get(p, 'yours'): return True
+    if known.get(p, 'yours'): return True
     if made(p): return False
     known.put(p, 'yours', 1)
     return True
@@ -182,8 +186,9 @@ def _walk(folder, seen=()):
     if here in seen: return
     for p in _entries(folder):
         if not _is_yours(p): continue
-        if p.is_dir(): yield from _walk(p, {here, *seen})
-        elif p.is_file(): yield p
+        if p.is_file(): yield p
+        elif p.is_dir(): yield from _walk(p, {here, *seen})
+
 
 # %% ../../../nbs/01_data/readers/01_files.ipynb #66b19f1a
 @patch
@@ -202,15 +207,21 @@ def images(self:DataFolder,
     return list(self.each_image(*within))
 
 @patch
+def image_names(self:DataFolder)->list:
+    "The same as words, which are made sooner than paths"
+    return [os.fspath(p) for p in _walk(self.path) if p.name.lower().endswith(IMAGE_SUFFIXES)]
+
+@patch
 def folders(self:DataFolder)->list:
     "Its visible sub-folders, in order"
     return [Path(p) for p in _entries(self.path) if p.is_dir() and _is_yours(p)]
+
 
 # %% ../../../nbs/01_data/readers/01_files.ipynb #6740662e
 @patch
 def warn_unread(self:DataFolder):
     "Say which files below the folder are images that cannot be read"
-    left = [p.name for p in _walk(self.path) if os.path.splitext(p.name)[1].lower() in _unread_suffixes]
+    left = [p.name for p in _walk(self.path) if p.name.lower().endswith(_unread_suffixes)]
     if left: warn_user(f'{self.path}: {len(left)} images of formats that cannot be read are left out: '
                            f'{first_few(left)}; convert them to JPEG or PNG')
 

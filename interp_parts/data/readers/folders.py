@@ -109,7 +109,7 @@ def _opened(root):
 # %% ../../../nbs/01_data/readers/02_folders.ipynb #347d4ad0
 def _class_rows(folder, split):
     "Rows (image, class, split) of the class folders in `folder`"
-    found = {c.name:DataFolder(c).images() for c in DataFolder(folder).folders()}
+    found = {c.name:DataFolder(c).image_names() for c in DataFolder(folder).folders()}
     empty = [c for c,ims in found.items() if not ims]
     if not found:
         raise DataError(folder, f'{len(DataFolder(folder).images())} images, no class folder',
@@ -125,7 +125,7 @@ def _inner_splits(root):
     found = {c:{p:folder_split(p.name) for p in DataFolder(c).folders()} for c in DataFolder(root).folders()}
     named = lambda c,splits: 'train' in splits.values() and all(splits.values()) and not _images_in(c)
     if not found or not all(named(c, s) for c,s in found.items()): return []
-    return [(im,c.name,s) for c,splits in found.items() for p,s in splits.items() for im in DataFolder(p).images()]
+    return [(im,c.name,s) for c,splits in found.items() for p,s in splits.items() for im in DataFolder(p).image_names()]
 
 # %% ../../../nbs/01_data/readers/02_folders.ipynb #e199dc4b
 def _labelled(splits):
@@ -158,12 +158,13 @@ def _folder_table(top, test, seed, copies):
     if rows: splits = dict.fromkeys(r[2] for r in rows)
     else: rows = [r for f,s in (splits or {root:None}).items() for r in _class_rows(_opened(f) if s else f, s)]
     df,said = pd.DataFrame(rows, columns=['image','class','split']),'split given by folders'
-    drawn = set(df['split']) in ({None}, {'train'})
+    drawn = set(df['split'].tolist()) in ({None}, {'train'})
     if drawn: df['split'],said = new_split(df.image, df['class'], test, seed)
-    classes = sorted(set(df['class'][df.split=='train']))
-    unseen = sorted(set(df['class']) - set(classes))
+    classes = sorted(set(df['class'][df.split=='train'].tolist()))
+    unseen = sorted(set(df['class'].tolist()) - set(classes))
     if unseen: raise DataError(root, f'no training image of {first_few(unseen)}', 'the same classes in every split')
-    df = df.assign(image=df.image.map(str), label=df.pop('class').map(classes.index))
+    number = {c:i for i,c in enumerate(classes)}
+    df = df.assign(label=[number[c] for c in df.pop('class').tolist()])
     df = check_table(part_table(df, top.name, classes=classes, keypoints=[], pairs=[], protocol=said,
                                 licence='not stated', citation='', **(dict(drawn=True) if drawn else {})))
     return df if drawn or copies else check_copies(df)
