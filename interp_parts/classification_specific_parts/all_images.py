@@ -25,7 +25,7 @@ def of_learner(cls:PartPipeline,
     say=None, # Called with the name of each step that is made
     table=None, # Whose training rows; None: of the table that the learner was trained on
 )->PartPipeline:
-    "The six steps over training rows, of which none has run"
+    "A pipeline of a learner's training rows; no step has run"
     d,model = learn.dls,learn.model
     table = d.table if table is None else table
     return cls(model.backbone, table[table.split == 'train'], model.settings, folder, d.view.size,
@@ -83,7 +83,7 @@ def _features_file(path):
 def import_checkpoint(self:PartPipeline,
     path, # features.npz, or a folder that has it
 ):
-    "Take the features of training rows from a file, and the L1-SVM from beside it if it is one of ours"
+    "Take the features of training rows from a file, and the L1-SVM if the file is of a run"
     file = _features_file(path)
     self.import_features(file)
     x,_ = next(iter(self.batches(self.df.iloc[:1])))

@@ -73,7 +73,7 @@ class FeatureKMeans:
         batches, # Iterates `(normalised images, Batch)`, such as `PartBatches`
         n:int=64, # Cells taken of each image, at most
     ):
-        "The same from batches"
+        "Cluster the features of foreground cells of batches"
         return self.fit(((denormalize(x, batches.stats), b.mask) for x,b in batches), n)
 
 # %% ../../nbs/11_contrastive_reconstruction/06_clusters.ipynb #eb0de3d8

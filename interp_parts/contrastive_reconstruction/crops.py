@@ -121,7 +121,7 @@ def focus(
     crop:str='view', # 'view': as the DataLoaders crop; 'box': squares around the boxes; 'random': random parts
     extra=('mask',), # What items hold besides the image and its target
 ):
-    "The same DataLoaders with masks, and perhaps with crops"
+    "The DataLoaders with foreground masks and, for `box` and `random`, with crops"
     pick(crop, _crops, 'crop')
     lost = [e for e in extra if e not in dls.table]
     if lost:

@@ -205,6 +205,6 @@ class _PolyDecay(Callback):
 def original_views(self:ContrastiveReconstruction,
     tensors:dict=None, # Tensors under our names, such as gradients; default the model's state
 )->dict:
-    "The tensors under the original code's names, as views into ours"
+    "The tensors under the original code's names, as views into the model's own"
     tensors = self.state_dict() if tensors is None else tensors
     return {k.removeprefix('net.'):v for k,v in tensors.items() if k.startswith('net.')}

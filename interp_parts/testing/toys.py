@@ -185,7 +185,7 @@ def damaged(
     cut=(), # Files that lose their end; a name or several
     n:int=9, # Bytes to cut off
 )->Path:
-    "A copy of `folder`, in a place of its own, with some damage"
+    "A copy of `folder` in a temporary folder, with some damage"
     root = Path(tempfile.mkdtemp())/Path(folder).name
     shutil.copytree(folder, root)
     for o in (root/o for o in L(without)): o.unlink() if o.is_file() else shutil.rmtree(o)

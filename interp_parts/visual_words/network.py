@@ -179,7 +179,7 @@ _theirs = dict(backbone='features', add_on='add_on_layers', words='prototype_vec
 def original_views(self:VisualWords,
     tensors:dict=None, # Tensors under our names, such as gradients; default the model's state
 )->dict:
-    "The tensors under the original code's names, as views into ours"
+    "The tensors under the original code's names, as views into the model's own"
     out,k = {},self.kernel
     for name,v in (self.state_dict() if tensors is None else tensors).items():
         top,*rest = name.split('.')

@@ -24,7 +24,7 @@ _networks = [f'resnet{n}' for n in (34,18,50,101,152)] + [f'densenet{n}' for n i
 _networks += [f'vgg{n}{bn}' for n in (19,16,13,11) for bn in ('','_bn')]
 
 def _fits(state, config):
-    "Does a network of these arguments have the tensors of `state`?"
+    "Does a network with these arguments have the tensors of `state`?"
     with torch.device('meta'): net = VisualWords(**config)
     theirs = {k:tuple(v.shape) for k,v in state.items() if k not in net.original_constants}
     return theirs == {k:tuple(v.shape) for k,v in net.original_views().items()}

@@ -60,7 +60,7 @@ def evaluate_words(
     n_labels:int=0, # Parts
     attention:dict=None, # Maps in 0..1 by test row; default the base model's own
 )->dict:
-    "Accuracy, fidelity to the base model, and what the words are worth"
+    "Accuracy, fidelity to the base model, vocabulary and purity of the words"
     base = base or getattr(learn, 'base', None)
     rows = split_rows(df, (test,) if test else ('test','eval'))
     fidelity,out = None,{}

@@ -74,7 +74,7 @@ class WordPhases(Callback):
 # %% ../../nbs/12_visual_words/13_training.ipynb #95d809d2
 @patch
 def before_train(self:WordPhases):
-    "Look up what this epoch does, and put parameters to rest"
+    "Look up what this epoch trains, and freeze the other parameters"
     m = self.learn.model
     self.plan = self.settings.plan(self.n_epoch)
     self.phase,self.projects = self.plan[self.epoch]
