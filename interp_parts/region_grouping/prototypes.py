@@ -45,7 +45,7 @@ def init_prototypes(self:RegionGrouping,
 
 # %% ../../nbs/10_region_grouping/05_prototypes.ipynb #4182a7a1
 class Regroup(Callback):
-    "Start the prototypes from k-means again, once the features of a random backbone mean something"
+    "Start the prototypes from k-means again, after some epochs of a random backbone"
     order = 85 # after a resumed state is back
     no_average = 'regroup, which starts prototypes again'
     def __init__(self,

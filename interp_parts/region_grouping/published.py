@@ -30,7 +30,7 @@ def _unstack(model, top, key, v):
 def original_views(self:RegionGrouping,
     tensors:dict=None, # Tensors under our names, such as gradients; default the model's state
 )->dict:
-    "The tensors under the original code's names, as views into ours"
+    "The tensors under the original code's names, as views into the model's own"
     out = {}
     for key,v in (self.state_dict() if tensors is None else tensors).items():
         top,*rest = key.split('.')
