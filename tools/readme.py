@@ -37,9 +37,12 @@ def prepare(
 
 def render()->dict:
     "Content by name of README.md and its pictures"
-    nb = prepare(nbformat.read(ROOT/'nbs'/'index.ipynb', as_version=4))
+    nb = nbformat.read(ROOT/'nbs'/'index.ipynb', as_version=4)
+    alts = [m[1] for c in nb.cells for m in re.finditer(r'^#\| fig-alt: "(.*)"$', c.source, re.MULTILINE)]
+    nb = prepare(nb)
     body,res = MarkdownExporter().from_notebook_node(nb, dict(unique_key='README', output_files_dir='README_files'))
     body = re.sub(r'<style.*?</style>\n?', '', body, flags=re.DOTALL)
+    for alt in alts: body = body.replace('![png]', f'![{alt}]', 1)
     body = re.sub(r'\n{3,}', '\n\n', '\n'.join(o.rstrip() for o in body.splitlines())).strip()
     return {'README.md': f'{NOTE}{body}\n'.encode(), **res.get('outputs', {})}
 
