@@ -122,14 +122,13 @@ def saved(
         known = bool(read_json(run/'config.json')['network'])
         return dict(built_by='the run' if known else 'your code', logits_off=(torch.load(out) - answers(learn, df)).abs().max().item())
 
-def untrained(
+def briefly(
     name:str, # One of `NETWORKS`
     folder, # Where the images are, or will be
 )->dict:
-    "`saved` of words before their first step, on a network before its first step"
-    seed_everything(0)
-    (make,layer,*_),(df,dls) = NETWORKS[name],discs(folder)
-    learn = visual_words_learner(dls, n_parts=5*CLASSES, base=BaseModel(make(), layer), depth=32)
+    "`saved` of words before their first step, on a network of one epoch"
+    (make,layer,_,lr),(df,dls) = NETWORKS[name],discs(folder)
+    learn = visual_words_learner(dls, n_parts=5*CLASSES, base=BaseModel(trained(make, dls, 1, lr), layer), depth=32)
     return dict(network=name, **saved(name, learn, folder, df))
 
 def main():
@@ -138,14 +137,14 @@ def main():
     p.add_argument('names', nargs='*', metavar='NAME', help=f'of {list(NETWORKS)}; default all')
     p.add_argument('--images', default=str(Path(tempfile.gettempdir())/'own_classifiers_discs'), help='folder of the images')
     p.add_argument('--out', default=str(ROOT/'nbs'/'results'/'own_classifiers.csv'), help='the table')
-    p.add_argument('--untrained', action='store_true', help='only ask again who builds the networks, without a training')
+    p.add_argument('--brief', action='store_true', help='only ask again who builds the networks, after one epoch')
     p.add_argument('--again', nargs=4, help=argparse.SUPPRESS)
     a = p.parse_args()
     if a.again: return again(*a.again)
     rows = pd.read_csv(a.out).to_dict('records') if Path(a.out).exists() else []
     for name in a.names or NETWORKS:
         old = next((r for r in rows if r['network'] == name), {})
-        row = {**old, **untrained(name, a.images)} if a.untrained else explained(name, a.images)
+        row = {**old, **briefly(name, a.images)} if a.brief else explained(name, a.images)
         print(row, flush=True)
         at = [r['network'] for r in rows].index(name) if old else len(rows)
         rows = [*rows[:at], row, *rows[at+1:]]

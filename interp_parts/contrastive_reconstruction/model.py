@@ -113,7 +113,7 @@ _built = ('n_parts','net','backbone','stride','stage','dilations')
 def _model_of_run(run, asked):
     "The model of a run with its weights; options that ask for another network are refused"
     if Path(run).is_file():
-        raise ConfigError('--init', f'{run}, a file', 'the folder of a run', f'interp-parts import contrastive_reconstruction {run} makes one')
+        raise ConfigError('--init', f'{run}, a file', 'the folder of a run', 'interp-parts import makes one')
     c = read_json(Path(run)/'config.json')
     if (got := c.get('method')) != 'contrastive_reconstruction':
         raise CheckpointError(run, f'a run of {got}', 'one of contrastive_reconstruction', 'pass another --init')

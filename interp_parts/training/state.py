@@ -119,7 +119,7 @@ def _data(learn, was=None):
     return None if table is None else fingerprint(table.loc[rows], contents=True, **dict(like=was) if was else {})
 
 def _annotations(learn, was={}):
-    "Hash of each kind of annotation that the training is given, by the rules of other ones"
+    "Hash of each kind of annotation that is given, by others' rules"
     table,known = vars(learn.dls).get('table'),getattr(learn.dls.train.dataset, 'extra', ())
     return {} if table is None else {c:fingerprint(table, of=c, like=was.get(c, '3-')) for c in known if c in table}
 
@@ -156,9 +156,9 @@ class SaveState(Callback):
 
     def before_fit(self):
         self.facts = _facts(self.learn)
-        if not self.state: return
-        by_its_rule = dict(data=_data(self.learn, self.state.get('data')), annotations=_annotations(self.learn, self.state.get('annotations') or {}))
-        _compare(self.dir.parent, self.state, {**self.facts, **by_its_rule})
+        old = self.state or {}
+        same = dict(self.facts, data=_data(self.learn, old.get('data')), annotations=_annotations(self.learn, old.get('annotations') or {}))
+        if old: _compare(self.dir.parent, old, same)
 
     @staticmethod
     def say_unsaved(path, e):
