@@ -181,11 +181,15 @@ def _features(
     device:str='auto', # auto, cpu, cuda or cuda:N
     overwrite:bool=False, # Replace a file that this command wrote before?
     resume:bool=False, # Go on with a file that was not finished
+    num_processes:int=None, # Processes that share the images, one for each GPU
 ):
     "Write embeddings, logits, presence and centres of the parts of each image as .npz"
+    if num_processes not in (None, 1):
+        from interp_parts.command.processes import run_processes
+        return run_processes(num_processes, typed)
     from interp_parts.command.features import features_run
     arrays = features_run(run, out, path, split, device, overwrite=overwrite, resume=resume)
-    print(f"{out}: {', '.join(f'{k} {v.shape}' for k,v in arrays.items())}")
+    if os.environ.get('RANK', '0') == '0': print(f"{out}: {', '.join(f'{k} {v.shape}' for k,v in arrays.items())}")
 
 # %% ../../nbs/30_command/01_cli.ipynb #0bd19bc6
 @command()

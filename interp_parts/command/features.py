@@ -8,6 +8,7 @@ __all__ = ['features_run', 'import_run']
 # %% ../../nbs/30_command/02e_features.ipynb #419d6884
 import hashlib, inspect, os, shutil, zipfile
 from collections.abc import Mapping
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np, torch
@@ -22,6 +23,7 @@ from ..evaluation.scoring import split_rows
 from ..files import atomic_path, claim, claim_file, made, read_json, sign, write_json
 from ..lock import locked
 from ..serving.lines import weights_hash
+from ..training.distributed import joined, on_first, take_turns, this_process
 from ..training.runs import load_run
 from ..visualization.report import write_model_card
 
@@ -128,16 +130,19 @@ def names(self:_RowFiles):
     return sorted(f.stem for f in self.folder.glob('*.npy'))
 
 # %% ../../nbs/30_command/02e_features.ipynb #f0c34565
-def _fill(files, learn, rows, text):
-    "Compute the rows that are missing"
+def _fill(files, learn, rows, there, text):
+    "Compute the rows that are missing; processes share them, and the first one writes"
     own = get_method(learn.config['method']).features
     more = own(learn) if own else lambda x,p,b: {}
-    place,missing = dict(zip(rows.index, range(len(rows)))),rows[~files.there]
-    for x,b in learn.batches(missing) if len(missing) else ():
+    place,missing = dict(zip(rows.index, range(len(rows)))),rows[~there]
+    def see(x, b):
         p = learn.model.parts(x.to(learn.dls.device)).cpu()
         cols = _columns(p, b, more(x, p, b))
         if text: _check_text(cols, text, learn.config['method'])
-        files.write([place[i] for i in b.index.tolist()], cols)
+        return b.index,{k:torch.from_numpy(v) for k,v in cols.items()}
+    for index,cols in take_turns(learn.batches(missing), see) if len(missing) else ():
+        if files is not None: files.write([place[i] for i in index.tolist()], {k:v.numpy() for k,v in cols.items()})
+
 
 # %% ../../nbs/30_command/02e_features.ipynb #7a6372d7
 def _arrays(out, rows, files):
@@ -178,15 +183,18 @@ def features_run(
     overwrite:bool=False, # Replace a file that it wrote before?
     resume:bool=False, # Go on with a file that was not finished?
 )->Mapping:
-    "Write arrays of all images of a run's data, and return them: image, split, label, presence, centers, embedding, logits"
-    text = _claim(out, overwrite)
-    _check_part(_part(out), overwrite, resume)
-    learn = load_run(run, pick_device(device), workers=workers)
-    df = run_rows(learn.config, path, run)
-    rows = split_rows(df, (split,)) if split else df
-    with _RowFiles(_part(out), rows, weights_hash(run)) as files:
-        _fill(files, learn, rows, out if text else None)
-        return _text(out, learn, rows, files) if text else _arrays(out, rows, files)
+    "Write arrays of all images of a run's data, and return them, in the first process: image, split, label, presence, centers, embedding, logits"
+    with joined(device):
+        text = on_first(_claim, out, overwrite)
+        on_first(_check_part, _part(out), overwrite, resume)
+        learn = load_run(run, pick_device(device), workers=workers)
+        df = run_rows(learn.config, path, run)
+        rows = split_rows(df, (split,)) if split else df
+        with nullcontext() if this_process()[0] else _RowFiles(_part(out), rows, weights_hash(run)) as files:
+            there = on_first(lambda: torch.from_numpy(files.there)).numpy()
+            _fill(files, learn, rows, there, out if text else None)
+            if files is None: return {}
+            return _text(out, learn, rows, files) if text else _arrays(out, rows, files)
 
 # %% ../../nbs/30_command/02e_features.ipynb #68d2e22e
 _instead = dict(activation_diversity='they published a graph of TensorFlow; train from images: interp-parts train activation_diversity')
