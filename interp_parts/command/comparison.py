@@ -122,7 +122,9 @@ def _about(c):
     "What a run's configuration says: method, seed, cost of the training, and a hash of all that made it"
     t,made = c['training'],{k:c[k] for k in ('method','model','view','data')}
     key = _short_hash({**made, **{k:t[k] for k in ('seed','epochs','bs','fit')}})
-    cost = dict(train_seconds=c['seconds'], train_ms_per_image=1e3*c['seconds']/(c['n_train']*t['epochs']))
+    spent,each = c.get('cpu_seconds', math.nan),1e3/(c['n_train']*t['epochs'])
+    cost = dict(train_seconds=c['seconds'], train_ms_per_image=each*c['seconds'],
+                train_cpu_seconds=spent, train_cpu_ms_per_image=each*spent)
     return dict(method=c['method'], seed=t['seed'], config=key, **cost)
 
 def _short_hash(d):
