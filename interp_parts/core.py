@@ -269,6 +269,7 @@ class _Method:
     renamed_recipes:dict=field(default_factory=dict) # Names of recipes now, by their earlier names
     reading:object=None # `(config, protocol) -> dict`: options of the reader that an evaluation asks for
     features:object=None # `learner -> f(images, Parts, Batch) -> dict`: arrays that `features` adds, images first
+    compared:object=None # `(learner, table) -> dict`: scores of a view whose parts mean the same in all classes, for tables of methods
     details:object=None # `learner -> f(Parts of one image, numbers of parts) -> list of dict`: what answers add to each part
     picture:object=None # `learner -> f(file, Parts) -> Picture`: its own explanation of an image, which `predict` draws
     convert:object=None # `config -> config`: our settings for those of a JSON file of its authors

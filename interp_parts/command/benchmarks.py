@@ -81,9 +81,10 @@ def _table(
     workers:int=None, # Processes that decode images
     device:str=None, # auto, cpu, cuda or cuda:N
     explain_n:int=200, # Test images for insertion, deletion, consistency and stability
+    masks:str=None, # Masks of the scores: data, grabcut, or a folder; default: the data's, else grabcut
     set_:list[str]=[], # METHOD.key=value: a further option of one method; key=value: of all
 ):
     "Train and score every method on the same images; goes on where it was. Writes table.csv, table.md, report.html"
-    options = given(locals(), 'out', 'methods', 'seeds', 'explain_n', 'set_')
+    options = given(locals(), 'out', 'methods', 'seeds', 'explain_n', 'masks', 'set_')
     from interp_parts.command.comparison import make_table
-    make_table(out, options, methods.split(','), seeds, _of_methods(parse_set(set_)), explain_n)
+    make_table(out, options, methods.split(','), seeds, _of_methods(parse_set(set_)), explain_n, masks=masks)

@@ -108,6 +108,7 @@ def _evaluate(
     device:str='auto', # auto, cpu, cuda or cuda:N
     workers:int=2, # Processes that decode images
     num_processes:int=None, # Processes that share the images, one for each GPU
+    masks:str=None, # Masks of the scores: data, grabcut (made from boxes), or a folder of them; default: those of the data
     set_:list[str]=[], # data.key=value: of the reader, as data.masks=DIR; key=value: remove_parts, ridge, flip, use_mask, seed, fit, classes, noisy, or of the method's scores
 ):
     "Score a run and its baselines; writes RUN/metrics.json"
@@ -116,7 +117,7 @@ def _evaluate(
         return run_processes(num_processes, typed)
     from interp_parts.command.evaluate import evaluate_run
     from interp_parts.evaluation.scoring import format_metrics
-    scores = evaluate_run(run, path, protocol, split, baselines, device, workers, parse_set(set_))
+    scores = evaluate_run(run, path, protocol, split, baselines, device, workers, parse_set(set_), masks)
     if os.environ.get('RANK', '0') != '0': return # the first process prints
     print(format_metrics(scores))
     if 'without_parts' in scores: _say_without(scores['without_parts'])
@@ -228,7 +229,7 @@ def _foreground(
     reader,more = _split_reader(parse_set(set_))
     settings = dict(data=data, path=path, protocol=protocol, reader=reader)
     n = len(foreground_run(out, settings, **options, **more))
-    print(f'{out}: masks of {n} images; next, interp-parts evaluate RUN --set data.masks={out}')
+    print(f'{out}: masks of {n} images; next, interp-parts evaluate RUN --masks {out}')
 
 # %% ../../nbs/30_command/01_cli.ipynb #f65e8472
 @command()

@@ -86,28 +86,30 @@ def _probe_accuracy(learner, train, test):
 # %% ../../nbs/30_command/05_comparison.ipynb #4e319bc6
 _shared_parts = 8 # Of the rows that all methods share
 COLUMNS = ('accuracy','ridge_keypoint_error','predictors','keypoint_error','keypoint_error_mean_predictor',
-           'nmi','ari','fg_nmi','fg_ari','fg_purity','fg_pixel_purity','part_iou','named_part_iou','pointing',
+           'nmi','ari','fg_nmi','fg_ari','fg_purity','fg_pixel_nmi','fg_pixel_purity','part_iou','named_part_iou','pointing',
            'distinctiveness','comprehensiveness','consistency','consistency_constant_parts',
            'stability','insertion','insertion_center','deletion','deletion_center','parts_used','sparsity')
 
 # %% ../../nbs/30_command/05_comparison.ipynb #88a62d6f
 def _scores(learn, df, explain_n):
     "Scores of a learner's parts on the test rows"
-    test = split_rows(df, ('eval','test'))
+    test,method = split_rows(df, ('eval','test')),get_method(learn.config['method'])
     some = test.sample(min(explain_n, len(test)), random_state=0).sort_index()
-    return {**evaluate(learn, df, ridge=True), **evaluate_explanations(learn, some)}
+    whole = method.compared and isinstance(learn.model, method.model)
+    own = method.compared(learn, df) if whole else {}
+    return {**evaluate(learn, df, ridge=True), **own, **evaluate_explanations(learn, some)}
 
 # %% ../../nbs/30_command/05_comparison.ipynb #d7f393db
-def _rows_of_run(learner, masks):
+def _rows_of_run(learner, cache, masks=None):
     "The table a run was trained on, with masks of the data or of its boxes, so that all methods are scored by the same"
-    df = run_rows(learner.config, run=learner.run_dir)
-    return add_grabcut_masks(df, masks) if 'mask' not in df and 'box' in df else df
+    df = run_rows(learner.config, run=learner.run_dir, masks=masks)
+    return add_grabcut_masks(df, cache) if 'mask' not in df and 'box' in df else df
 
 # %% ../../nbs/30_command/05_comparison.ipynb #3cd3ced2
-def _score_run(run, explain_n=200, device='auto', masks=None):
+def _score_run(run, explain_n=200, device='auto', cache=None, masks=None):
     "Rows of the table: all parts, and `PARTS` of them if there are more"
     learn = load_run(run, pick_device(device), workers=0)
-    whole,df,common = learn.model,_rows_of_run(learn, masks or Path(run)/'masks'),_about(learn.config)
+    whole,df,common = learn.model,_rows_of_run(learn, cache or Path(run)/'masks', masks),_about(learn.config)
     train,test = split_rows(df, ('train',)),split_rows(df, ('test','eval'))
     k,few,rows = next(learn.parts(df[:1]))[0].n_parts,_most_present(learn, train, _shared_parts),[]
     for kind,n,model in [('all',k,whole)] + [('some',len(few),_SomeParts(whole, few))]*(len(few) < k):
@@ -123,6 +125,7 @@ def _about(c):
     t,made = c['training'],{k:c[k] for k in ('method','model','view','data')}
     key = _short_hash({**made, **{k:t[k] for k in ('seed','epochs','bs','fit')}})
     cost = dict(train_seconds=c['seconds'], train_ms_per_image=1e3*c['seconds']/(c['n_train']*t['epochs']))
+    if 'cpu_seconds' in c: cost['train_cpu_seconds'] = c['cpu_seconds'] # not in runs of earlier versions
     return dict(method=c['method'], seed=t['seed'], config=key, **cost)
 
 def _short_hash(d):
@@ -193,6 +196,7 @@ def make_table(
     own:dict=None, # Further settings by method
     explain_n:int=200, # Test images for insertion, deletion, consistency and stability
     say=print, # Function that takes each line of text
+    masks:str=None, # As for `evaluate_run`; default: the data's, else GrabCut's
 )->pd.DataFrame:
     "Train and score every method on the same images; resumable. Writes table.csv, table.md and report.html"
     names,rows = _table_methods(methods),[]
@@ -203,10 +207,10 @@ def make_table(
         run,f = out/'runs'/f'{m}-{s}',out/'rows'/f'{m}-{s}.json'
         settings = _table_settings(m, out, {**options, 'seed':s}, (own or {}).get(m))
         train_run(m, run, settings, resume=True, say=say)
-        if not f.exists(): write_json(f, _score_run(run, explain_n, settings['device'], out/'masks'))
+        if not f.exists(): write_json(f, _score_run(run, explain_n, settings['device'], out/'masks', masks))
         rows += read_json(f, [dict])
     learn = load_run(out/'runs'/f'{names[0]}-0', workers=0)
-    df = _rows_of_run(learn, out/'masks')
+    df = _rows_of_run(learn, out/'masks', masks)
     base = out/'rows'/'know_nothing.json'
     if not base.exists(): write_json(base, _baseline_rows(learn, df))
     table = pd.DataFrame(rows + read_json(base, [dict]))
@@ -236,7 +240,7 @@ def summary(
     table:pd.DataFrame, # One row a run and kind of parts
 )->pd.DataFrame:
     "One row a method and kind of parts, every cell text"
-    known = *COLUMNS,'train_ms_per_image','explain_ms_per_image','memory_mb'
+    known = *COLUMNS,'train_cpu_seconds','train_ms_per_image','explain_ms_per_image','memory_mb'
     cols = [c for c in known if c in table and table[c].notna().any()]
     out = []
     for (m,n),g in table.groupby(['method','n_parts'], sort=False):

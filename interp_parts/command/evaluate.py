@@ -39,12 +39,12 @@ def _evaluation_options(options, scores=None):
     return reader,{k:v for k,v in rest.items() if k in _ours},{k:v for k,v in rest.items() if k not in _ours}
 
 # %% ../../nbs/30_command/02c_evaluate.ipynb #241119c7
-def _rows(config, path, run, reader, protocol):
+def _rows(config, path, run, reader, protocol, masks=None):
     "The table that is scored, and the reader's options: typed, or those that the method asks for under `protocol`"
     ask = get_method(config['method']).reading
     asked = {} if ask is None or {'protocol','masks'} & reader.keys() else ask(config, protocol)
     reader = {**asked, **reader}
-    try: return run_rows(config, path, run, reader),reader
+    try: return run_rows(config, path, run, reader, masks),reader
     except DataError as e:
         if not asked: raise
         was = config['training'].get('protocol') or 'official'
@@ -124,14 +124,16 @@ def evaluate_run(
     device:str='auto', # Where the model goes
     workers:int=2, # Processes that decode images
     options:dict=None, # Options of `evaluate`, and with `data.` before their names of the reader
+    masks:str=None, # Of the scores: 'data', 'grabcut' (made from boxes) or a folder; default: the data's, if there are any
 )->dict:
     "Score a run, write RUN/metrics.json and return it"
     with joined(device):
         own = _benchmark(run, protocol)
+        if own and masks: raise ConfigError('--masks', masks, f'none: {protocol} has data of its own')
         if own: return _score_benchmark(run, path, own, device, workers, options)
-        return _score_run(run, path, protocol, split, baselines, device, workers, options)
+        return _score_run(run, path, protocol, split, baselines, device, workers, options, masks)
 
-def _score_run(run, path, protocol, split, baselines, device, workers, options):
+def _score_run(run, path, protocol, split, baselines, device, workers, options, masks):
     "Scores from the run's own data, or others like these; processes share the images"
     learn = load_run(run, pick_device(device), workers=workers)
     learn.each = take_turns
@@ -139,7 +141,7 @@ def _score_run(run, path, protocol, split, baselines, device, workers, options):
     reader,opts,more = _evaluation_options(options, own)
     on_first(_claimed, run)
     RunSummary.read_metrics(run) # an error for a file of yours under this name
-    df,reader = _rows(learn.config, path, run, reader, protocol)
+    df,reader = _rows(learn.config, path, run, reader, protocol, masks)
     score = lambda: evaluate(learn, df, protocol, test=split, **opts)
     mine = own(learn, df, protocol, **more) if own else {}
     removed = _removed(learn, df, run, split) if opts.pop('remove_parts', False) else {}
@@ -148,7 +150,8 @@ def _score_run(run, path, protocol, split, baselines, device, workers, options):
     if baselines: res |= _baselines(learn, df, run, res, score, protocol, mine)
     if marks := _published(learn.config, protocol, res): res['published'] = marks
     if reader: res['reader'] = ', '.join(f'{k}={v}' for k,v in reader.items())
-    changed = data_changed(learn.config, df)
+    if masks: res['masks'] = df.attrs.get('masks', 'those of the data')
+    changed = data_changed(learn.config, df, ('box','keypoints','part_mask') + ('mask',)*(not masks))
     if changed and path is None and not reader: warn_user(f'{run}: scored on {changed} than those of its training')
     res |= dict(seed=learn.config['training'].get('seed'), same_data=not changed)
     return _write_metrics(run, res)

@@ -213,11 +213,14 @@ def _rows_in_files(learn):
     "A block that prints rows instead of a progress bar, if what is printed goes to a file or a pipe"
     return nullcontext() if in_notebook() or sys.stdout.isatty() else learn.no_bar()
 
-def _train(learn, run, s, config, resume, start):
+_clocks = time.time,time.process_time
+
+def _train(learn, run, s, config, resume, began):
     cbs = [Track(run, s['track'])] if s['track'] else ()
     with _backbone(learn, s), _rows_in_files(learn): fit_run(learn, s['epochs'], run, resume, cbs=cbs, save_every=s['save_every'], **s['fit'])
     if this_process()[0]: return
-    save_run(learn, run, dict(config, model=learn.model.config, seconds=round(time.time()-start, 1)))
+    seconds,cpu = (round(now()-then, 1) for now,then in zip(_clocks, began))
+    save_run(learn, run, dict(config, model=learn.model.config, seconds=seconds, cpu_seconds=cpu))
 
 def train_run(
     method:str, # Registered name
@@ -239,12 +242,12 @@ def train_run(
 
 def _train_new(method, run, s, resume, overwrite, say):
     "Start, train and finish; of several processes the first one alone writes"
-    first,start = this_process()[0] == 0,time.time()
+    first,began = this_process()[0] == 0,[now() for now in _clocks]
     fresh = first and (overwrite or not run.exists())
     with start_folder(run, 'run', _inputs(s), overwrite) if first else nullcontext(lambda: None) as begun:
         learn,config = _start(method, run, s, say)
         begun()
-        try: _train(learn, run, s, config, resume, start)
+        try: _train(learn, run, s, config, resume, began)
         except BaseException:
             if fresh and read_state(run) is None: shutil.rmtree(run, ignore_errors=True)
             raise

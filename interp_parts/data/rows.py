@@ -11,23 +11,37 @@ from pathlib import Path
 
 import pandas as pd
 
-from ..core import CheckpointError, InterpPartsError, get_method
+from ..core import CheckpointError, ConfigError, DataError, InterpPartsError, get_method
 from .known import KnownFiles
-from .masks import add_grabcut_masks
+from .masks import add_grabcut_masks, add_masks
 from .readers.registry import read_data
 from .split_lists import use_split
 from .table import content_groups, first_few, match_classes, usable_images
 from ..errors import warn_user
 
 # %% ../../nbs/01_data/09_rows.ipynb #bc2411a5
-def _read(s, method, run):
+def _read(s, method, run, masks=None):
     "The table of the settings, with masks if the method needs them"
     opts = {**s.get('reader', {}), **(dict(protocol=s['protocol']) if s.get('protocol') else {})}
     how = s.get('on_bad_image', 'error')
     read = lambda: read_data(s['data'], s['path'], **opts)
     with KnownFiles(s['path']): df = read() if how == 'error' else usable_images(read, how)
+    if masks: return _with_masks(df, masks, s.get('masks') or Path(run)/'masks')
     if method is None or 'mask' not in get_method(method).extra or 'mask' in df or 'box' not in df: return df
     return add_grabcut_masks(df, s.get('masks') or Path(run)/'masks')
+
+# %% ../../nbs/01_data/09_rows.ipynb #405959c2
+def _with_masks(df, masks, cache):
+    "The table with the masks that are asked for: 'data', 'grabcut', or a folder of them"
+    if masks == 'data':
+        if 'mask' in df: return df
+        raise DataError(df.attrs.get('name'), 'no masks', 'data with masks', 'pass --masks grabcut, or a folder of masks')
+    plain = df.drop(columns='mask', errors='ignore')
+    plain.attrs = df.attrs
+    if masks == 'grabcut': return add_grabcut_masks(plain, cache)
+    if not os.path.isdir(masks): raise ConfigError('--masks', masks, 'data, grabcut, or a folder of masks')
+    return add_masks(plain, masks, None)
+
 
 # %% ../../nbs/01_data/09_rows.ipynb #dcbea0d8
 def _kept_split(df, run, elsewhere=False):
@@ -94,6 +108,7 @@ def run_rows(
     path=None, # Another folder of the same data
     run=None, # Folder of the run; None: no masks are made, and no list of its split is read
     reader:dict=None, # Options of the reader other than those of the training
+    masks:str=None, # 'data', 'grabcut' (made from boxes) or a folder of masks; default: the data's, or what the method needs
 )->pd.DataFrame:
     "The table that a run was trained on: its split, its classes"
     t,opts = _training(config, path, run),dict(reader or {})
@@ -101,7 +116,7 @@ def run_rows(
     kept = dict(t.get('reader', {}))
     if path and kept.get('masks'): kept['masks'] = _found_again(kept['masks'], t['path'], path)
     t = dict(t, path=path or t['path'], protocol=protocol, reader={**kept, **opts})
-    df = _read(t, run and config['method'], run)
+    df = _read(t, run and config['method'], run, masks)
     if protocol == config['training'].get('protocol'): df = _kept_split(df, run, path is not None)
     if path and protocol == config['training'].get('protocol'): df = _without_trained(df, config, run)
     return match_classes(df, config.get('vocab') or [])

@@ -6,6 +6,8 @@
 __all__ = ['nonparametric_prototypes_recipes', 'nonparametric_prototypes_learner']
 
 # %% ../../nbs/16_nonparametric_prototypes/09_learner.ipynb #3c74711a
+from functools import partial
+
 from fastcore.foundation import L
 
 from ..core import ConfigError, PartLearner, register
@@ -75,4 +77,4 @@ nonparametric_prototypes_recipes = dict(
 _method = register(nonparametric_prototypes_learner, NonparametricPrototypes, nonparametric_prototypes_recipes,
                    'class prototypes that are means of patches, on a frozen network (Zhu et al., CVPR 2025)',
                    scores=prototype_scores, pictures=prototype_pictures)
-_method.details = prototype_details
+_method.details,_method.compared = prototype_details,partial(prototype_scores, ridge=True)

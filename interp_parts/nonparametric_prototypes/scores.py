@@ -143,12 +143,13 @@ def prototype_scores(
     learner, # Of a run of non-parametric prototypes
     df, # Its table
     protocol:str='fixed', # As for `evaluate`
+    ridge:bool=False, # As for `evaluate`
 )->dict:
     "The published measures, and NMI, ARI and keypoints of the view `clusters`"
     if protocol == 'accuracy' or 'label' not in df: return {}
     rows,out = split_rows(df, ('test','eval')),{}
     if {'keypoints','box','mask'} & set(df):
         with _viewed(learner.model, 'clusters'):
-            out = evaluate_parts(*(learner.parts(split_rows(df, s)) for s in (('fit','train'), ('eval','test'))), df.attrs, protocol)
+            out = evaluate_parts(*(learner.parts(split_rows(df, s)) for s in (('fit','train'), ('eval','test'))), df.attrs, protocol, ridge=ridge)
         out = {k:v for k,v in out.items() if not k.startswith(_own_view)}
     return {**out, **_class_scores(learner, rows)}

@@ -62,7 +62,7 @@ def _test_accuracy(learn, df):
 
 def _save(learn, run, out, about):
     "Write the pruned run beside the one it is made of"
-    config = {k:v for k,v in learn.config.items() if k not in ('published','seconds')}
+    config = {k:v for k,v in learn.config.items() if k not in ('published','seconds','cpu_seconds')}
     write_json(out/'config.json', dict(config, model=learn.model.config, training=dict(config['training'], pruned=about)))
     save_tensors(out/'model.safetensors', learn.model)
     if (Path(run)/'split.txt').exists(): shutil.copy(Path(run)/'split.txt', out/'split.txt')
