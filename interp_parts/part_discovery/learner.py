@@ -106,6 +106,7 @@ def part_discovery_learner(
     ramp = (0. if paper else .25) if ramp is None else ramp
     own = [DiscoveryTerms(prior_weights(prior, losses), prior, _second_look(move, recolour, compat, paper), equiv_every,
                           ramp, compat)]
+    if model.grey_maps or model.raw: own[0].needs_images = 'the network sees grey images, or images without mean and deviation'
     if move_images: own.append(MoveImages(RandomMove(**{'each':True, **move_images})))
     if halve: own.append(HalveRates(halve))
     if regroup: own.append(Recluster(regroup))

@@ -42,7 +42,8 @@ _synthetic = dict(
 _frozen = dict(
     n_parts=8, backbone='tf_efficientnet_lite0', stride=16, taught=96, floor=.01, vote_dropout=.5, own_rates=True,
     losses=dict(prediction=1., presence=0, background=0, total_variation=0, entropy=0, orthogonality=0, equivariance=0))
-_ood = _note + '; the classes of the test are others, so pass --protocol ood_images for an accuracy; the split of the original is not at hand'
+_ood = _note + ('; also published with 25 and 50 parts: --n-parts; the classes of the test are others, so pass --protocol ood_images '
+                'for an accuracy; the split of the original is not at hand')
 part_discovery_recipes = {
     **{f'cub_pdisconet_res101_p{k}':_pdisconet('cub', k, 448, 16, 28, 5) for k in (4,8,16)},
     **{f'cub_pdiscoformer_vitb_p{k}':_pdiscoformer('cub', k, 518, 32) for k in (4,8,16)},
@@ -52,13 +53,11 @@ part_discovery_recipes = {
        for k in (4,8,16)},
     **{f'nabirds_pdiscoformer_vitb_p{k}':_pdiscoformer('nabirds', k, 518, 32) for k in (4,8,11)},
     **{f'flowers_pdiscoformer_vitb_p{k}':_pdiscoformer('flowers', k, 224, 128) for k in (2,4,8)},
-    **{f'partimagenet_ood_pdisconet_res101_p{k}':_pdisconet('part_imagenet', k, 224, 20, 20, 5, protocol='ood', note=_ood)
-       for k in (8,25,50)},
-    **{f'partimagenet_ood_pdiscoformer_vitb_p{k}':_pdiscoformer('part_imagenet', k, 224, 128, protocol='ood', note=_ood)
-       for k in (8,25,50)},
-    **{f'partimagenet_seg_pdiscoformer_vitb_p{k}':_pdiscoformer('part_imagenet', k, 224, 128, protocol='seg')
-       for k in (8,16,25,41,50)},
-    'frozen_birds_p8':dict(data='cub', size=224, resize='squash', brightness=0., model=_frozen,
+    'partimagenet_ood_pdisconet_res101_p8':_pdisconet('part_imagenet', 8, 224, 20, 20, 5, protocol='ood', note=_ood),
+    'partimagenet_ood_pdiscoformer_vitb_p8':_pdiscoformer('part_imagenet', 8, 224, 128, protocol='ood', note=_ood),
+    'partimagenet_seg_pdiscoformer_vitb_p8':_pdiscoformer('part_imagenet', 8, 224, 128, protocol='seg',
+                                                          note=_note + '; also published with 16, 25, 41 and 50 parts: --n-parts'),
+    'frozen_birds_p8':dict(data='cub', size=224, resize='squash', bs=32, brightness=0., model=_frozen,
                            fit=dict(epochs=30, lr=(0.,0.,1e-2,5e-4), options=dict(weight_decay=.3)),
                            note='ours, for a frozen ImageNet network; nothing published; pass --weights, --cache-features and --views 2'),
     'synthetic_birds_p8':dict(data='cub', size=64, resize='squash', bs=48, brightness=0., pretrained=False,

@@ -144,6 +144,7 @@ class DiscoveryTerms(LossTerms):
 class MoveImages(Callback):
     "Turn, scale and shift each training image"
     order = -4 # the targets are split off
+    needs_images = 'every image is moved anew'
     run_valid = False
     def __init__(self,
         move:RandomMove, # Random moves, one for each image

@@ -21,7 +21,7 @@ def _cells(tokens, v, at, grid):
     "Maps (B,D,h,w) of the rows `at` in view `v`, 1 for the mirror image"
     return tokens[v,at].float().transpose(1, 2).unflatten(2, grid)
 
-def _batches(n, epochs, optimizer, rates, bs=32, least=200):
+def _batches(n, epochs, optimizer, rates, least, bs=32):
     "Random rows of each step, of at least so many; the learning rates follow one cycle"
     per = max(1, n//bs)
     total = max(epochs*per, least)
@@ -43,7 +43,7 @@ def _foreground_loss(a, b):
     return (1.5*a.mean() + background_loss(1-a) + .5*total_variation(two) + .05*entropy_loss(two)
             + 3*(a - b.flip(-1)).square().mean())
 
-def _foreground(tokens, y, n_out, multi, grid, first, epochs=8, lr=3e-2):
+def _foreground(tokens, y, n_out, multi, grid, first, least=200, epochs=8, lr=3e-2):
     "Share (N,h,w) of each cell in the object; the first channels tell the class"
     device,d = tokens.device,tokens.shape[3]
     unit,norm = nn.Conv2d(d, 1, 1).to(device),nn.BatchNorm1d(first, affine=False).to(device)
@@ -52,7 +52,7 @@ def _foreground(tokens, y, n_out, multi, grid, first, epochs=8, lr=3e-2):
     nn.init.zeros_(unit.bias)
     on = lambda f: unit(f).sigmoid()[:,0]
     optimizer = torch.optim.AdamW([dict(params=unit.parameters(), lr=lr/2), dict(params=head.parameters(), lr=lr)], weight_decay=1e-2)
-    for at in _batches(len(y), epochs, optimizer, [lr/2,lr]):
+    for at in _batches(len(y), epochs, optimizer, [lr/2,lr], least):
         v = int(torch.rand(()) >= .5)
         f,other = _cells(tokens, v, at, grid),_cells(tokens, 1-v, at, grid)
         a,b = on(f),on(other)
@@ -174,13 +174,13 @@ def fit_directions(self:TaughtMaps,
 
 # %% ../../nbs/15_part_discovery/04b_taught.ipynb #a1b7127c
 @patch
-def _learn(self:TaughtMaps, tokens, target, grid, epochs=4, lr=3e-3):
+def _learn(self:TaughtMaps, tokens, target, grid, least, epochs=4, lr=3e-3):
     "Train new weights on maps (N,K+1,h,w)"
     for m in self.net:
         if hasattr(m, 'reset_parameters'): m.reset_parameters()
     self.net.requires_grad_(True).train()
     optimizer = torch.optim.AdamW([p for p in self.net.parameters()], lr=lr, weight_decay=1e-2)
-    for at in _batches(len(target), epochs, optimizer, [lr]):
+    for at in _batches(len(target), epochs, optimizer, [lr], least):
         v = int(torch.rand(()) < .5)
         t = target[at].flip(-1) if v else target[at]
         _step(optimizer, -(t*self.net(_cells(tokens, v, at, grid)).log_softmax(1).clamp_min(-14)).sum(1).mean())
@@ -210,15 +210,16 @@ def teach(self:TaughtMaps,
     rounds:int=4, # Times that clusters and network are made
     starts:int=1, # Of k-means
     sample:int=400, # Images that the clusters are fitted to
+    least:int=200, # Steps of the unit and of the network, at least
 ):
     "Find the parts of the training images, and learn to find them in others"
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        w = _foreground(tokens, y, n_out, y.ndim > 1, grid, self.first)
+        w = _foreground(tokens, y, n_out, y.ndim > 1, grid, self.first, least)
         some = torch.randperm(len(y))[:sample]
         for _ in range(rounds):
             clusters = _ObjectClusters(self.k).fit(self._mirrored(tokens, some, grid), w[some], seed, starts)
             target = [clusters.maps(self._mirrored(tokens, at, grid), w[at]) for at in torch.arange(len(y)).split(100)]
-            self._learn(tokens, torch.cat(target), grid)
+            self._learn(tokens, torch.cat(target), grid, least)
             with torch.no_grad(): w = 1 - self._background(tokens, grid)
     self.fitted.fill_(True)
