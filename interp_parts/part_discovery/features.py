@@ -35,10 +35,8 @@ class JoinedStages(Backbone):
         self.channels = width or sum(channels)
         self.neck = nn.ModuleList([nn.Conv2d(c, width, 1, bias=False) for c in channels]) if width else None
 
-    def forward(self,
-        x:torch.Tensor, # Images (B,3,H,W)
-    )->torch.Tensor:
-        "The joined map (B,C,h,w), the coarsest stage first"
+    def _maps(self, x):
+        "The joined map (B,C,h,w) of images (B,3,H,W), the coarsest stage first"
         asked = dict(indices=self.indices, intermediates_only=True, output_fmt='NCHW')
         stages = self.net.forward_intermediates(x, **asked)
         if self.neck: stages = [conv(s) for conv,s in zip(self.neck, stages)]
@@ -57,7 +55,8 @@ class _LastAndFine(Backbone):
         self.index,self.fine = at[-1],info[at[-1]]['num_chs']
         self.channels += self.fine
 
-    def forward(self, x):
+    def _maps(self, x):
+        if not hasattr(self, 'fine'): return super()._maps(x)
         last,(fine,) = self.net.forward_intermediates(x, indices=[self.index], output_fmt='NCHW')
         return torch.cat([last, fine], 1)
 
