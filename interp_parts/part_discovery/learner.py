@@ -14,7 +14,7 @@ from ..core import PartLearner, eval_mode
 from .equivariance import RandomMove, Recolour
 from .model import PartDiscovery
 from .places import PlaceParts
-from .start import Recluster, cluster_prototypes
+from .start import cluster_prototypes
 from .step import DiscoveryTerms, HalveRates, MoveImages, SecondLook, prior_weights
 from ..training.losses import few_rows, part_learner
 
@@ -32,6 +32,17 @@ def _second_look(move, recolour, compat, paper):
     if recolour is None: recolour = not paper
     return SecondLook(RandomMove(**{**own, **(move or {})}), Recolour(**colours) if recolour is not False else None,
                       published=compat, still=not paper)
+
+# %% ../../nbs/15_part_discovery/08_learner.ipynb #4822c567
+class _Recluster(Callback):
+    "Start the prototypes from k-means again before an epoch"
+    order = 85 # after a resumed state is back
+    def __init__(self,
+        epoch:int, # Counted from 0
+    ): self.at = epoch
+
+    def before_epoch(self):
+        if self.epoch == self.at: cluster_prototypes(self.learn.model, self.learn.batches(few_rows(self.dls), whole=False))
 
 # %% ../../nbs/15_part_discovery/08_learner.ipynb #fe449c23
 class _Teach(Callback):
@@ -109,7 +120,7 @@ def part_discovery_learner(
     if model.grey_maps or model.raw: own[0].needs_images = 'the network sees grey images, or images without mean and deviation'
     if move_images: own.append(MoveImages(RandomMove(**{'each':True, **move_images})))
     if halve: own.append(HalveRates(halve))
-    if regroup: own.append(Recluster(regroup))
+    if regroup: own.append(_Recluster(regroup))
     if places: own.append(PlaceParts(places))
     if model.taught: own.append(_Teach(teach or {}))
     learn = part_learner(dls, model, cbs=[*own, *L(cbs)], compat=compat)
