@@ -115,7 +115,7 @@ def _one_fit(self:_ObjectClusters, x, w, seed, turns):
     return self._cost(self.nearest(x, w)[0], w).sum().item(),self.centres
 
 @patch
-def fit(self:_ObjectClusters, f, w, seed, starts=1, turns=10):
+def _fit(self:_ObjectClusters, f, w, seed, starts=1, turns=10):
     "Fit the centres to maps (n,C,h,w) and their foreground"
     x = self.described(f, w)
     if len(self._rows(x, w)) < self.k: raise ConfigError('--n-parts', self.k, 'no more parts than cells of the objects', 'lower it')
@@ -218,7 +218,7 @@ def teach(self:TaughtMaps,
         w = _foreground(tokens, y, n_out, y.ndim > 1, grid, self.first, least)
         some = torch.randperm(len(y))[:sample]
         for _ in range(rounds):
-            clusters = _ObjectClusters(self.k).fit(self._mirrored(tokens, some, grid), w[some], seed, starts)
+            clusters = _ObjectClusters(self.k)._fit(self._mirrored(tokens, some, grid), w[some], seed, starts)
             target = [clusters.maps(self._mirrored(tokens, at, grid), w[at]) for at in torch.arange(len(y)).split(100)]
             self._learn(tokens, torch.cat(target), grid, least)
             with torch.no_grad(): w = 1 - self._background(tokens, grid)
