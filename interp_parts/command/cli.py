@@ -109,7 +109,7 @@ def _evaluate(
     workers:int=2, # Processes that decode images
     num_processes:int=None, # Processes that share the images, one for each GPU
     masks:str=None, # Masks of the scores: data, grabcut (made from boxes), or a folder of them; default: those of the data
-    set_:list[str]=[], # data.key=value: of the reader, as data.masks=DIR; key=value: remove_parts, ridge, flip, use_mask, seed, fit, classes, noisy, or of the method's scores
+    set_:list[str]=[], # data.key=value: of the reader, as data.masks=DIR; key=value: remove_parts, ridge, flip, use_mask, seed, fit, classes, noisy, crop, or of the method's scores
 ):
     "Score a run and its baselines; writes RUN/metrics.json"
     if num_processes not in (None, 1):

@@ -26,17 +26,18 @@ from ..visualization.report import write_model_card, write_report
 from ..visualization.summary import RunSummary
 
 # %% ../../nbs/30_command/02c_evaluate.ipynb #57244940
-_ours = {**{k:option_kinds(evaluate)[k] for k in ('fit','flip','use_mask','seed','ridge','classes','noisy')}, 'remove_parts':bool}
+_ours = {**{k:option_kinds(evaluate)[k] for k in ('fit','flip','use_mask','seed','ridge','classes','noisy','crop')}, 'remove_parts':bool}
 
 def _evaluation_options(options, scores=None):
     "Options of the reader, of `evaluate`, and of the method's `scores`"
     reader = {k[5:]:v for k,v in (options or {}).items() if k.startswith('data.')}
     rest = {k:v for k,v in (options or {}).items() if not k.startswith('data.')}
-    known = {**(dict(list(option_kinds(scores).items())[3:]) if scores else {}), **_ours}
+    own = dict(list(option_kinds(scores).items())[3:]) if scores else {}
+    known = {**own, **_ours}
     for k,v in rest.items():
         kind = pick(k, known, '--set')
         if kind in (bool,int,float,str): check_kind(f'--set {k}', v, kind())
-    return reader,{k:v for k,v in rest.items() if k in _ours},{k:v for k,v in rest.items() if k not in _ours}
+    return reader,{k:v for k,v in rest.items() if k in _ours},{k:v for k,v in rest.items() if k in own}
 
 # %% ../../nbs/30_command/02c_evaluate.ipynb #241119c7
 def _rows(config, path, run, reader, protocol, masks=None):

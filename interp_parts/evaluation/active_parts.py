@@ -76,6 +76,13 @@ class ActiveKeypointError:
         self.rows[fit].update(zip(batch.index.tolist(), zip(*data)))
         return self
 
+    def merge(self,
+        other, # Another `ActiveKeypointError`, of other images
+    ):
+        "Add what another one remembers"
+        for mine,more in zip(self.rows, other.rows): mine.update(more)
+        return self
+
     @staticmethod
     def centroids(
         maps:torch.Tensor, # (B,K,h,w), >= 0

@@ -6,6 +6,7 @@
 __all__ = ['BASELINES', 'evaluate_parts']
 
 # %% ../../nbs/20_evaluation/04_parts.ipynb #e75d11e1
+from .active_parts import ActiveKeypointError, ForegroundIoU
 from .areas import Comprehensiveness, Distinctiveness
 from .baselines import XYKMeans, constant_parts, strip_parts
 from .explanations import Consistency
@@ -37,8 +38,8 @@ def _suite(k, xy, use_mask, seed):
     xy.fit(k, seed)
     both = lambda: (PartClustering(use_mask),PixelClustering())
     areas = lambda: (Distinctiveness(),Comprehensiveness())
-    return {'':(lambda p,b: p, (*both(),Pointing(),*areas(),Consistency())),
-            '_strips':(lambda p,b: strip_parts(b, k), (*both(),*areas())),
+    return {'':(lambda p,b: p, (*both(),Pointing(),*areas(),Consistency(),ForegroundIoU())),
+            '_strips':(lambda p,b: strip_parts(b, k), (*both(),*areas(),ForegroundIoU())),
             '_xy_kmeans':(lambda p,b: xy.parts(b), both()),
             '_constant_parts':(lambda p,b: constant_parts(b, k), (Pointing(),*areas(),Consistency()))}
 
@@ -54,13 +55,14 @@ def evaluate_parts(
     classes:int=0, # Also the keypoint error on images of each of so many classes, the first ones
 )->dict:
     "Every localisation number that the annotations allow, each with its baselines"
-    points = KeypointError(**_keypoint_unit(attrs or {}), compat=protocol in ('paper','interpretability'), ridge=ridge)
-    xy,suite,n = XYKMeans(),{},0
+    own = _keypoint_unit(attrs or {})
+    points = KeypointError(**own, compat=protocol in ('paper','interpretability'), ridge=ridge)
+    active,xy,suite,n = ActiveKeypointError(**own),XYKMeans(),{},0
     for p,b in fit:
-        points.update(p, b, fit=True)
+        for m in (points,active): m.update(p, b, fit=True)
         xy.update(b)
     for p,b in test:
-        points.update(p, b)
+        for m in (points,active): m.update(p, b)
         suite,n = suite or _suite(p.n_parts - (p.background is not None), xy, use_mask, seed),n+len(b)
         for make,metrics in suite.values():
             made = make(p, b)
@@ -68,5 +70,5 @@ def evaluate_parts(
     scores = {k+end:v for end,(_,metrics) in suite.items() for m in metrics for k,v in m.result().items()}
     unit = points.norm if points.norm == 'eyes' or n and b.box is not None else 'image'
     by_class = {k:v for c in range(classes) for k,v in points.result(c).items()}
-    found = {**points.result(), **by_class, **scores}
+    found = {**points.result(), **active.result(), **by_class, **scores}
     return {**found, 'keypoint_norm':unit, 'n_images_parts':n, 'n_images_fit':len(xy.rows)}

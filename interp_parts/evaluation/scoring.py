@@ -99,6 +99,7 @@ def evaluate(
     ridge:bool=False, # Also `ridge_keypoint_error`, fair for any number of parts?
     classes:int=0, # Also the keypoint error on images of each of so many classes, the first ones
     noisy:int=0, # Also the stability under noise, of so many test images
+    crop:bool=False, # Parts on the square in the middle, as PDiscoFormer has it, instead of whole images?
     keep=None, # Function that gets the logits and targets of the scored images
 )->dict:
     "All numbers that the annotations of the table allow"
@@ -107,10 +108,10 @@ def evaluate(
     own,scored,parted = (test,) if test else ('eval','test'),{},{}
     rows = split_rows(df, own if protocol == 'interpretability' else own[::-1])
     flip = protocol == 'paper' and 'label' in df if flip is None else flip
-    seen = {} if learner.dls.view.resize != 'short' and not flip else None # whole images are the view of the training
+    seen = {} if (crop or learner.dls.view.resize != 'short') and not flip else None # whole images are the view of the training
     if protocol != 'accuracy' and {'keypoints','box','mask'} & set(df):
         sets = [split_rows(df, s) for s in ((fit,) if fit else ('fit','train'), own)]
-        view = dict(trim=16) if protocol in ('paper','interpretability') else {}
+        view = dict(whole=False) if crop else dict(trim=16) if protocol in ('paper','interpretability') else {}
         items = [learner.parts(s, **view) for s in sets]
         parted = evaluate_parts(items[0], _watch(items[1], seen), df.attrs, protocol, use_mask, seed, ridge,
                                 classes)

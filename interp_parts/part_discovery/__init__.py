@@ -6,12 +6,12 @@
 __all__ = []
 
 # %% ../../nbs/15_part_discovery/00_part_discovery.ipynb #67ab702b
-from . import (assignment, places, losses, equivariance, features, cell_votes, model,
+from . import (assignment, places, losses, equivariance, features, cell_votes, taught, model,
                                           step, start, learner, recipes, published)
 
 # %% ../../nbs/15_part_discovery/00_part_discovery.ipynb #9b919c6d
 __all__ = [*assignment.__all__, *places.__all__, *losses.__all__, *equivariance.__all__, *features.__all__,
-           *cell_votes.__all__, *model.__all__, *step.__all__, *start.__all__, *learner.__all__, *recipes.__all__, *published.__all__,
+           *cell_votes.__all__, *taught.__all__, *model.__all__, *step.__all__, *start.__all__, *learner.__all__, *recipes.__all__, *published.__all__,
            'PartLearner', 'create_learner', 'part_table', 'check_table', 'part_dls', 'PartBatches', 'load_image',
            'fit_run', 'seed_everything', 'run_config', 'save_run', 'load_run']
 
@@ -22,6 +22,7 @@ from .losses import *
 from .equivariance import *
 from .features import *
 from .cell_votes import *
+from .taught import *
 from .model import *
 from .step import *
 from .start import *

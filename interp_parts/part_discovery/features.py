@@ -35,16 +35,30 @@ class JoinedStages(Backbone):
         self.channels = width or sum(channels)
         self.neck = nn.ModuleList([nn.Conv2d(c, width, 1, bias=False) for c in channels]) if width else None
 
-    def forward(self,
-        x:torch.Tensor, # Images (B,3,H,W)
-    )->torch.Tensor:
-        "The joined map (B,C,h,w), the coarsest stage first"
+    def _maps(self, x):
+        "The joined map (B,C,h,w) of images (B,3,H,W), the coarsest stage first"
         asked = dict(indices=self.indices, intermediates_only=True, output_fmt='NCHW')
         stages = self.net.forward_intermediates(x, **asked)
         if self.neck: stages = [conv(s) for conv,s in zip(self.neck, stages)]
         to = dict(size=stages[0].shape[2:], mode='bilinear', align_corners=self.align_corners)
         same = [*(F.interpolate(s, **to) for s in stages[:0:-1]), stages[0]]
         return sum(same) if self.neck else torch.cat(same, 1)
+
+# %% ../../nbs/15_part_discovery/04_features.ipynb #9824815f
+class _LastAndFine(Backbone):
+    "The last map of a network, dilated, and the stage of that stride behind it; `fine` is the number of its channels"
+    def __init__(self, name, stride=16, **options):
+        super().__init__(name, stride, 'final', **options)
+        with torch.device('meta'): info = create_timm(name, False).feature_info
+        at = [i for i,f in enumerate(info) if f['reduction'] == stride]
+        if not at: raise ConfigError('stride', stride, f"one of {sorted({f['reduction'] for f in info})} for {name}")
+        self.index,self.fine = at[-1],info[at[-1]]['num_chs']
+        self.channels += self.fine
+
+    def _maps(self, x):
+        if not hasattr(self, 'fine'): return super()._maps(x)
+        last,(fine,) = self.net.forward_intermediates(x, indices=[self.index], output_fmt='NCHW')
+        return torch.cat([last, fine], 1)
 
 # %% ../../nbs/15_part_discovery/04_features.ipynb #ae55e7f5
 def _hierarchical(name):
@@ -59,14 +73,14 @@ def part_features(
     stride:int=16, # Pixels of a cell; a plain transformer has its own
     joined:int=2, # Stages of a network that has several
     trained:str='all', # What the training changes: 'all', 'tokens' (class, registers, positions) or 'none'
+    final:bool=False, # The last map and the finer stage of that stride, instead of joined stages?
     **options # Of `JoinedStages`
 )->Backbone:
     "The feature map of any timm model"
     pick(trained, TRAINED, 'trained')
-    if _hierarchical(name): net = JoinedStages(name, stride, joined, **options)
-    else:
-        own = {k:v for k,v in options.items() if k not in ('width','align_corners')}
-        net = Backbone(name, stride, 'final', **own)
+    own = {k:v for k,v in options.items() if k not in ('width','align_corners')}
+    if not _hierarchical(name): net = Backbone(name, stride, 'final', **own)
+    else: net = _LastAndFine(name, stride, **own) if final else JoinedStages(name, stride, joined, **options)
     if trained == 'all': return net
     tokens = [p for n,p in net.net.named_parameters() if n.split('.')[-1] in ('cls_token','reg_token','pos_embed')]
     if trained == 'tokens' and not tokens: raise ConfigError('trained', 'tokens', f"'all' or 'none' for {name}, which has none")

@@ -6,13 +6,15 @@
 __all__ = ['part_discovery_learner']
 
 # %% ../../nbs/15_part_discovery/08_learner.ipynb #9b67fe5b
+import torch
+from fastai.callback.core import Callback
 from fastcore.foundation import L
 
-from ..core import PartLearner
+from ..core import PartLearner, eval_mode
 from .equivariance import RandomMove, Recolour
 from .model import PartDiscovery
 from .places import PlaceParts
-from .start import Recluster, cluster_prototypes
+from .start import cluster_prototypes
 from .step import DiscoveryTerms, HalveRates, MoveImages, SecondLook, prior_weights
 from ..training.losses import few_rows, part_learner
 
@@ -31,6 +33,55 @@ def _second_look(move, recolour, compat, paper):
     return SecondLook(RandomMove(**{**own, **(move or {})}), Recolour(**colours) if recolour is not False else None,
                       published=compat, still=not paper)
 
+# %% ../../nbs/15_part_discovery/08_learner.ipynb #4822c567
+class _Recluster(Callback):
+    "Start the prototypes from k-means again before an epoch"
+    order = 85 # after a resumed state is back
+    def __init__(self,
+        epoch:int, # Counted from 0
+    ): self.at = epoch
+
+    def before_epoch(self):
+        if self.epoch == self.at: cluster_prototypes(self.learn.model, self.learn.batches(few_rows(self.dls), whole=False))
+
+# %% ../../nbs/15_part_discovery/08_learner.ipynb #fe449c23
+class _Teach(Callback):
+    "Teach the model's maps before the first epoch"
+    order = 85 # after a resumed state is back
+    def __init__(self, options, n=2000): self.options,self.n = options,n
+
+    def _features(self, rows):
+        "Features of images and of their mirror images, batch by batch"
+        model = self.learn.model
+        device = next(model.parameters()).device
+        for x,b in self.learn.batches(rows, whole=False):
+            x = x.to(device)
+            yield [model.unscaled(v).float() for v in (x, x.flip(-1))],b
+
+    def _scale(self):
+        "Fit scale and rotation to some images"
+        scaler,taught = self.learn.model.scaler,self.learn.model.taught
+        x = torch.cat([f[0].flatten(2).transpose(1, 2) for f,_ in self._features(few_rows(self.dls, 200))]).flatten(0, 1)
+        scaler.running_mean.copy_(x.mean(0))
+        scaler.running_var.copy_(x.var(0))
+        taught.fit_directions((x - x.mean(0))/(x.var(0) + scaler.eps).sqrt())
+
+    def _tokens(self):
+        "Rotated cells of both views (2,N,P,D), targets (N,), and height and width in cells"
+        model,views,y = self.learn.model,([],[]),[]
+        for fs,b in self._features(few_rows(self.dls, self.n)):
+            for f,view in zip(fs, views): view.append(model.taught.turned(model.scaler(f)).flatten(2).transpose(1, 2).half())
+            y.append(b.label)
+        return torch.stack([torch.cat(v) for v in views]),torch.cat(y).to(views[0][0].device),fs[0].shape[2:]
+
+    def before_epoch(self):
+        model = self.learn.model
+        if self.epoch or model.taught.fitted: return
+        with eval_mode(model), torch.no_grad():
+            self._scale()
+            tokens,y,grid = self._tokens()
+        with torch.enable_grad(): model.taught.teach(tokens, y, grid, self.dls.c, **{'seed':torch.initial_seed() % 2**31, **self.options})
+
 # %% ../../nbs/15_part_discovery/08_learner.ipynb #304efef8
 def part_discovery_learner(
     dls, # From `part_dls`
@@ -47,6 +98,7 @@ def part_discovery_learner(
     regroup:int=0, # Start them from k-means again before this epoch; 0: never
     words:int=24, # Colours that the loss `cells` counts, where it has a weight
     places:float=0., # Divide the parts by place in the object after this share of the training; 0: never
+    teach:dict=None, # Options of `TaughtMaps.teach`, where the model has `taught` maps
     halve:int=0, # Halve the learning rates after so many epochs; 0: never
     own_rates:bool=False, # Learning rates for backbone, prototypes, modulation and classifier?
     pretrained:bool=True, # Download the backbone's weights?
@@ -65,12 +117,14 @@ def part_discovery_learner(
     ramp = (0. if paper else .25) if ramp is None else ramp
     own = [DiscoveryTerms(prior_weights(prior, losses), prior, _second_look(move, recolour, compat, paper), equiv_every,
                           ramp, compat)]
+    if model.grey_maps or model.raw: own[0].needs_images = 'the network sees grey images, or images without mean and deviation'
     if move_images: own.append(MoveImages(RandomMove(**{'each':True, **move_images})))
     if halve: own.append(HalveRates(halve))
-    if regroup: own.append(Recluster(regroup))
+    if regroup: own.append(_Recluster(regroup))
     if places: own.append(PlaceParts(places))
+    if model.taught: own.append(_Teach(teach or {}))
     learn = part_learner(dls, model, cbs=[*own, *L(cbs)], compat=compat)
     if own_rates: learn.splitter = _four_groups
-    if not paper if kmeans is None else kmeans: cluster_prototypes(model, learn.batches(few_rows(dls), whole=False))
+    if not (paper or model.taught) if kmeans is None else kmeans: cluster_prototypes(model, learn.batches(few_rows(dls), whole=False))
     if model.cells: model.cells.start(learn.batches(few_rows(dls), whole=False))
     return learn

@@ -14,10 +14,11 @@ from torch import nn
 
 from ..core import ConfigError, PartModel, Parts, pick
 from ..models.backbones import backbone_stats
-from .assignment import assign_cells, gumbel_like, part_distances, part_vectors
+from .assignment import assign_cells, part_distances, part_vectors
 from .cell_votes import CellVotes
 from .features import ColourNet, GreyLook, part_features
 from .places import PlacedParts
+from .taught import TaughtMaps
 
 # %% ../../nbs/15_part_discovery/05_model.ipynb #369795d9
 class _Weights(nn.Module):
@@ -75,6 +76,8 @@ class PartDiscovery(PartModel):
         grey_maps:bool=False, # Maps from grey images, votes from a `ColourNet` on the true ones?
         words:int=0, # Colours of `CellVotes`, for the loss `cells`; 0: none
         placed:bool=False, # Divide the maps by place in the object (`PlacedParts`)?
+        taught:int=0, # Width of the network that is taught the maps of a frozen backbone (`TaughtMaps`); 0: prototypes
+        vote_dropout:float=0., # Probability that a channel of a part's vector has no vote, in training
         raw:bool=False, # Does the network take images in 0..1, without mean and deviation (PDiscoNet)?
         raw_parts:bool=False, # Are its maps, not its logits, made from such images (a quirk of PDiscoFormer)?
         freeze_bn:bool=False, # Keep the backbone's batch norm statistics?
@@ -90,15 +93,17 @@ class PartDiscovery(PartModel):
         floor = (0. if paper else .02) if floor is None else floor
         super().__init__(n_classes=n_classes, n_parts=n_parts, backbone=backbone, multi=multi, design=design, compat=compat,
                          modulation=modulation, floor=floor, noise=noise, dropout=dropout, stride=stride, joined=joined, width=width,
-                         align_corners=align_corners, trained=trained, grey_maps=grey_maps, words=words, placed=placed, raw=raw, raw_parts=raw_parts,
+                         align_corners=align_corners, trained=trained, grey_maps=grey_maps, words=words, placed=placed, taught=taught, vote_dropout=vote_dropout, raw=raw, raw_parts=raw_parts,
                          freeze_bn=freeze_bn, freeze_early=freeze_early, side=side)
         if n_parts < 1: raise ConfigError('--n-parts', n_parts, 'at least 1')
-        if not 0 <= dropout < 1: raise ConfigError('dropout', dropout, 'a probability below 1')
+        for k,p in dict(dropout=dropout, vote_dropout=vote_dropout).items():
+            if not 0 <= p < 1: raise ConfigError(k, p, 'a probability below 1')
+        if taught and (paper or grey_maps): raise ConfigError('taught', taught, "0 with `grey_maps` and for the paper's design")
         if floor < 0: raise ConfigError('floor', floor, 'at least 0')
         self.n_parts,self.compat,self.noise,self.dropout,self.floor = n_parts,compat,noise,dropout,floor
-        self.raw,self.raw_parts = raw,raw_parts
+        self.raw,self.raw_parts,self.vote_dropout = raw,raw_parts,vote_dropout
         self.backbone = features or part_features(
-            backbone, stride, joined, trained, width=width, align_corners=align_corners, pretrained=pretrained,
+            backbone, stride, joined, 'none' if taught else trained, final=bool(taught), width=width, align_corners=align_corners, pretrained=pretrained,
             weights=weights, freeze_bn=freeze_bn, freeze_early=freeze_early)
         if side: self.backbone.net.set_input_size(img_size=side)
         self.grey_maps = grey_maps
@@ -106,6 +111,8 @@ class PartDiscovery(PartModel):
         self.cells = CellVotes(n_classes, n_parts, words) if words else None
         self.places = PlacedParts(n_parts) if placed else None
         self._heads(n_classes, design, modulation)
+        self.taught = TaughtMaps(self.backbone.channels, n_parts, getattr(self.backbone, 'fine', 0), width=taught) if taught else None
+        if taught: self._keep_features()
         for k,v in zip(('mean','std'), backbone_stats(backbone)):
             self.register_buffer(k, torch.tensor(v)[:,None,None], persistent=False)
 
@@ -124,7 +131,21 @@ class PartDiscovery(PartModel):
         self.head = nn.Linear(v, n, bias=False)
         if modulation == 'layer_norm': nn.init.trunc_normal_(self.head.weight, std=.02)
 
+    def _keep_features(self):
+        "Nothing in front of the maps learns"
+        self.backbone.requires_grad_(False)
+        self.prototypes.requires_grad_(False)
+
+    def train(self, mode=True):
+        super().train(mode)
+        if self.taught: self.backbone.eval(),self.scaler.eval()
+        return self
+
 # %% ../../nbs/15_part_discovery/05_model.ipynb #c63d59b9
+def _gumbel_like(x):
+    "Standard Gumbel noise of the shape of `x`"
+    return -torch.empty_like(x).exponential_().clamp_min(torch.finfo(x.dtype).tiny).log()
+
 @patch
 def unscaled(self:PartDiscovery,
     x:torch.Tensor, # (B,3,H,W) normalised images
@@ -147,9 +168,10 @@ def assign(self:PartDiscovery,
 )->torch.Tensor:
     "Part maps (B,K+1,h,w), in float32 or more"
     with torch.autocast(f.device.type, enabled=False):
+        if self.taught: return self.taught(f.float()).softmax(1)
         f,c = (v if v.dtype == torch.float64 else v.float() for v in (f, self.prototypes.flatten(1)))
         d = part_distances(f, c)/self.scale
-        if noise is None and self.noise and (self.training or self.compat): noise = gumbel_like(d)
+        if noise is None and self.noise and (self.training or self.compat): noise = _gumbel_like(d)
         return assign_cells(d, noise)
 
 # %% ../../nbs/15_part_discovery/05_model.ipynb #ab1de77f
@@ -169,6 +191,7 @@ def vote(self:PartDiscovery,
     with torch.autocast(f.device.type, enabled=False):
         v = part_vectors(f.to(maps.dtype), maps)
         m = self.modulation(_part_means(v, maps, self.floor) if self.floor else v)
+        if self.vote_dropout: m = F.dropout(m, self.vote_dropout, self.training)
         seen = m[...,:-1]
         if keep is None and self.training and self.dropout: keep = self._kept(m)
         scores = self.head.weight@(seen if keep is None else seen*keep)
@@ -222,4 +245,4 @@ def original_views(self:PartDiscovery,
     if isinstance(self.modulation, _Weights): names['modulation.weight'] = 'modulation'
     tensors = self.state_dict() if tensors is None else tensors
     plain = lambda k: k.removeprefix('backbone.').removeprefix('net.')
-    return {names.get(k, plain(k)):v for k,v in tensors.items() if not k.startswith(('scaler.','cells.','places.'))}
+    return {names.get(k, plain(k)):v for k,v in tensors.items() if not k.startswith(('scaler.','cells.','places.','taught.'))}

@@ -39,29 +39,40 @@ _synthetic = dict(
     n_parts=8, backbone='test_resnet', stride=4, joined=3, width=64, grey_maps=True, ramp=.3, places=.7,
     losses=dict(prediction=1., presence=.3, background=.5, total_variation=.2, entropy=0, orthogonality=.05,
                 equivariance=0, cells=8., area=.4))
+_frozen = dict(
+    n_parts=8, backbone='tf_efficientnet_lite0', stride=16, taught=96, floor=.01, vote_dropout=.5, own_rates=True,
+    losses=dict(prediction=1., presence=0, background=0, total_variation=0, entropy=0, orthogonality=0, equivariance=0))
+_ood = _note + ('; also published with 25 and 50 parts: --n-parts; the classes of the test are others, so pass --protocol ood_images '
+                'for an accuracy; the split of the original is not at hand')
 part_discovery_recipes = {
     **{f'cub_pdisconet_res101_p{k}':_pdisconet('cub', k, 448, 16, 28, 5) for k in (4,8,16)},
     **{f'cub_pdiscoformer_vitb_p{k}':_pdiscoformer('cub', k, 518, 32) for k in (4,8,16)},
     **{f'celeba_pdisconet_res101_p{k}':_pdisconet(
-        'celeba_people', k, 256, 20, 15, 3, flip=0.,
+        'celeba_people', k, 256, 20, 15, 3, flip=0., protocol='identity',
         note=_note + '; people are the classes; the faces and splits of the original are random, ours are fixed')
        for k in (4,8,16)},
     **{f'nabirds_pdiscoformer_vitb_p{k}':_pdiscoformer('nabirds', k, 518, 32) for k in (4,8,11)},
     **{f'flowers_pdiscoformer_vitb_p{k}':_pdiscoformer('flowers', k, 224, 128) for k in (2,4,8)},
+    'partimagenet_ood_pdisconet_res101_p8':_pdisconet('part_imagenet', 8, 224, 20, 20, 5, protocol='ood', note=_ood),
+    'partimagenet_ood_pdiscoformer_vitb_p8':_pdiscoformer('part_imagenet', 8, 224, 128, protocol='ood', note=_ood),
+    'partimagenet_seg_pdiscoformer_vitb_p8':_pdiscoformer('part_imagenet', 8, 224, 128, protocol='seg',
+                                                          note=_note + '; also published with 16, 25, 41 and 50 parts: --n-parts'),
+    'frozen_birds_p8':dict(data='cub', size=224, resize='squash', bs=32, brightness=0., model=_frozen,
+                           fit=dict(epochs=30, lr=(0.,0.,1e-2,5e-4), options=dict(weight_decay=.3)),
+                           note='ours, for a frozen ImageNet network; nothing published; pass --weights, --cache-features and --views 2'),
     'synthetic_birds_p8':dict(data='cub', size=64, resize='squash', bs=48, brightness=0., pretrained=False,
                            model=_synthetic, fit=dict(lr=(6e-3,6e-3), epochs=10, clip=5.),
                            note='ours, for synthetic birds on a CPU; nothing published')}
 
 # %% ../../nbs/15_part_discovery/09_recipes.ipynb #9d0ae20e
-def _discovery_scores(learner, df, protocol='fixed'):
-    "The published measures that are no general ones"
+def _discovery_scores(learner, df, protocol='fixed', crop=False):
+    "The measures of active parts as published, on whole images or on the centre crop"
     points,found = ActiveKeypointError(),ForegroundIoU()
-    regress = protocol == 'paper' and 'keypoints' in df
-    if protocol == 'accuracy' or not (regress or 'mask' in df): return {}
-    if regress:
-        for p,b in learner.parts(split_rows(df, ('fit','train'))): points.update(p, b, fit=True)
-    for p,b in learner.parts(split_rows(df, ('eval','test'))):
-        if regress: points.update(p, b)
+    if protocol != 'paper' or not {'keypoints','mask'} & set(df): return {}
+    if 'keypoints' in df:
+        for p,b in learner.parts(split_rows(df, ('fit','train')), whole=not crop): points.update(p, b, fit=True)
+    for p,b in learner.parts(split_rows(df, ('eval','test')), whole=not crop):
+        points.update(p, b)
         found.update(p, b)
     return {**points.result(), **found.result()}
 

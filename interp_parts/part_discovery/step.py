@@ -97,7 +97,6 @@ _late = 'concentration','total_variation','entropy','equivariance'
 
 class DiscoveryTerms(LossTerms):
     "Adds the weighted losses of part discovery, each with a column of its own"
-    needs_images = 'the second look moves and recolours every image anew'
     def __init__(self,
         weights:dict, # From `prior_weights`
         prior:str='own', # One of `PRIORS`
@@ -111,6 +110,7 @@ class DiscoveryTerms(LossTerms):
         self.weights,self.prior,self.look,self.every = weights,prior,look or SecondLook(),every
         self.ramp,self.compat = ramp,compat
         self.names = tuple(k for k in _terms if k in weights)
+        if {'equivariance','cells'} & set(weights): self.needs_images = 'the second look and `cells` see every image anew'
 
     def after_loss(self):
         if not len(self.yb): return
@@ -144,6 +144,7 @@ class DiscoveryTerms(LossTerms):
 class MoveImages(Callback):
     "Turn, scale and shift each training image"
     order = -4 # the targets are split off
+    needs_images = 'every image is moved anew'
     run_valid = False
     def __init__(self,
         move:RandomMove, # Random moves, one for each image

@@ -7,6 +7,7 @@ __all__ = ['write_layout']
 
 # %% ../../nbs/40_testing/08_layouts.ipynb #6d7e3101
 import shutil
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,7 @@ from scipy.io import savemat
 
 from ..core import pick
 from ..data.readers.fine_grained import flower_names
+from ..data.readers.part_imagenet import part_imagenet_parts
 from ..data.readers.parts import DEEPFASHION_COLORS, pascal_parts
 from ..files import write_json, write_text
 from ..synthetic.bird_shapes import Species
@@ -239,6 +241,26 @@ def _pascal_part(root, size):
             _put(root/'VOC2010'/'ImageSets'/'Main'/f'{kind}_{s}.txt', ids[train])
     return root
 
+# %% ../../nbs/40_testing/08_layouts.ipynb #099277b0
+def _part_imagenet(root, size, others=False):
+    "images/train and images/test, and annotations/ with polygons: the left and the right half of each box"
+    kinds,bird = ('n01440764','n01530575','n02099601'),part_imagenet_parts.index('Bird Head')
+    square = lambda x,y,w,h: [[x,y, x+w,y, x+w,y+h, x,y+h]]
+    for s,train in (('train',True), ('test',False)):
+        if others and not train: kinds = 'n01601694','n01614925','n01644373'
+        birds = [b for b in _birds(size=size) if b.train == train]
+        images,notes = [],[]
+        for i,b in enumerate(birds):
+            (x,y,w,h),name = b.box,f'{kinds[b.label]}_{b.nth}.JPEG'
+            b.write(root/'images'/s/name.replace('.JPEG', '.jpg'))
+            (root/'images'/s/name.replace('.JPEG', '.jpg')).rename(root/'images'/s/name)
+            images.append(dict(id=i, file_name=name, width=b.image.shape[1], height=b.image.shape[0]))
+            halves = square(x, y, w//2, h),square(x+w//2, y, w-w//2, h)
+            notes += [dict(id=2*i+k, image_id=i, category_id=bird+k, segmentation=p) for k,p in enumerate(halves)]
+        cats = [dict(id=k, name=n, supercategory=n.split()[0]) for k,n in enumerate(part_imagenet_parts)]
+        write_json(root/'annotations'/f'{s}.json', dict(images=images, annotations=notes, categories=cats))
+    return root
+
 # %% ../../nbs/40_testing/08_layouts.ipynb #69da7994
 def _folder(root, size):
     "A folder of images for each class"
@@ -261,6 +283,7 @@ def _protopnet(root, size):
 _layouts = dict(cub=_cub, cub_parts=_cub, nabirds=_nabirds, celeba=_celeba, celeba_people=_celeba, casia=_casia, people=_people,
                 lfw=_lfw, pets=_pets, dogs=_dogs, awa2=_awa2, flowers=_flowers, stl10=_stl10, food101=_food101,
                 cars=_cars, inaturalist=_inaturalist, deepfashion=_deepfashion, pascal_part=_pascal_part,
+                part_imagenet=_part_imagenet, part_imagenet_ood=partial(_part_imagenet, others=True),
                 folder=_folder, protopnet=_protopnet)
 
 def write_layout(

@@ -46,7 +46,9 @@ def _length(recipe):
     words = ['--n-parts','15']*(recipe['method'] == 'visual_words' and recipe.get('data') != 'flowers') # 5 for each of three classes
     return ['--epochs', str(1+bool(phases)), *words, *changed]
 
-def _layout(name, recipe): return 'protopnet' if name.startswith('protopnet') else recipe.get('data', 'folder')
+def _layout(name, recipe):
+    if name.startswith('protopnet'): return 'protopnet'
+    return recipe.get('data', 'folder') + '_ood'*(recipe.get('protocol') == 'ood')
 
 # %% ../../nbs/40_testing/09_recipes.ipynb #fd134b6d
 def _training(name, recipe, path, run, small):

@@ -90,11 +90,23 @@ def read_people(
 readers['people'] = read_people
 
 # %% ../../../nbs/01_data/readers/04a_people.ipynb #b62fdd18
+def _identities(df, least):
+    "Images split within each person; those of MAFL serve the keypoint regression alone"
+    mafl = df.split.isin(['fit','eval'])
+    out = df[mafl | ~df.image.isin(set(df.image[mafl]))].reset_index(drop=True)
+    own = ~out.split.isin(['fit','eval'])
+    out.loc[own,'split'] = _split_images(out.identity[own].to_numpy(), 0., .2, 0)
+    out.attrs = {**df.attrs, 'protocol':'identity: a fixed fifth of the images of each person is the test; the regression is on MAFL'}
+    return people_table(out, least)
+
 def _read_celeba_people(
     path, # Folder with the images and lists of CelebA, `identity_CelebA.txt` among them
+    protocol:str='official', # 'official' (aligned images, other people in the test), or 'identity' (all people in all splits)
     least:int=1, # Leave out people with fewer images
 )->pd.DataFrame:
-    "The table of CelebA's aligned images with people as classes"
+    "The table of CelebA with people as classes"
+    pick(protocol, ('official','identity'), '--protocol')
+    if protocol == 'identity': return check_table(_identities(read_celeba(path, 'interpretability'), least))
     return check_table(people_table(read_celeba(path), least))
 
 def _read_lfw(
