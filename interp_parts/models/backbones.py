@@ -27,8 +27,8 @@ def check_backbone(
     "`name` if timm has it; otherwise an error with the nearest names"
     if timm.is_model(name): return name
     known = timm.list_models()
-    like = ', '.join(nearest(name.split('.')[0], known))
-    raise ConfigError('--backbone', repr(name), 'a timm model', f'did you mean {like}?')
+    like = ', '.join(nearest(name.split('.')[0], known, close=True))
+    raise ConfigError('--backbone', repr(name), 'a timm model', f'did you mean {like}?' if like else 'timm.list_models() names them')
 
 # %% ../../nbs/03_models/01_backbones.ipynb #b0209981
 def create_timm(
