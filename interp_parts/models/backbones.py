@@ -26,8 +26,9 @@ def check_backbone(
 )->str:
     "`name` if timm has it; otherwise an error with the nearest names"
     if timm.is_model(name): return name
-    known = timm.list_models()
-    like = ', '.join(nearest(name.split('.')[0], known, close=True))
+    known,stem = timm.list_models(),name.split('.')[0]
+    family = [k for k in known if k.startswith(stem.rstrip('0123456789'))] if stem[:1].isalpha() else []
+    like = ', '.join(nearest(stem, known, close=True) or nearest(stem, family))
     raise ConfigError('--backbone', repr(name), 'a timm model', f'did you mean {like}?' if like else 'timm.list_models() names them')
 
 # %% ../../nbs/03_models/01_backbones.ipynb #b0209981
