@@ -7,6 +7,7 @@ __all__ = ['searches', 'FEW_PEAKS', 'EMPTY', 'FLAT', 'NO_FEATURE', 'Found', 'fin
 
 # %% ../../nbs/14_classification_specific_parts/03_boxes.ipynb #1cf3e638
 from dataclasses import dataclass
+from functools import lru_cache
 
 import cv2, numpy as np, torch, torch.nn.functional as F
 from fastcore.basics import patch
@@ -22,14 +23,17 @@ def _grow(lo, hi, least, n):
     lo = min(n-size, max(0, lo - (max(least, hi-lo)-(hi-lo))//2))
     return lo,lo+size
 
+@lru_cache(256)
+def _filled(short, n): return short/np.arange(short, short+n)
+
 def _best_stretch(sums, short):
     "Begin, end and objective of the best stretch of at least `short`, of sums across the area (L,)"
     n = len(sums)-short+1
     S = np.zeros(len(sums)+n)
-    np.cumsum(sums, out=S[1:len(sums)+1])
+    sums.cumsum(out=S[1:len(sums)+1])
     S[len(sums)+1:] = S[len(sums)]                                              # there is nothing outside the area
     value = np.ndarray((n,n), buffer=S, offset=8*short, strides=(8,8)) - S[:n,None]  # ends to the right, begins down
-    value *= short/np.arange(short, short+n)
+    value *= _filled(short, n)
     i,more = divmod(int(value.argmax()), n)
     return i,i+short+more,value[i,more]/max(S[-1], 1e-300)
 
@@ -111,6 +115,10 @@ def _regions(labels, k):
     if labels.device.type != 'cpu': return labels[:,None] == torch.arange(k, device=labels.device)[:,None,None]
     return torch.from_numpy(labels.numpy()[:,None] == np.arange(k, dtype=np.int16)[:,None,None])
 
+def _any(regions):
+    "Which regions (B,K) have pixels; NumPy stops at the first on a CPU"
+    return regions.any(3).any(2) if regions.device.type != 'cpu' else torch.from_numpy(regions.numpy().any((2,3)))
+
 def find_boxes(
     q:torch.Tensor, # (B,H,W) corrected saliency
     k:int=4, # Number of parts
@@ -128,16 +136,18 @@ def find_boxes(
     q = q.detach() if q.dtype == torch.float64 else q.detach().float()
     flat = q.amax((1,2)) <= q.amin((1,2))
     mask = salient(q, threshold, inclusive)
-    if flat.any(): mask = mask | flat[:,None,None]
+    some_flat = bool(flat.any())
+    if some_flat: mask = mask | flat[:,None,None]
     labels,yx,_,centers,few = cluster_pixels(q, mask, k, colors, features, own_frame)
     regions = _regions(labels, k)
     if whole: regions = torch.cat([regions, mask[:,None]], 1)
-    found = regions.view(torch.uint8).amax((2,3)) > 0
-    if not found.all(): regions = torch.where(found[...,None,None], regions, mask[:,None])
+    found = _any(regions)
+    full = found.all(1)
+    if not full.all(): regions = torch.where(found[...,None,None], regions, mask[:,None])
     side = least if isinstance(least, int) else round(least*min(q.shape[1:]))
     boxes,value = pick(search, searches, 'search')(regions, q, side)
-    flags = FEW_PEAKS*few + EMPTY*(~found).any(1)
-    if flat.any():
+    flags = FEW_PEAKS*few + EMPTY*~full
+    if some_flat:
         boxes = torch.where(flat[:,None,None], _middle(q, boxes.shape[1]), boxes)
         labels,flags = labels.masked_fill(flat[:,None,None], -1),flags.masked_fill(flat, FLAT)
         found = found & ~flat[:,None]

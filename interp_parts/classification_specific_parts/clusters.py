@@ -7,7 +7,7 @@ __all__ = ['FEATURES', 'cluster_pixels']
 
 # %% ../../nbs/14_classification_specific_parts/03a_clusters.ipynb #5463a74a
 from functools import lru_cache
-from itertools import combinations
+from itertools import combinations, repeat
 
 import cv2, numpy as np, torch, torch.nn.functional as F
 
@@ -140,10 +140,11 @@ def _row_borders(c, weight, h, w):
     pairs = [((s-r)/(b-a or 1e-200), (q-p)/(b-a or 1e-200)) for (p,a,r),(q,b,s) in combinations(lines, 2)]
     cross = np.array(pairs).reshape(-1, 2)@_columns(h)                             # centres in one column: whole rows
     ends,far,at = np.empty((k-1,h)),cross[:k-1],k-1
-    for i in range(k-1):
+    for i in range(k-2):
         np.minimum.reduce(far, out=ends[i])
         far = np.maximum(far[1:], cross[at:at+k-2-i])
         at += k-2-i
+    ends[k-2:] = far[:1]                                                           # of the last two, where there are two
     return np.minimum(np.maximum(np.ceil(ends, out=ends), 0, out=ends), w, out=ends).astype(np.int64)
 
 # %% ../../nbs/14_classification_specific_parts/03a_clusters.ipynb #dc428073
@@ -218,17 +219,16 @@ def _spread(mask, by):
         out += n@(at-n@at)**2/2
     return out
 
-def _cluster_map(mask, yx, own_frame):
-    "Labels (H,W), starts and centres (K,2) in scaled columns, by place, of one map"
+def _cluster_map(mask, yx, own_frame, labels):
+    "Starts and centres (K,2) in scaled columns, by place, of one map, whose `labels` (H,W) it fills"
     x,y,w,h = cv2.boundingRect(mask.view(np.uint8))
     h,w = max(1, h),max(1, w)
     inside,side = np.s_[y:y+h,x:x+w],np.array([h-1,w-1])
     by = _unit(side)
     first = (yx-yx.min(0))*_unit(np.ptp(yx, 0)) if own_frame else (yx-(y,x))*by
     tol = 1e-4*_spread(mask[inside].view(np.uint8), by)
-    labels = np.full(mask.shape, -1, np.int16)
     labels[inside],c = _lloyd_rows(mask[inside], first*side, [f*f for f in by], tol)
-    return labels,first,c*by
+    return first,c*by
 
 # %% ../../nbs/14_classification_specific_parts/03a_clusters.ipynb #b5533233
 def cluster_pixels(
@@ -246,6 +246,7 @@ def cluster_pixels(
     if set(features) != {'coords'} or q.device.type != 'cpu' or q.shape[2] > 4096:
         labels,first,c = _cluster_all(q, mask, yx, colors, features, own_frame)
     else:
-        maps = [_cluster_map(m, s, own_frame) for m,s in zip(mask.numpy(), yx.numpy())]
-        labels,first,c = (torch.from_numpy(np.array(v)) for v in zip(*maps))
+        labels = torch.full(q.shape, -1, dtype=torch.int16)
+        maps = [_cluster_map(*v) for v in zip(mask.numpy(), yx.numpy(), repeat(own_frame), labels.numpy())]
+        first,c = (torch.from_numpy(np.array(v)) for v in zip(*maps))
     return labels,yx,first.to(q.dtype),c.to(q.dtype),few
