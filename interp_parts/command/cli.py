@@ -6,7 +6,8 @@
 __all__ = ['main']
 
 # %% ../../nbs/30_command/01_cli.ipynb #04f9d199
-import json, os, sys
+import io, json, os, sys
+from contextlib import redirect_stdout
 
 import typer
 
@@ -71,12 +72,15 @@ def _train(
     sync_bn:bool=None, # Of several processes: statistics of batch norms over all of them?
     on_bad_image:str=None, # error (the default), skip, or replace by the next of the same class and split
     compat:bool=None, # The original's quirks too?
+    quiet:bool=False, # Print warnings and errors alone?
     report:bool=False, # Then score the run, and write RUN/report.html?
     set_:list[str]=[], # key=value: any further option of the method or the training; data.key=value: of the reader
 ):
     "Train a method; writes the folder --out"
+    if quiet:
+        with redirect_stdout(io.StringIO()): return _train(**dict(locals(), quiet=False))
     if None not in (epochs, steps): raise ConfigError('--steps', f'{steps}, and --epochs {epochs}', 'one of them', 'leave one out')
-    options = given(locals(), 'method', 'out', 'recipe', 'config', 'resume', 'overwrite', 'num_processes', 'report', 'set_')
+    options = given(locals(), 'method', 'out', 'recipe', 'config', 'resume', 'overwrite', 'num_processes', 'quiet', 'report', 'set_')
     if num_processes not in (None, 1):
         from interp_parts.command.processes import run_processes
         run_processes(num_processes, typed)
@@ -114,7 +118,7 @@ def _evaluate(
     "Score a run and its baselines; writes RUN/metrics.json"
     if num_processes not in (None, 1):
         from interp_parts.command.processes import run_processes
-        return run_processes(num_processes, typed)
+        return run_processes(num_processes, typed, resumes=False)
     from interp_parts.command.evaluate import evaluate_run
     from interp_parts.evaluation.scoring import format_metrics
     scores = evaluate_run(run, path, protocol, split, baselines, device, workers, parse_set(set_), masks)
@@ -157,20 +161,24 @@ def _predict(
     masks:str=None, # Folder of foreground masks named as the images, for methods without a background
     on_bad_image:str='error', # error, or skip: the line of that image says what is wrong
     bs:int=16, # Images that go through the network together, at most
+    num_processes:int=None, # Processes that share the images, one for each GPU
     coco:str=None, # Write the parts as COCO annotations into this JSON file instead, to be corrected in a labelling tool
 ):
     "One line of JSON for each image: its class, and where the parts are that counted"
     if coco:
-        typed = dict(out=out, pictures=pictures, topk=topk != 3, all=all_, resume=resume, masks=masks)
-        other = next((k for k,v in typed.items() if v), None)
-        if other: raise ConfigError('--coco', f'with --{other}', 'annotations, or answers', 'run the command twice')
+        of_answers = dict(out=out, pictures=pictures, topk=topk != 3, all=all_, resume=resume, masks=masks)
+        other = next((k for k,v in dict(of_answers, num_processes=num_processes not in (None, 1)).items() if v), '')
+        if other: raise ConfigError('--coco', f"with --{other.replace('_', '-')}", 'annotations, or answers', 'run the command twice')
         return label_run(run, images, coco, device, on_bad_image, bs)
+    if num_processes not in (None, 1):
+        from interp_parts.command.processes import run_processes
+        return run_processes(num_processes, typed, resumes=out is not None)
     from interp_parts.command.predict import predict_run
     n,to_file = [0,0],out is not None and out.endswith('.jsonl')
     for a in predict_run(run, images, out, device, masks, on_bad_image, pictures, topk, all_, resume, bs):
         if not to_file: print(json.dumps(a), flush=True)
         n['skipped' in a] += 1
-    if to_file: print(f"{out}: {sum(n)} new answers" + f', {n[1]} of images that cannot be read'*(n[1] > 0))
+    if to_file and os.environ.get('RANK', '0') == '0': print(f"{out}: {sum(n)} new answers" + f', {n[1]} of images that cannot be read'*(n[1] > 0))
 
 # %% ../../nbs/30_command/01_cli.ipynb #10861bfc
 @command()

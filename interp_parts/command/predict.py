@@ -9,7 +9,7 @@ __all__ = ['visualize_run', 'predict_run']
 import inspect, os, re
 from contextlib import nullcontext
 from dataclasses import replace
-from itertools import chain, repeat, tee
+from itertools import chain, islice, repeat, tee
 from pathlib import Path
 
 import numpy as np, torch
@@ -27,6 +27,7 @@ from ..files import claim, claim_file, free_name
 from ..replace import remove_unfinished
 from ..serving.explainer import Explainer
 from ..serving.lines import AnswerFile, weights_hash
+from ..training.distributed import gather_plain, joined, on_first, this_process
 from ..training.runs import data_changed, load_run
 from ..visualization.figures import explain, save_visualization
 from ..visualization.findings import Findings
@@ -141,16 +142,17 @@ def _masked(ask, e, mask):
 # %% ../../nbs/30_command/02d_predict.ipynb #da3637fe
 def _check_images(images, how, masks, folder):
     "Raise an error for broken images, unless they may be skipped, and for none; say how many have no mask"
-    bad,lost,n = [],[],0
+    (rank,several),bad,lost,n = this_process(),[],[],0
     for f in _each_image(images):
-        n += 1
-        if how == 'error' and (why := broken(f)): bad.append(f'{f} ({why})')
+        if how == 'error' and n%several == rank and (why := broken(f)): bad.append((n, f'{f} ({why})'))
         if folder and Path(f).stem not in masks: lost.append(Path(f).name)
+        n += 1
+    bad = [line for _,line in sorted(chain.from_iterable(gather_plain(bad)))] # of all processes
     if not n:
         raise DataError(', '.join(map(str, images)), 'no image in it', f"files ending in {' '.join(IMAGE_SUFFIXES)}")
     if bad: raise DataError(f'{len(bad)} of {n} images', first_few(bad), 'complete images',
                             'restore them, or pass --on-bad-image skip')
-    if lost: warn_user(f'{folder}: no mask for {len(lost)} of {n} images ({lost[0]}): parts everywhere')
+    if lost and not rank: warn_user(f'{folder}: no mask for {len(lost)} of {n} images ({lost[0]}): parts everywhere')
 
 def _outputs(out, pictures):
     "The file of answers and the folder of pictures; the latter was once `out`"
@@ -163,9 +165,12 @@ def _outputs(out, pictures):
 def _picture_files(images, out):
     "The file of each image's picture, none of which is there already and not ours"
     if out is None: return repeat(None)
-    claim(out, 'pictures')
+    on_first(_claim_folder, out)
     do = f'pass a new folder, such as --pictures {free_name("pictures")}'
     return [claim_file(Path(out)/f'{name}.png', do=do) for name in _picture_names(list(map(Path, _each_image(images))))]
+
+def _claim_folder(out): claim(out, 'pictures')
+
 
 # %% ../../nbs/30_command/02d_predict.ipynb #57e54415
 def _draw(e, file, own):
@@ -187,6 +192,22 @@ def _answers(ask, files, masks, own, on_bad_image, options):
             if on_bad_image == 'error': raise
             yield dict(image=f, skipped=error.got)
 
+# %% ../../nbs/30_command/02d_predict.ipynb #b1d2c3a4
+def _in_turns(files, bs, answer):
+    "Answers for files, in their order; of several processes each answers `bs` files in its turn, and the first gets all"
+    rank,n = this_process()
+    files = iter(files)
+    while any(turn := [list(islice(files, bs)) for _ in range(n)]):
+        mine = answer(turn[rank]) if turn[rank] else ()
+        got = mine if n == 1 else chain.from_iterable(gather_plain(list(mine)))
+        if not rank: yield from got
+
+def _answer_file(out, *about):
+    "The file of answers, open in the first process, and the images that it answers already"
+    lines = AnswerFile(out, *about) if out and not this_process()[0] else nullcontext()
+    return lines,set(map(os.path.realpath, on_first(lambda: list(lines.done)) if out else ())) # however you spell the folder
+
+
 # %% ../../nbs/30_command/02d_predict.ipynb #efc7f4a3
 def predict_run(
     run, # Folder of a run
@@ -206,15 +227,19 @@ def predict_run(
     pick(on_bad_image, ('error','skip'), '--on-bad-image')
     if type(topk) is not int or topk < 1: raise ConfigError('--topk', topk, 'at least 1')
     if resume and out is None: raise ConfigError('--resume', 'no file of answers', '--out FILE.jsonl')
-    ask = Explainer(run, pick_device(device), bs)
-    known,own = _mask_files(masks),get_method(ask.learn.config['method']).picture
-    _check_images(images, on_bad_image, known, masks)
-    files = zip(_each_image(images), _picture_files(images, pictures))
     typed = dict(topk=topk != 3 and topk, all=every, masks=masks and str(masks))
     asked = {k:v for k,v in typed.items() if v}
-    with AnswerFile(out, weights_hash(run), resume, asked) if out else nullcontext() as lines:
-        done = set(map(os.path.realpath, lines.done)) if out else ()               # however you spell the folder
+    with joined(device):
+        ask = Explainer(run, pick_device(device), bs)
+        known,own = _mask_files(masks),get_method(ask.learn.config['method']).picture
+        _check_images(images, on_bad_image, known, masks)
+        files = zip(_each_image(images), _picture_files(images, pictures))
+        own = own and pictures and own(ask.learn)
+        file,done = _answer_file(out, weights_hash(run), resume, asked)
         todo = (f for f in files if os.path.realpath(f[0]) not in done)
-        for a in _answers(ask, todo, known, own and pictures and own(ask.learn), on_bad_image, dict(top=topk, every=every)):
-            if out: lines.write(a)
-            yield a
+        answer = lambda some: _answers(ask, some, known, own, on_bad_image, dict(top=topk, every=every))
+        with file as lines:
+            for a in _in_turns(todo, bs, answer):
+                if out: lines.write(a)
+                yield a
+

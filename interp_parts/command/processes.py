@@ -37,8 +37,8 @@ def _wait(processes):
     "Wait until all have ended well, or one has not; returns the number of that one"
     while True:
         codes = [p.poll() for p in processes]
-        bad = next((i for i,c in enumerate(codes) if c), None)
-        if bad is not None or None not in codes: return bad
+        bad = [i for i,c in enumerate(codes) if c]
+        if bad or None not in codes: return min(bad, key=lambda i: codes[i], default=None) # one that was killed first
         time.sleep(.05)
 
 def _end(processes, patience=10):
@@ -49,6 +49,11 @@ def _end(processes, patience=10):
                 if p.poll() is None: p.send_signal(how)
         until = time.time()+wait
         while time.time() < until and any(p.poll() is None for p in processes): time.sleep(.05)
+
+def _cause(bad, codes, said):
+    "The process that failed by itself, of those that ended with an error"
+    alone = [i for i,c in enumerate(codes) if c not in (0,130) and c > 0 and 'another one has ended' not in said[i]]
+    return alone[0] if alone and codes[bad] > 0 else bad
 
 def _why(i, code, text, resumes=True):
     "One line about the process that failed first"
@@ -61,6 +66,7 @@ def _why(i, code, text, resumes=True):
 def run_processes(
     n:int, # Processes
     words, # Words of the command, such as `['train', 'classifier', ...]`
+    resumes:bool=True, # Does the command go on with `--resume`?
 ):
     "Run a command in `n` processes of this machine; raise an error when one of them fails"
     if n < 1: raise ConfigError('--num-processes', n, 'at least 1')
@@ -79,4 +85,6 @@ def run_processes(
         for f in files: f.seek(0)
         said = [f.read() for f in files]
     if bad is None: return print(said[0], end='', file=sys.stderr)
-    raise TrainingError(_why(bad, ps[bad].returncode, said[bad], words[0] == 'train'))
+    codes = [p.returncode for p in ps]
+    bad = _cause(bad, codes, said)
+    raise TrainingError(_why(bad, codes[bad], said[bad], resumes))

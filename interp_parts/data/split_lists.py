@@ -20,10 +20,11 @@ from ..files import write_text
 # %% ../../nbs/01_data/01b_split_lists.ipynb #aaaf3dfd
 def _keys(images):
     "Path of each image from the folder that holds them all, with one folder at least"
-    paths = [Path(os.path.abspath(p)) for p in images]
-    top = Path(os.path.commonpath([p.parent for p in paths]))
-    if any(p.parent == top for p in paths): top = top.parent
-    return [p.relative_to(top).as_posix() for p in paths]
+    paths = [os.path.abspath(p) for p in images]
+    folders = {os.path.dirname(p) for p in paths}
+    top = os.path.commonpath(folders)
+    if top in folders: top = os.path.dirname(top)
+    return [p[len(top):].lstrip(os.sep).replace(os.sep, '/') for p in paths]
 
 def write_split(
     df:pd.DataFrame, # A table
@@ -70,9 +71,9 @@ def _read_split(path):
 # %% ../../nbs/01_data/01b_split_lists.ipynb #4c7c4946
 def _line_of(image, listed):
     "The longest path of a list that the image's path ends with, and the folder above; None if there is none"
-    parts = Path(os.path.abspath(image)).parts
-    keys = ('/'.join(parts[i:]) for i in range(1, len(parts)))
-    return next(((k, image[:-len(k)]) for k in keys if k in listed), None)
+    key = os.path.abspath(image).replace(os.sep, '/')
+    while (key := key.partition('/')[2]):
+        if key in listed: return key,image[:-len(key)]
 
 def _listed_splits(df, path):
     "The split that a list gives to each image (N,); None where it does not name it"

@@ -14,7 +14,7 @@ from types import SimpleNamespace
 import numpy as np, torch
 from fastai.torch_core import TensorBase
 
-from ..core import ConfigError
+from ..core import CheckpointError, ConfigError
 from ..data.images import image_size, normalize
 from ..data.loaders import PartDL
 from ..files import atomic_path, claim, read_json, reading, write_json
@@ -78,7 +78,9 @@ def _make_room(folder, need, most):
     while files and sum(f.stat().st_size for f in files) + need > most: _remove(files.pop(0))
     free = shutil.disk_usage(folder).free
     if free < need: raise ConfigError(folder, f'{free/1e9:.3g} GB free', f'{need/1e9:.3g} GB for the features',
-                                      'free some, or set XDG_CACHE_HOME to another disk')
+                                      _elsewhere)
+
+_elsewhere = 'free some, or set XDG_CACHE_HOME to another disk'
 
 def _remove(file):
     file.with_suffix('.json').unlink(missing_ok=True)
@@ -92,6 +94,13 @@ def _batches(dl, view):
                                         collate_fn=lambda b: torch.stack([i[0].as_subclass(torch.Tensor) for i in b]))
     for x in items: yield torch.cat([x, x[-1:].expand(dl.bs-len(x), -1, -1, -1)]),len(x)
 
+def _reserve(file):
+    "Take the space of a file, so that a disk which is too small for it is found now"
+    with open(file, 'rb+') as f:
+        try: os.posix_fallocate(f.fileno(), 0, n := os.path.getsize(file))
+        except OSError as e:
+            raise ConfigError(file.parent, e.strerror, f'{n/1e9:.3g} GB for the features', _elsewhere) from None
+
 def _write(learn, dl, views, half, file, gb):
     "Run the backbone over all views of all images"
     shapes = [list(m.shape[1:]) for m in _maps(learn, next(_batches(dl, 0))[0])]
@@ -100,14 +109,14 @@ def _write(learn, dl, views, half, file, gb):
     _make_room(file.parent, int(np.prod(shape))*kind.itemsize, gb*1e9)
     with atomic_path(file) as tmp:
         out = np.lib.format.open_memmap(tmp, 'w+', kind, shape)
-        with open(tmp, 'rb+') as f: os.posix_fallocate(f.fileno(), 0, os.path.getsize(tmp))
+        _reserve(tmp)
         for v in range(views):
             at = 0
             for x,n in _batches(dl, v):
                 out[v,at:at+n] = torch.cat([m.flatten(1) for m in _maps(learn, x)], 1)[:n].cpu().numpy()
                 at += n
         out.flush()
-    write_json(file.with_suffix('.json'), dict(maps=shapes, shape=shape))
+    write_json(file.with_suffix('.json'), dict(of=file.stem, maps=shapes, shape=shape))
 
 # %% ../../nbs/04_training/10_cached.ipynb #375905a1
 def _stored(learn, dl, views, half, gb, folder):
@@ -116,7 +125,10 @@ def _stored(learn, dl, views, half, gb, folder):
     about = file.with_suffix('.json')
     if not (about.exists() and file.exists()): _write(learn, dl, views, half, file, gb)
     os.utime(file)
-    return str(file),read_json(about)['maps']
+    a = read_json(about, dict(maps=list, shape=list))
+    if a.get('of', file.stem) != file.stem:
+        raise CheckpointError(file, 'features of other weights, images or views', 'those that its name says', 'delete it')
+    return str(file),a
 
 # %% ../../nbs/04_training/10_cached.ipynb #ae5bfeab
 class _Rows:
@@ -127,12 +139,13 @@ class _Rows:
         return TensorBase(torch.from_numpy(self.store[self.key or 0, self.row].astype('float32')))
 
 @contextmanager
-def _reading(dl, file):
+def _reading(dl, file, shape):
     "Let a DataLoader read a file of features inside the block, without worker processes"
     ds = dl.dataset
     cached = object.__new__(type(f'Cached{type(ds).__name__}', (_Rows,type(ds)), {}))
     with reading(file, 'a .npy file of features', 'delete it'):
         store = np.load(file, mmap_mode='r', allow_pickle=False)
+        if list(store.shape) != shape: raise ValueError(f'{store.shape} instead of {shape}')
     vars(cached).update(vars(ds), store=store, sizes=[image_size(p) for p in ds.cols['image']])
     dl.dataset = cached
     try:
@@ -186,8 +199,8 @@ def _use_cache(learn, block, views, gb, half, folder):
     "Let training and validation read files of features until the block ends"
     for dl,v in ((learn.dls.train,views), (learn.dls.valid,1)):
         store = lambda: _stored(learn, dl, v, half, gb, claim(folder, 'features'))
-        file,shapes = on_first(store)
-        block.enter_context(_reading(dl, file))
-    block.enter_context(_maps_of_rows(learn.model.backbone, shapes))
+        file,about = on_first(store)
+        block.enter_context(_reading(dl, file, about['shape']))
+    block.enter_context(_maps_of_rows(learn.model.backbone, about['maps']))
     learn.input_size = (learn.dls.view.size,)*2
     block.callback(lambda: vars(learn).pop('input_size', None))

@@ -6,7 +6,7 @@
 __all__ = ['defaults', 'read_history', 'fit_run']
 
 # %% ../../nbs/04_training/05_fit.ipynb #a4fc595e
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from math import ceil
 from pathlib import Path
 
@@ -179,8 +179,11 @@ def fit_run(
     return learn
 
 def _fit(learn, epochs, lrs, cbs, run, save_every, resume, keep_best):
-    if run is None: return learn.fit(epochs, lrs, cbs=cbs)
-    with locked(claim(run, 'run')) if this_process()[0] == 0 else nullcontext():
+    with ExitStack() as block:
+        for dl in learn.dls.loaders:
+            if hasattr(dl, 'workers_stay'): block.enter_context(dl.workers_stay())
+        if run is None: return learn.fit(epochs, lrs, cbs=cbs)
+        if this_process()[0] == 0: block.enter_context(locked(claim(run, 'run')))
         _fit_into(learn, epochs, lrs, cbs, run, save_every, resume, keep_best)
 
 def _fit_into(learn, epochs, lrs, cbs, run, save_every, resume, keep_best=None):

@@ -156,9 +156,9 @@ class SaveState(Callback):
 
     def before_fit(self):
         self.facts = _facts(self.learn)
-        old = self.state or {}
+        if not (old := self.state): return
         same = dict(self.facts, data=_data(self.learn, old.get('data')), annotations=_annotations(self.learn, old.get('annotations') or {}))
-        if old: _compare(self.dir.parent, old, same)
+        _compare(self.dir.parent, old, same)
 
     @staticmethod
     def say_unsaved(path, e):

@@ -169,15 +169,19 @@ def _label_column(cells):
     return [at[n] for n in names],classes
 
 # %% ../../../nbs/01_data/readers/02a_tables.ipynb #7d5bcdff
+_plain_path = re.compile(r'[^\\/.][^\\/]*(/[^\\/.][^\\/]*)*')
+
 def _path(folder, text):
-    "A path of the file; backslashes of Windows are slashes, unless there is such a file"
+    "A path of the file, as text; backslashes of Windows are slashes, unless there is such a file"
+    if os.sep == '/' and _plain_path.fullmatch(text): return f'{folder}/{text}' # sooner than a `Path`
     p = folder/text
-    return folder/text.replace('\\', '/') if '\\' in text and not p.exists() else p
+    return str(folder/text.replace('\\', '/') if '\\' in text and not p.exists() else p)
+
 
 # %% ../../../nbs/01_data/readers/02a_tables.ipynb #490abe95
 def _table_columns(cells, folder):
     "Columns but the split, and names of classes, attributes and keypoints"
-    file = lambda v: str(_path(folder, _text(v)))
+    file = lambda v: _path(folder, _text(v))
     rows,attrs = dict(image=cells('image', file, 'a path')),{}
     if 'mask' in cells: rows['mask'] = cells('mask', file, 'a path')
     if 'identity' in cells: rows['identity'] = cells('identity', _whole, 'a whole number')
