@@ -143,12 +143,14 @@ def _prepare(run, method, s, resume, overwrite):
     return finished
 
 # %% ../../nbs/30_command/02b_train.ipynb #e691d367
-def _say_start(method, learn, say):
+def _say_start(method, learn, s, say):
     d = learn.dls
     n = sum(p.numel() for p in learn.model.parameters())
     say(f"{method}: {len(d.train.dataset)} training images, {d.c} {'attributes' if d.multi else 'classes'}, "
         f"{n:,} parameters, {d.device}")
     if d.valid_is_train: say('no image has the split valid: the columns valid_* are of training images')
+    steps = s['fit'].get('steps') or s['epochs']*len(d.train)
+    if steps < 100: say(f'{steps} steps in all: so few seldom train a network; pass more --epochs, or a smaller --bs')
 
 _in_cache = re.compile(r'models--(.+?)--(.+)/snapshots/([0-9a-f]+)/[^/]+')
 
@@ -171,7 +173,7 @@ def _weights_about(name, pretrained=False, weights=None):
 def _start(method, run, s, say):
     "The learner and its configuration, and the files that a training begins with"
     learn = make_learner(method, s, read_rows(s, method, run))
-    _say_start(method, learn, say)
+    _say_start(method, learn, s, say)
     used = {**s, 'path':os.path.realpath(s['path']), 'bs':learn.dls.train.bs}
     used.pop('typed_bs', None)
     config = dict(run_config(learn, method, **used),
