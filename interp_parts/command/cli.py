@@ -46,7 +46,7 @@ def _train(
     n_parts:int=None, # Parts, the background included; default: the method's own
     epochs:int=None, # Passes over the training images; default 12, or the recipe's
     steps:int=None, # Steps of the training, instead of --epochs
-    bs:int=None, # Images in a batch; default 32, or the recipe's
+    bs:int=None, # Images in a batch; default 32, or the recipe's, or all of fewer images
     size:int=None, # Side, or shorter side, of the network input in pixels; default 224, or the recipe's
     resize:str=None, # short (default), squash or pad
     seed:int=None, # Same seed, same weights

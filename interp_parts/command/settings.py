@@ -169,8 +169,9 @@ def make_settings(
     if config and convert: config = convert(config)
     typed = {k:v for k,v in (options or {}).items() if v is not None}
     for source in (published, config or {}, typed, extra or {}): _merge(s, method, source)
+    typed_bs = any('bs' in o for o in (config or {}, typed, extra or {}))
     own = inspect.signature(get_method(method).learner).parameters
-    return {**s, **{k:own[k].default for k in ('backbone','n_parts') if s[k] is None and k in own}}
+    return {**s, 'typed_bs':typed_bs, **{k:own[k].default for k in ('backbone','n_parts') if s[k] is None and k in own}}
 
 # %% ../../nbs/30_command/02a_settings.ipynb #a98a4377
 def pick_device(

@@ -44,6 +44,14 @@ def _workers(s, shm='/dev/shm'):
                   'images are read without them; give the container more, as --shm-size 1g')
     return 0
 
+def _batch_size(s, df):
+    "Images in a batch: as typed, else as many as there are at most; several processes share them evenly"
+    n,of = sum(df.split == 'train'),this_process()[1]
+    if s.get('typed_bs', True) or s['bs'] <= n: return s['bs']
+    bs = max(n//of, 1)*of
+    warn_user(f"{n} training images: batches of {bs} instead of {s['bs']}; choose another size with --bs")
+    return bs
+
 _lacks = dict(init='starts from no other run', n_parts='has no parts to count', compat='has no original to follow')
 
 def make_learner(
@@ -53,7 +61,7 @@ def make_learner(
 )->PartLearner:
     "The learner that the settings describe, not trained yet"
     seed_everything(s['seed'], s['deterministic'])
-    dls = part_dls(df, s['size'], s['resize'], s['bs'], flip=s['flip'], brightness=s['brightness'],
+    dls = part_dls(df, s['size'], s['resize'], _batch_size(s, df), flip=s['flip'], brightness=s['brightness'],
                    stats=backbone_stats(s['backbone'], s['weights']), workers=_workers(s), seed=s['seed'],
                    device=pick_device(s['device']), extra=get_method(method).extra, fast_decode=s['fast_decode'])
     names = option_kinds(get_method(method).learner, get_method(method).model)
@@ -63,7 +71,7 @@ def make_learner(
     return create_learner(method, dls, **common, **s['model'])
 
 # %% ../../nbs/30_command/02b_train.ipynb #57b06d5a
-_no_matter = {'workers','device','save_every','track','cache_features','cache_gb'}
+_no_matter = {'typed_bs','workers','device','save_every','track','cache_features','cache_gb'}
 
 def _identity(method, s):
     "The settings that make the weights what they are, as JSON gives them back"
@@ -135,12 +143,14 @@ def _prepare(run, method, s, resume, overwrite):
     return finished
 
 # %% ../../nbs/30_command/02b_train.ipynb #e691d367
-def _say_start(method, learn, say):
+def _say_start(method, learn, s, say):
     d = learn.dls
     n = sum(p.numel() for p in learn.model.parameters())
     say(f"{method}: {len(d.train.dataset)} training images, {d.c} {'attributes' if d.multi else 'classes'}, "
         f"{n:,} parameters, {d.device}")
     if d.valid_is_train: say('no image has the split valid: the columns valid_* are of training images')
+    steps = s['fit'].get('steps') or s['epochs']*len(d.train)
+    if steps < 100: say(f'{steps} steps in all: so few seldom train a network; pass more --epochs, or a smaller --bs')
 
 _in_cache = re.compile(r'models--(.+?)--(.+)/snapshots/([0-9a-f]+)/[^/]+')
 
@@ -163,8 +173,10 @@ def _weights_about(name, pretrained=False, weights=None):
 def _start(method, run, s, say):
     "The learner and its configuration, and the files that a training begins with"
     learn = make_learner(method, s, read_rows(s, method, run))
-    _say_start(method, learn, say)
-    config = dict(run_config(learn, method, **{**s, 'path':os.path.realpath(s['path'])}),
+    _say_start(method, learn, s, say)
+    used = {**s, 'path':os.path.realpath(s['path']), 'bs':learn.dls.train.bs}
+    used.pop('typed_bs', None)
+    config = dict(run_config(learn, method, **used),
                   weights=_weights_about(s['backbone'], s['pretrained'], s['weights']))
     if this_process()[0] == 0 and read_state(run) is None:
         save_tensors(run/'state'/'initial.safetensors', learn.model)

@@ -17,6 +17,7 @@ from fastai.vision.core import TensorImage, TensorMask, TensorPoint
 from fastcore.basics import chunked, patch
 
 from ..core import Batch, ConfigError, DataError, pick
+from ..errors import warn_user
 from .images import NormalizeImages, image_size, imagenet_stats, load_image, load_mask, normalize
 from .table import class_names, split_and_class
 from .views import View
@@ -207,6 +208,13 @@ def _split_rows(df, n=128):
     if len(valid): return train,valid,False
     return train,train.sample(min(n, len(train)), random_state=0).sort_index(),True
 
+def _batch_size(bs, n, most=32):
+    "`bs`, if `n` images have a batch of it; by default `most`, or all of fewer images"
+    if bs is None and n < most: warn_user(f'{n} training images: batches of {n} instead of {most}; choose another size with bs')
+    if bs is None: return min(n, most)
+    if not 0 < bs <= n: raise ConfigError('--bs', bs, f'1 to {n}, the number of training images')
+    return bs
+
 # %% ../../nbs/01_data/04_loaders.ipynb #5fd1b5e3
 class PartDL(TfmdDL):
     "A DataLoader that draws the key of its dataset's crops for each pass"
@@ -290,7 +298,7 @@ def part_dls(
     df:pd.DataFrame, # A checked table
     size:int=224, # Side or shorter side of the network input, in pixels
     resize:str='short', # 'short', 'squash' or 'pad'
-    bs:int=32, # Images in a batch
+    bs:int=None, # Images in a batch; None: 32, or all where there are fewer
     extra=(), # Further targets: any of 'keypoints', 'box', 'mask'
     flip:float=0.5, # Probability of a mirror image in training
     brightness:float=0.1, # Brightness factor is 1 +- this in training
@@ -302,7 +310,7 @@ def part_dls(
 )->DataLoaders:
     "fastai DataLoaders of a table's training rows"
     train,valid,same = _split_rows(df)
-    if not 0 < bs <= len(train): raise ConfigError('--bs', bs, f'1 to {len(train)}, the number of training images')
+    bs = _batch_size(bs, len(train))
     view = View(size, resize)
     dss = (PartDataset(train, view, extra, train=True, flip=flip, brightness=brightness, fast_decode=fast_decode),
            PartDataset(valid, view, extra, fast_decode=fast_decode))

@@ -64,9 +64,11 @@ def _train_options(words):
     if method == 'classification_specific_parts' and not recipe: small['--backbone'] = 'resnet18'
     if method == 'contrastive_reconstruction': small |= {'--steps':'2'}
     if method == 'visual_words': small |= {'--n-parts':'6', '--epochs':'2'}
+    if method == 'nonparametric_prototypes': small |= {'--size':'56', '--epochs':'2', '--backbone':'vit_small_patch14_reg4_dinov2.lvd142m'}
     if '--steps' in words+list(small): small.pop('--epochs')
     more = [w for k,v in small.items() if k not in words for w in (k, v)]
     phases = ['--set','warm=1','--set','start=1','--set','every=1','--set','last_epochs=2']*(method == 'visual_words')
+    phases += ['--set','cluster_epochs=1']*(method == 'nonparametric_prototypes')
     return [*more, *phases, *['--no-pretrained']*('--weights' not in words)]
 
 # %% ../../nbs/40_testing/10_originals.ipynb #7ca04fa4
@@ -208,9 +210,14 @@ def _part_discovery():
     _train('part_discovery --data cub --path CUB_200_2011 --backbone resnet26 --size 64 --epochs 1 --out RUN')
     return 'cub','CUB_200_2011'
 
+def _prototypes():
+    _place('cub', 'CUB_200_2011')
+    return 'cub','CUB_200_2011'
+
 _setups = {'Region grouping':_region_grouping, 'Contrastive reconstruction':_contrastive_reconstruction,
            'Visual words':_visual_words, 'Activation diversity':_activation_diversity,
-           'Classification-specific parts':_classification_specific_parts, 'Part discovery':_part_discovery}
+           'Classification-specific parts':_classification_specific_parts, 'Part discovery':_part_discovery,
+           'Non-parametric prototypes':_prototypes}
 
 # %% ../../nbs/40_testing/10_originals.ipynb #530bd735
 _data_of = {'pascal_dog':('pascal_part','PASCAL'), 'protopnet_cub_vgg19':('folder','datasets/cub200_cropped'),

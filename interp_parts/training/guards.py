@@ -88,8 +88,9 @@ class WatchParts(Callback):
     order = 79
     def __init__(self,
         n:int=8, # Images that are looked at
+        least:int=50, # Steps before the first warning; a shorter training is told of after its last epoch
     ):
-        self.n,self.images = n,None
+        self.n,self.least,self.images = n,least,None
         self.seen,self.said = set(),set()
 
     def before_batch(self):
@@ -100,7 +101,8 @@ class WatchParts(Callback):
         if self.images is None or ready is not None and (not ready or self.images.ndim < 4): return
         try: found = _collapsed(self.learn.model.parts(self.images).cpu())
         except (NotImplementedError, AttributeError): found = []
-        again = [t for t in found if t[:12] in self.seen - self.said]
+        due = self.learn.train_iter >= self.least or self.epoch == self.n_epoch-1
+        again = [t for t in found if due and t[:12] in self.seen - self.said]
         if again: warn_user(f"{_method_of(self.learn.model)}, epoch {self.epoch}: {'; '.join(again)} ({len(self.images)} images looked "
                             'at); try fewer parts, another learning rate or other weights of the losses')
         self.seen = {t[:12] for t in found}

@@ -187,7 +187,7 @@ def _counted_grid(items, classes, ncols, compat):
     scale = None if compat else heat_scale(heats)
     pics = [attention_overlay(x, h, scale, compat=compat) for (x,_,_),h in zip(items, heats)]
     fig = _contact_sheet(pics, [_caption(p, b, classes) for _,p,b in items], ncols, foot=.35)
-    text = 'each image has its own scale' if compat else f'{scale[0]:.2g} to {scale[1]:.2g} in all images'
+    text = 'each image has its own scale' if compat else f'{scale[0]:.2g} to {scale[1]:.2g} in all images' + '; red: for the answer, blue: against it'*(scale[0] < 0)
     fig.supxlabel(f'{items[0][1].contribution_kind}: {text}', fontsize=9)
     return fig
 

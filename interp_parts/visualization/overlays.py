@@ -145,8 +145,15 @@ def attention_overlay(
     t = ((heat.double() - lo)/max(hi-lo, 1e-12)).clamp(0,1).numpy()
     color = _heat_colors(t, lo < 0)
     if compat: return ((rgb+color)/(rgb+color).max()*255).astype(np.uint8)
-    a = alpha*(.3 + .7*abs(2*t-1 if lo < 0 else t))[...,None]
+    if lo < 0: return _signed_overlay(rgb, 2*t-1, alpha)
+    a = alpha*(.3 + .7*t)[...,None]
     return ((1-a)*rgb + a*color).astype(np.uint8)
+
+def _signed_overlay(rgb, v, alpha):
+    "The image in grey, with red where `v` (H,W) in -1..1 is above zero and blue where it is below"
+    grey,color = rgb.mean(-1, keepdims=True),colormaps['RdBu_r'](np.where(v > 0, .9, .1))[...,:3]*255
+    a = alpha*np.sqrt(abs(v))[...,None]
+    return ((1-a)*grey + a*color).astype(np.uint8)
 
 # %% ../../nbs/21_visualization/01_overlays.ipynb #e0179b5a
 def _box_window(box):

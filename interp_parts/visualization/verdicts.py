@@ -12,6 +12,16 @@ from ..evaluation.parts import BASELINES
 
 # %% ../../nbs/21_visualization/04a_verdict.ipynb #23d031e0
 _SAME_PLACE = 'a position gets far: compare with strips and position clusters, which need no image'
+_GOOD,_MANY = 'higher is better, 1 is perfect','near 0, and more the more parts there are'
+_PIXELS = {
+    'pixel_nmi': ('mutual information between the part that wins a pixel and the true part there, or object and background',
+                  _GOOD, _MANY, _SAME_PLACE),
+    'pixel_ari': ('as pixel_nmi, by pairs of pixels and corrected for chance', _GOOD, '0', _SAME_PLACE),
+    'fg_pixel_nmi': ('as pixel_nmi, on the pixels of the object alone, where the background may not win',
+                     _GOOD, _MANY, _SAME_PLACE),
+    'fg_pixel_ari': ('as fg_pixel_nmi, by pairs of pixels and corrected for chance', _GOOD, '0', _SAME_PLACE),
+    'fg_pixel_purity': ('share of the pixels of the object whose true part is the most frequent one in their part', _GOOD,
+                        'the share of the largest true part', 'it grows with the number of parts by itself')}
 SCORE_WORDS = { # what it measures, what is good, what chance gives, its trap
     'accuracy': ('share of images, or of attributes, whose answer is right', 'higher is better, 1 is perfect',
                  'one divided by the number of classes, or the share of the most frequent answer (majority)',
@@ -19,7 +29,7 @@ SCORE_WORDS = { # what it measures, what is good, what chance gives, its trap
     'mean_class_accuracy': ('mean over the classes of the accuracy on their images', 'higher is better, 1 is perfect',
                             'one divided by the number of classes', 'a class with two images counts as much as one with 200'),
     'keypoint_error': ('distance between true keypoints and those that a linear regression predicts from the centres of the '
-                       'parts, as a share of the side of the box or of the distance between the eyes',
+                       'parts, as a share of the sides of the box or of the distance between the eyes',
                        'lower is better, 0 is perfect', 'what always answering the mean position gives (mean predictor)',
                        'more parts give the regression more to work with: compare runs of as many parts'),
     'nmi': ('mutual information between the part that a keypoint falls into and the name of the keypoint',
@@ -31,18 +41,24 @@ SCORE_WORDS = { # what it measures, what is good, what chance gives, its trap
     'fg_ari': ('as ari, where the background may not win', 'higher is better, 1 is perfect', '0', _SAME_PLACE),
     'fg_purity': ('share of keypoints whose name is the most frequent one in their part', 'higher is better, 1 is perfect',
                   'the share of the most frequent name', 'it grows with the number of parts by itself'),
-    'part_iou': ('overlap of true parts with the parts that fit them best, over their union', 'higher is better, 1 is perfect',
-                 'what strips of the object get', 'parts are matched after the fact, the best for each'),
-    'named_part_iou': ('as part_iou, each part named after the true part it meets most often', 'higher is better, 1 is perfect',
-                       'what strips of the object get', 'one large part can hide behind the name of the largest true part'),
-    'pointing': ('share of parts whose peak lies in the box of the object', 'higher is better, 1 is perfect',
+    **_PIXELS,
+    'part_iou': ('overlap of the object with the parts that together fit it best, over their union', 'higher is better, 1 is perfect',
+                 'what strips of the box get', 'the parts of the object are chosen after the fact, and where each one is does not count'),
+    'named_part_iou': ('overlap of a true part with the part that fits it best, over their union; the mean over the true parts',
+                       'higher is better, 1 is perfect', 'what strips of the box get',
+                       'parts are matched after the fact, and one part may fit several true parts best'),
+    'consistency': ('share of pairs of a part and a class where the box around the peak of the part holds one keypoint in 80 % of the '
+                    'images that show it', 'higher is better, 1 is perfect', 'what parts that never move get (constant parts)',
+                    'a large box, or an object always in the same place, gets far'),
+    'pointing': ('share of parts, weighted by their presence, whose peak lies in the box of the object', 'higher is better, 1 is perfect',
                  'the share of the image that the box covers', 'a peak always in the middle of the image gets far (constant parts)'),
-    'pointing_mask': ('share of parts whose peak lies on the object itself', 'higher is better, 1 is perfect',
+    'pointing_mask': ('as pointing, for the object itself', 'higher is better, 1 is perfect',
                       'the share of the image that the object covers', 'a peak always in the middle of the image gets far (constant parts)'),
-    'distinctiveness': ('share of two parts that does not overlap', 'higher is better, 1 is no overlap', 'that of strips',
-                        'parts without any meaning can be perfectly apart'),
-    'comprehensiveness': ('share of the object that the parts cover', 'higher is better, 1 is all of it', 'that of strips',
-                          'one part that covers everything is perfect'),
+    'distinctiveness': ('one minus the mean overlap of the boxes around the peaks of the five parts that count most',
+                        'higher is better, 1 is no overlap', 'that of strips', 'parts without any meaning can be perfectly apart'),
+    'comprehensiveness': ('overlap of the object with what the five parts that count most cover, over their union',
+                          'higher is better, 1 is the object and nothing else', 'that of strips',
+                          'one part that covers the whole object is perfect'),
 }
 
 # %% ../../nbs/21_visualization/04a_verdict.ipynb #dc89f055
