@@ -42,7 +42,9 @@ class _Recluster(Callback):
     ): self.at = epoch
 
     def before_epoch(self):
-        if self.epoch == self.at: cluster_prototypes(self.learn.model, self.learn.batches(few_rows(self.dls), whole=False))
+        if self.epoch != self.at: return
+        model = self.learn.model
+        model.started(lambda: cluster_prototypes(model, self.learn.batches(few_rows(self.dls), whole=False)))
 
 # %% ../../nbs/15_part_discovery/08_learner.ipynb #fe449c23
 class _Teach(Callback):
@@ -74,13 +76,16 @@ class _Teach(Callback):
             y.append(b.label)
         return torch.stack([torch.cat(v) for v in views]),torch.cat(y).to(views[0][0].device),fs[0].shape[2:]
 
-    def before_epoch(self):
+    def _teach(self):
         model = self.learn.model
-        if self.epoch or model.taught.fitted: return
         with eval_mode(model), torch.no_grad():
             self._scale()
             tokens,y,grid = self._tokens()
         with torch.enable_grad(): model.taught.teach(tokens, y, grid, self.dls.c, **{'seed':torch.initial_seed() % 2**31, **self.options})
+
+    def before_epoch(self):
+        model = self.learn.model
+        if not (self.epoch or model.taught.fitted): model.started(self._teach)
 
 # %% ../../nbs/15_part_discovery/08_learner.ipynb #304efef8
 def part_discovery_learner(

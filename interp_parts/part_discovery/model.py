@@ -19,6 +19,7 @@ from .cell_votes import CellVotes
 from .features import ColourNet, GreyLook, part_features
 from .places import PlacedParts
 from .taught import TaughtMaps
+from ..training.distributed import on_first
 
 # %% ../../nbs/15_part_discovery/05_model.ipynb #369795d9
 class _Weights(nn.Module):
@@ -217,6 +218,16 @@ def take_places(self:PartDiscovery,
     if isinstance(self.modulation, _Weights):
         w = self.modulation.weight.data
         w[...,:-1] = w[...,:-1]@share.T
+
+@patch
+def started(self:PartDiscovery,
+    change, # Called in the first process alone; changes parts of the model
+):
+    "Let the first of several processes change what stands behind the backbone; the others take it over"
+    def changed():
+        change()
+        return {k:v.cpu() for k,v in self.state_dict().items() if not k.startswith('backbone.')}
+    self.load_state_dict(on_first(changed), strict=False)
 
 @patch
 def _seen(self:PartDiscovery, x, maps):

@@ -152,7 +152,7 @@ class PlaceParts(Callback):
         model = self.learn.model
         with eval_mode(model), torch.no_grad():
             rows = self.learn.batches(few_rows(self.dls, self.n), whole=False)
-            maps = torch.cat([model.assign(model.features(x.to(model.prototypes.device))) for x,_ in rows])
-            model.take_places(maps)
+            maps = lambda: torch.cat([model.assign(model.features(x.to(model.prototypes.device))) for x,_ in rows])
+            model.started(lambda: model.take_places(maps()))
         if not model.places.fitted: warn_user(f'epoch {self.epoch}: too little foreground to divide it by place; '
                                                   'the parts stay as they are')

@@ -48,11 +48,12 @@ def _check_polygons(path, im, annotations, numbers):
         if a.get('category_id') not in numbers: raise DataError(path, f"{where}: category {a.get('category_id')}", 'one of the file', 'restore it')
         seg = a.get('segmentation') or []
         for p in seg if isinstance(seg, list) else []:
-            xy = np.asarray(p, np.float64)
+            try: xy = np.asarray(p, np.float64)
+            except (TypeError, ValueError): raise DataError(path, f'{where}: {first_few(p)}', 'numbers', 'restore it') from None
             if xy.size < 6 or xy.size % 2: raise DataError(path, f'{where}: a polygon of {xy.size} numbers', 'x and y of three points or more', 'restore it')
             xy = xy.reshape(-1, 2)
-            far = (xy < -1) | (xy > side+1)
-            if not np.isfinite(xy).all() or far.any():
+            far = ~((xy >= -1) & (xy <= side+1)) # not a number, too
+            if far.any():
                 raise DataError(path, f'{where}: a polygon at {xy[far.any(1)][:1].tolist()}', f'within {side[0]}x{side[1]} pixels', 'restore it')
 
 def _painted(path, im, annotations, numbers):
