@@ -16,6 +16,7 @@ from huggingface_hub import try_to_load_from_cache
 
 from .settings import check_kind, check_settings, option_kinds, pick_device, settings_defaults
 from ..core import CheckpointError, ConfigError, DataError, PartLearner, create_learner, get_method
+from ..data.known import KnownFiles
 from ..data.loaders import part_dls
 from ..data.rows import read_rows
 from ..data.table import bad_image_line
@@ -172,12 +173,13 @@ def _weights_about(name, pretrained=False, weights=None):
 
 def _start(method, run, s, say):
     "The learner and its configuration, and the files that a training begins with"
-    learn = make_learner(method, s, read_rows(s, method, run))
-    _say_start(method, learn, s, say)
-    used = {**s, 'path':os.path.realpath(s['path']), 'bs':learn.dls.train.bs}
-    used.pop('typed_bs', None)
-    config = dict(run_config(learn, method, **used),
-                  weights=_weights_about(s['backbone'], s['pretrained'], s['weights']))
+    with KnownFiles(s['path']): # the reader and the fingerprint look at each file once
+        learn = make_learner(method, s, read_rows(s, method, run))
+        _say_start(method, learn, s, say)
+        used = {**s, 'path':os.path.realpath(s['path']), 'bs':learn.dls.train.bs}
+        used.pop('typed_bs', None)
+        config = run_config(learn, method, **used)
+    config = dict(config, weights=_weights_about(s['backbone'], s['pretrained'], s['weights']))
     if this_process()[0] == 0 and read_state(run) is None:
         save_tensors(run/'state'/'initial.safetensors', learn.model)
         write_json(run/'settings.json', _identity(method, s))

@@ -6,7 +6,8 @@
 __all__ = ['defaults', 'read_history', 'fit_run']
 
 # %% ../../nbs/04_training/05_fit.ipynb #a4fc595e
-from contextlib import ExitStack, nullcontext
+import time
+from contextlib import ExitStack
 from math import ceil
 from pathlib import Path
 
@@ -103,6 +104,19 @@ def _as_epochs(learn, steps):
     epochs = ceil(steps/n)
     return epochs,epochs*n/steps
 
+# %% ../../nbs/04_training/05_fit.ipynb #fffaa3a6
+class _Rate(Callback):
+    "Images per second, beside the loss of the progress bar"
+    order = 61
+    def before_train(self): self.images,self.start = 0,time.perf_counter()
+    before_validate = before_train
+
+    def after_batch(self):
+        self.images += len(self.xb[0])*this_process()[1]
+        bar = getattr(getattr(self.learn, 'progress', None), 'pbar', None)
+        if bar is not None: bar.comment = f'{bar.comment}, {self.images/(time.perf_counter()-self.start):.0f} images/s'.lstrip(', ')
+
+
 # %% ../../nbs/04_training/05_fit.ipynb #7581cbeb
 defaults = dict(optimizer='adamw', lr=(2e-4,2e-3), schedule='one_cycle', options=dict(weight_decay=1e-2))
 
@@ -170,7 +184,7 @@ def fit_run(
     rounded = Precision(precision, channels_last, compile)
     epochs,stretch = _as_epochs(learn, steps) if steps else (epochs,1.)
     more = [*_extras(learn, clip, accumulate, ema), *[_LastStep(steps)]*bool(steps)]
-    cbs = [_scheduled(schedule, lrs, stretch), StopNonFinite(), WatchParts(), *L(cbs), rounded, *more]
+    cbs = [_scheduled(schedule, lrs, stretch), StopNonFinite(), WatchParts(), _Rate(), *L(cbs), rounded, *more]
     if this_process()[1] > 1: cbs.append(ShareBatches(sync_bn))
     if keep_best and run is None: raise ConfigError('keep_best', 'no folder', 'a folder for the weights', 'pass run=FOLDER')
     try: _fit(learn, epochs, lrs, cbs, run, save_every, resume, keep_best)
