@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np, torch, torch.nn.functional as F
 from torch import nn
 
+from frozen_parts import ObjectClusters, in_box
 from interp_parts.core import Batch, Parts
 from interp_parts.data.loaders import PartBatches
 from interp_parts.data.readers.registry import read_data
@@ -26,15 +27,14 @@ def features(df, split, views, name, weights, cache):
     rows = df[df.split==split].copy()
     rows.attrs = df.attrs
     files = [cache/f'{name}_{Path(weights).stem}_{split}_{v}.npy' for v in range(views)]
-    there = all(f.exists() for f in files)
-    found,batches = [[] for _ in files],[]
+    lost = [v for v,f in enumerate(files) if not f.exists()]
+    found,batches = {v:[] for v in lost},[]
     for x,b in PartBatches(rows, SIZE, 'squash', bs=20, whole=False, stats=backbone_stats(name)):
         batches.append(b)
-        for v in () if there else range(views):
+        for v in lost:
             seen = (x.flip(-1) if v else x).contiguous(memory_format=torch.channels_last)
             with torch.autocast('cpu', torch.bfloat16): found[v].append(net(seen).float().half().contiguous().numpy())
-    if not there:
-        for f,m in zip(files, found): np.save(f, np.concatenate(m))
+    for v in lost: np.save(files[v], np.concatenate(found[v]))
     return [np.load(f, mmap_mode='r') for f in files],Batch.cat(batches),net.fine
 
 class Cells:
@@ -88,6 +88,16 @@ def scores(maps, batches, attrs):
     r = evaluate_parts(stream(maps[0], batches[0]), stream(maps[1], batches[1]), attrs)
     return {k:r[k] for k in ('keypoint_error','fg_nmi','fg_ari','fg_nmi_strips','fg_ari_strips')}
 
+def clusters_in_box(cells, train, test, batches, seed):
+    "Maps of k-means of the finer stage alone, centred in the true box, mirror images averaged"
+    fine = cells.taught.first
+    one = lambda tokens,i: tokens[i,:,fine:].float().transpose(1, 2).unflatten(2, GRID)
+    mean = lambda tokens,i: (one(tokens[0], i) + one(tokens[1], i).flip(-1))/2
+    w = [in_box(b) for b in batches]
+    some = torch.randperm(train.shape[1], generator=torch.Generator().manual_seed(seed))[:400]
+    made = ObjectClusters(place=0.).fit(mean(train, some), w[0][some], seed)
+    return [torch.cat([made.maps(mean(t, j), u[j]) for j in torch.arange(len(u)).split(100)]) for t,u in zip((train,test), w)]
+
 def held_out(y, n=20):
     "Rows of the first n images of each class, and of the others"
     rank = torch.zeros_like(y)
@@ -102,6 +112,7 @@ def main():
     p.add_argument('--out', type=Path, default=Path('frozen_networks.csv'))
     p.add_argument('--seeds', type=int, nargs='+', default=[0,1,2])
     p.add_argument('--held-out', action='store_true')
+    p.add_argument('--clusters', action='store_true', help='centred k-means of the finer stage in the true box instead')
     a = p.parse_args()
     warnings.simplefilter('ignore')
     a.cache.mkdir(parents=True, exist_ok=True)
@@ -112,24 +123,30 @@ def main():
         at,other = held_out(b.label)
         test,there,bt = train,other,b[other]
     else:
-        test,bt,_ = features(df, 'test', 1, a.network, a.weights, a.cache)
+        test,bt,_ = features(df, 'test', 1 + a.clusters, a.network, a.weights, a.cache)
         there = torch.arange(len(bt.label))
     cells = Cells(train, fine, at[::4][:200].numpy())
-    tokens,seen,y = cells.turned(train)[:,at],cells.turned(test[:1])[0,there],b.label[at]
+    tokens,seen,y = cells.turned(train)[:,at],cells.turned(test[:1+a.clusters])[:,there],b.label[at]
+    def put(seed, made):
+        new = not a.out.exists()
+        with a.out.open('a', newline='') as f:
+            if new: f.write('network,images,seed,measure,value\n')
+            for k,v in made.items(): csv.writer(f, lineterminator='\n').writerow([a.network, 'held out' if a.held_out else 'test', seed, k, f'{v:.4f}'])
+        print(seed, {k:round(v, 4) for k,v in made.items()}, flush=True)
     for seed in a.seeds:
         started = time.process_time()
+        if a.clusters:
+            made = scores(clusters_in_box(cells, tokens, seen, (b[at],bt), seed), (b[at],bt), df.attrs)
+            put(seed, {f'clusters_{k}':made[k] for k in ('keypoint_error','fg_nmi','fg_ari')})
+            continue
         cells.taught.teach(tokens, y, GRID, len(df.attrs['classes']), seed=seed)
-        maps,found = [cells.maps(t) for t in tokens],cells.maps(seen)
+        maps,found = [cells.maps(t) for t in tokens],cells.maps(seen[0])
         vectors = torch.stack([cells.pooled(f, m, at) for f,m in zip(train, maps)])
         whole = lambda f,i: torch.cat([cells.scaled(f[j.numpy()]).mean(1, keepdim=True) for j in i.split(50)])
         made = scores([maps[0],found], (b[at],bt), df.attrs)
         made['accuracy'] = votes(vectors, cells.pooled(test[0], found, there), y, bt.label, seed)
         made['cpu_seconds'] = time.process_time()-started
         made['accuracy_plain'] = votes(torch.stack([whole(f, at) for f in train]), whole(test[0], there), y, bt.label, seed)
-        new = not a.out.exists()
-        with a.out.open('a', newline='') as f:
-            if new: f.write('network,images,seed,measure,value\n')
-            for k,v in made.items(): csv.writer(f, lineterminator='\n').writerow([a.network, 'held out' if a.held_out else 'test', seed, k, f'{v:.4f}'])
-        print(seed, {k:round(v, 4) for k,v in made.items()}, flush=True)
+        put(seed, made)
 
 if __name__ == '__main__': main()

@@ -15,6 +15,7 @@ from .equivariance import RandomMove, Recolour
 from .model import PartDiscovery
 from .places import PlaceParts
 from .start import cluster_prototypes
+from ..training.distributed import this_process
 from .step import DiscoveryTerms, HalveRates, MoveImages, SecondLook, prior_weights
 from ..training.losses import few_rows, part_learner
 
@@ -129,6 +130,7 @@ def part_discovery_learner(
     if places: own.append(PlaceParts(places))
     if model.taught: own.append(_Teach(teach or {}))
     learn = part_learner(dls, model, cbs=[*own, *L(cbs)], compat=compat)
+    if compat and prior == 'tv' and this_process()[1] == 1: dls.train.shuffle = False # as PDiscoFormer's code on one GPU
     if own_rates: learn.splitter = _four_groups
     if not (paper or model.taught) if kmeans is None else kmeans: cluster_prototypes(model, learn.batches(few_rows(dls), whole=False))
     if model.cells: model.cells.start(learn.batches(few_rows(dls), whole=False))
