@@ -6,7 +6,7 @@
 __all__ = []
 
 # %% ../../nbs/01_data/00_data.ipynb #4a4203dc
-from . import table, split_lists, images, known, views, loaders, learner, masks, transfer, archives, download, rows
+from . import table, split_lists, images, known, views, loaders, workers, learner, masks, transfer, archives, download, rows
 
 # %% ../../nbs/01_data/00_data.ipynb #fce97581
 __all__ = [*table.__all__, *split_lists.__all__, *images.__all__, *known.__all__, *views.__all__, *loaders.__all__, *learner.__all__,

@@ -7,14 +7,13 @@ __all__ = ['EXTRAS', 'PartDataset', 'PartDL', 'part_dls', 'PartBatches']
 
 # %% ../../nbs/01_data/04_loaders.ipynb #fa2bb8d7
 import ctypes, random
-from contextlib import contextmanager
 
 import cv2, numpy as np, pandas as pd, torch
 from PIL import Image
 from fastai.data.core import DataLoaders, TfmdDL
-from fastai.torch_core import TensorBase, TensorCategory, TensorMultiCategory, default_device, to_device
+from fastai.torch_core import TensorBase, TensorCategory, TensorMultiCategory, default_device
 from fastai.vision.core import TensorImage, TensorMask, TensorPoint
-from fastcore.basics import chunked, patch
+from fastcore.basics import patch
 
 from ..core import Batch, ConfigError, DataError, pick
 from .images import NormalizeImages, image_size, imagenet_stats, load_image, load_mask, normalize
@@ -228,61 +227,6 @@ class PartDL(TfmdDL):
         if self.after_item.fs or self.before_batch.fs or not hasattr(self.dataset, 'batch'):
             yield from super().create_batches(samps)
         else: yield from (self.dataset.batch(rows, self._norm()) for rows in self.chunkify(samps))
-
-
-# %% ../../nbs/01_data/04_loaders.ipynb #5fd1b5e5
-class _Pass:
-    "What workers that stay are given: the key and the rows of each batch of a pass"
-    def __init__(self, ds): self.ds,self.todo = ds,[]
-    def __iter__(self): return iter(self.todo)
-    def __len__(self): return len(self.todo)
-    def __getitem__(self, one): # in a worker
-        self.ds.key,rows = one
-        return self.ds.batch(rows)
-
-def _seen(ds):
-    "What the items of a dataset depend on, but for the key: workers that read it otherwise are of no more use"
-    plain = (int,float,str,type(None))
-    own = ('key','chance','row','room')
-    return {k:v if isinstance(v, plain) else id(v) for k,v in vars(ds).items() if k not in own}
-
-@patch
-def _workers(self:PartDL):
-    "Workers for the dataset as it is now"
-    seen = id(self.dataset),_seen(self.dataset)
-    if self.pool is None or self.pool[0] != seen:
-        todo,gpu = _Pass(self.dataset),torch.device(self.device or 'cpu').type == 'cuda'
-        made = torch.utils.data.DataLoader(todo, None, sampler=todo, num_workers=self.fake_l.num_workers, collate_fn=_as_it_is,
-                                           persistent_workers=True, pin_memory=gpu, generator=torch.Generator())
-        self.pool = seen,todo,made
-    return self.pool[1:]
-
-
-# %% ../../nbs/01_data/04_loaders.ipynb #5fd1b5e6
-@patch
-def _pass(self:PartDL):
-    "fastai's loop, with workers that stay"
-    self.randomize()
-    self.before_iter()
-    self._DataLoader__idxs = rows = self.get_idxs()
-    torch.empty((), dtype=torch.int64).random_() # as new workers would: the numbers of a training stay what they are
-    todo,batches = self._workers()
-    todo.todo = [(self.dataset.key, r) for r in chunked(rows, self.bs, self.drop_last)]
-    for b in batches: yield self.after_batch(to_device(tuple(b), self.device, non_blocking=batches.pin_memory))
-    self.after_iter()
-
-@patch
-def __iter__(self:PartDL):
-    ours = isinstance(self.dataset, PartDataset) and not (self.after_item.fs or self.before_batch.fs)
-    return self._pass() if self.stay and ours and self.fake_l.num_workers else super(PartDL, self).__iter__()
-
-@patch
-@contextmanager
-def workers_stay(self:PartDL):
-    "Inside the block, worker processes stay from one pass to the next"
-    was,self.stay = self.stay,True
-    try: yield self
-    finally: self.stay,self.pool = was,None
 
 
 # %% ../../nbs/01_data/04_loaders.ipynb #174b5024
