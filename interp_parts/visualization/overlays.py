@@ -238,7 +238,8 @@ def _png(fig, title, text, dpi=100):
     "Any figure as a PNG file of 256 colours"
     full,small,info = io.BytesIO(),io.BytesIO(),PngInfo()
     fig.savefig(full, format='rgba', dpi=dpi, facecolor='white')
-    width = int(fig.get_figwidth()*dpi)
+    wide = fig.get_figwidth()*dpi
+    width = next(w for w in (int(wide + 1e-8), int(wide)) if full.tell()%(4*w) == 0) # as matplotlib rounds, 3.11 or older
     im = Image.frombytes('RGBA', (width, full.tell()//(4*width)), full.getvalue()).convert('RGB')
     for k,v in (('Title',title), ('Description',text), ('Software','interp_parts')): info.add_itxt(k, _in_utf8(v))
     _few_colors(im, fig).save(small, format='png', optimize=True, pnginfo=info)
