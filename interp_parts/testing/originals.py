@@ -64,7 +64,8 @@ def _train_options(words):
     if method == 'classification_specific_parts' and not recipe: small['--backbone'] = 'resnet18'
     if method == 'contrastive_reconstruction': small |= {'--steps':'2'}
     if method == 'visual_words': small |= {'--n-parts':'6', '--epochs':'2'}
-    if method == 'nonparametric_prototypes': small |= {'--size':'56', '--epochs':'2', '--backbone':'vit_small_patch14_reg4_dinov2.lvd142m'}
+    if 'vit' in recipe: small |= {'--size':'56', '--backbone':'vit_small_patch14_reg4_dinov2.lvd142m'}
+    if method == 'nonparametric_prototypes': small |= {'--epochs':'2'}
     if '--steps' in words+list(small): small.pop('--epochs')
     more = [w for k,v in small.items() if k not in words for w in (k, v)]
     phases = ['--set','warm=1','--set','start=1','--set','every=1','--set','last_epochs=2']*(method == 'visual_words')

@@ -151,9 +151,8 @@ def attention_overlay(
 
 def _signed_overlay(rgb, v, alpha):
     "The image in grey, with red where `v` (H,W) in -1..1 is above zero and blue where it is below"
-    grey,color = rgb.mean(-1, keepdims=True),colormaps['RdBu_r'](np.where(v > 0, .9, .1))[...,:3]*255
-    a = alpha*np.sqrt(abs(v))[...,None]
-    return ((1-a)*grey + a*color).astype(np.uint8)
+    color,a = _heat_colors(np.where(v > 0, .9, .1), True),alpha*np.sqrt(abs(v))[...,None]
+    return ((1-a)*rgb.mean(-1, keepdims=True) + a*color).astype(np.uint8)
 
 # %% ../../nbs/21_visualization/01_overlays.ipynb #e0179b5a
 def _box_window(box):
@@ -238,7 +237,7 @@ def _png(fig, title, text, dpi=100):
     "Any figure as a PNG file of 256 colours"
     full,small,info = io.BytesIO(),io.BytesIO(),PngInfo()
     fig.savefig(full, format='rgba', dpi=dpi, facecolor='white')
-    width = int(fig.get_figwidth()*dpi)
+    width = next(w for w in (int(fig.get_figwidth()*dpi + v) for v in (1e-8,0)) if full.tell()%(4*w) == 0)
     im = Image.frombytes('RGBA', (width, full.tell()//(4*width)), full.getvalue()).convert('RGB')
     for k,v in (('Title',title), ('Description',text), ('Software','interp_parts')): info.add_itxt(k, _in_utf8(v))
     _few_colors(im, fig).save(small, format='png', optimize=True, pnginfo=info)
