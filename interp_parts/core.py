@@ -26,7 +26,8 @@ from .modes import eval_mode
 from .original import OriginalWeights
 
 # %% ../nbs/00_core.ipynb #2f0220ce
-_all_ = ['CheckpointError', 'ConfigError', 'DataError', 'InterpPartsError', 'TrainingError', 'eval_mode', 'method_names', 'nearest',
+_all_ = ['CheckpointError', 'ConfigError', 'DataError', 'InterpPartsError', 'TrainingError', 'eval_mode',
+         'method_names', 'nearest',
          'pick']
 
 # %% ../nbs/00_core.ipynb #38d4e0c1
@@ -298,7 +299,8 @@ def register(
 )->_Method:
     "Add a method to the registry under the name of its learner factory"
     name = learner.__name__.removesuffix('_learner')
-    methods[name] = _Method(name, model, learner, recipes or {}, summary, tuple(extra), scores, base, pictures, importer)
+    methods[name] = _Method(name, model, learner, recipes or {}, summary, tuple(extra), scores, base, pictures,
+                            importer)
     return methods[name]
 
 # %% ../nbs/00_core.ipynb #373c4dab

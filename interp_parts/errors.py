@@ -64,7 +64,8 @@ def pick(
 ):
     "`options[name]` of a dict, or `name` itself; an unknown name is answered with the nearest ones"
     if isinstance(name, Hashable) and name in options: return options[name] if isinstance(options, dict) else name
-    if like := nearest(name, options, close=True): raise ConfigError(what, repr(name), '', f"did you mean {', '.join(like)}?")
+    if like := nearest(name, options, close=True):
+        raise ConfigError(what, repr(name), '', f"did you mean {', '.join(like)}?")
     raise ConfigError(what, repr(name), f'one of {_listed(list(options))}')
 
 def _listed(names, most=60):
@@ -82,5 +83,6 @@ def warn_user(
 ):
     "Warn at the line of whoever called the library"
     frame,level = sys._getframe(1),2
-    while frame.f_back and frame.f_globals.get('__name__', '').split('.')[0] in _libraries: frame,level = frame.f_back,level+1
+    while frame.f_back and frame.f_globals.get('__name__', '').split('.')[0] in _libraries:
+        frame,level = frame.f_back,level+1
     warnings.warn(text, stacklevel=level)

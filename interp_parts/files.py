@@ -33,7 +33,8 @@ def atomic_path(
     "A temporary path to write to; it becomes `path` when the block ends well and vanishes when it does not"
     path = Path(path)
     try: path.parent.mkdir(parents=True, exist_ok=True)
-    except (FileExistsError, NotADirectoryError): raise ConfigError(path.parent, 'is a file', 'a folder', 'pass another path') from None
+    except (FileExistsError, NotADirectoryError):
+        raise ConfigError(path.parent, 'is a file', 'a folder', 'pass another path') from None
     end = path.suffix if len(path.suffix) < 16 else ''
     fd,tmp = tempfile.mkstemp(dir=path.parent, prefix=f'.interp_parts-{os.getpid()}-', suffix=end)
     os.close(fd)
@@ -163,7 +164,8 @@ def _graph_is_ours(path):
 def _numbers_are_ours(path):
     "Plain numbers hold no word: the note beside them does, with their checksum"
     note = _note(path)
-    with open(path, 'rb') as f: return _json_is_ours(note) and read_json(note).get('sha256') == hashlib.file_digest(f, 'sha256').hexdigest()
+    with open(path, 'rb') as f:
+        return _json_is_ours(note) and read_json(note).get('sha256') == hashlib.file_digest(f, 'sha256').hexdigest()
 
 def _note(path): return Path(f'{path}.json')
 
@@ -172,7 +174,8 @@ def _csv_is_ours(path):
     with open(path, encoding='utf-8') as f: head = f.readline()
     return head.startswith(('word,image,cell,', 'image,true_class,answer,', 'class,answer,images', 'class,prototype,'))
 
-_kinds = {'.png':_png_is_ours, '.npz':_npz_is_ours, '.csv':_csv_is_ours, '.txt':_numbers_are_ours, '.json':_json_is_ours, '.jsonl':_lines_are_ours,
+_kinds = {'.png':_png_is_ours, '.npz':_npz_is_ours, '.csv':_csv_is_ours, '.txt':_numbers_are_ours,
+          '.json':_json_is_ours, '.jsonl':_lines_are_ours,
           **dict.fromkeys(['.md','.html','.py'], _text_is_ours), **dict.fromkeys(['.onnx','.pt2'], _graph_is_ours)}
 
 def _is_our_file(p):
@@ -227,7 +230,8 @@ def occupied(
 
 # %% ../nbs/00a_files.ipynb #d41118e9
 _also = dict(run=('run','demo')) # A demo is a run with its images
-_inner = dict(visualization=('pictures',), predictions=('pictures',), masks=('grabcut','masks'), state=(), cs_parts=('parts','lists'))
+_inner = dict(visualization=('pictures',), predictions=('pictures',), masks=('grabcut','masks'), state=(),
+              cs_parts=('parts','lists'))
 _inner |= {'.boxes':('grabcut',), '.foreground':('foreground',)} # Folders in folders of ours, and what they are for
 
 def _within(p, kind=None):
@@ -324,7 +328,8 @@ def keep_theirs(
     if theirs: warn_user(f'{path}: not written, since interp_parts did not write the file that is there; rename it')
     return theirs
 
-_of_runs = {'config.json', 'settings.json', 'metrics.json', 'split.txt', 'history.csv', 'model.safetensors', 'answers.csv', 'part_names.json',
+_of_runs = {'config.json', 'settings.json', 'metrics.json', 'split.txt', 'history.csv', 'model.safetensors',
+            'answers.csv', 'part_names.json',
             MARK, LOCK}
 
 def claim_file(
@@ -340,7 +345,8 @@ def claim_file(
     if not os.path.lexists(p): return p
     if made(p) == 'file':
         if replace: return p
-        raise ConfigError(p, 'exists, and interp_parts wrote it', 'a new file', f'pass --overwrite, or a new name, such as {free_name(p)}')
+        raise ConfigError(p, 'exists, and interp_parts wrote it', 'a new file',
+                          f'pass --overwrite, or a new name, such as {free_name(p)}')
     owner = next((k for d in Path(os.path.abspath(p)).parents if (k := made(d))), None)
     if owner in kinds and p.is_file() and not p.is_symlink(): return p
     do = do or f'pass a new name, such as {free_name(p)}'

@@ -13,7 +13,8 @@ from .errors import CheckpointError
 
 
 # %% ../nbs/00d_kinds.ipynb #184a81df
-_words = {bool:'true or false', int:'a whole number', float:'a number', str:'a text', list:'a list', dict:'a dictionary'}
+_words = {bool:'true or false', int:'a whole number', float:'a number', str:'a text', list:'a list',
+          dict:'a dictionary'}
 
 def _is(v, kind):
     "Is it a value of a type? A whole number is a number, true is not"

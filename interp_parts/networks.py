@@ -107,30 +107,37 @@ class LayerMap(nn.Module):
             raise _Reached
         with forward_hooks(keep, self.net.get_submodule(self.layer)), suppress(_Reached): self.net(x)
         if not got: raise ConfigError('layer', self.layer, 'a layer that is used')
-        if not isinstance(got[0], torch.Tensor): raise ConfigError('layer', f'{self.layer} gives a {type(got[0]).__name__}', 'a tensor')
+        if not isinstance(got[0], torch.Tensor):
+            raise ConfigError('layer', f'{self.layer} gives a {type(got[0]).__name__}', 'a tensor')
         return as_map(got[0], x.shape[2:], getattr(self.net, 'num_prefix_tokens', None) if got[0].ndim == 3 else None)
 
 # %% ../nbs/00g_own_networks.ipynb #bdfcbd58
 def _vit_sizes(net):
     "Of timm's ViT"
     block = net.blocks[0]
-    return dict(img_size=list(net.patch_embed.img_size), patch_size=list(net.patch_embed.patch_size), embed_dim=net.embed_dim,
-                depth=len(net.blocks), num_heads=block.attn.num_heads, mlp_ratio=block.mlp.fc1.out_features/net.embed_dim)
+    return dict(img_size=list(net.patch_embed.img_size), patch_size=list(net.patch_embed.patch_size),
+                embed_dim=net.embed_dim,
+                depth=len(net.blocks), num_heads=block.attn.num_heads,
+                mlp_ratio=block.mlp.fc1.out_features/net.embed_dim)
 
 def _swin_sizes(net):
     "Of timm's Swin"
     blocks = [l.blocks for l in net.layers]
-    return dict(img_size=list(net.patch_embed.img_size), patch_size=list(net.patch_embed.patch_size), embed_dim=net.patch_embed.proj.out_channels,
-                depths=[len(b) for b in blocks], num_heads=[b[0].attn.num_heads for b in blocks], window_size=list(blocks[0][0].attn.window_size))
+    return dict(img_size=list(net.patch_embed.img_size), patch_size=list(net.patch_embed.patch_size),
+                embed_dim=net.patch_embed.proj.out_channels,
+                depths=[len(b) for b in blocks], num_heads=[b[0].attn.num_heads for b in blocks],
+                window_size=list(blocks[0][0].attn.window_size))
 
 def _convnext_sizes(net):
     "Of timm's ConvNeXt"
-    return dict(depths=[len(s.blocks) for s in net.stages], dims=[s.blocks[-1].conv_dw.out_channels for s in net.stages])
+    return dict(depths=[len(s.blocks) for s in net.stages],
+                dims=[s.blocks[-1].conv_dw.out_channels for s in net.stages])
 
 def _torchvision_vit_sizes(net):
     "Of torchvision's ViT"
     layers = net.encoder.layers
-    return dict(image_size=net.image_size, patch_size=net.patch_size, num_layers=len(layers), num_heads=layers[0].num_heads,
+    return dict(image_size=net.image_size, patch_size=net.patch_size, num_layers=len(layers),
+                num_heads=layers[0].num_heads,
                 hidden_dim=net.hidden_dim, mlp_dim=net.mlp_dim, num_classes=net.num_classes)
 
 # %% ../nbs/00g_own_networks.ipynb #066b2c5e
@@ -141,7 +148,8 @@ def _timm_ways(net, size):
     name = (getattr(net, 'pretrained_cfg', None) or {}).get('architecture')
     if not name or not timm.is_model(name): return
     regs = {} if not getattr(net, 'reg_token', None) is not None else dict(reg_tokens=net.reg_token.shape[1])
-    for more in ({}, dict(img_size=size), dict(output_stride=16), dict(output_stride=8), dict(img_size=size, dynamic_img_size=True)):
+    for more in ({}, dict(img_size=size), dict(output_stride=16), dict(output_stride=8),
+                 dict(img_size=size, dynamic_img_size=True)):
         yield dict(library='timm', name=name, options={'num_classes':getattr(net, 'num_classes', 0), **regs, **more})
     own = _sizes.get(type(net).__name__)
     if own: yield dict(library='timm', name=name, options={'num_classes':net.num_classes, **regs, **own(net)})
@@ -159,11 +167,13 @@ def _fastai_ways(net, size):
     "`vision_learner` cuts a torchvision network and puts a head behind it"
     if not (isinstance(net, nn.Sequential) and len(net) == 2): return
     for name in torchvision.models.list_models(module=torchvision.models):
-        if name.startswith(('resnet','resnext','wide','densenet','vgg')): yield dict(library='fastai', name=name, options={})
+        if name.startswith(('resnet','resnext','wide','densenet','vgg')):
+            yield dict(library='fastai', name=name, options={})
 
 # %% ../nbs/00g_own_networks.ipynb #6b2976fe
 def _build(name, library, options):
-    if library not in ('timm','torchvision','fastai'): raise CheckpointError('network', library, 'timm, torchvision or fastai')
+    if library not in ('timm','torchvision','fastai'):
+        raise CheckpointError('network', library, 'timm, torchvision or fastai')
     if (library, name) == ('torchvision','VisionTransformer'): return torchvision.models.VisionTransformer(**options)
     known = timm.is_model(name) if library == 'timm' else name in torchvision.models.list_models()
     if not known: raise CheckpointError('network', repr(name), f'a model of {library}')

@@ -29,7 +29,8 @@ def _starts(*heads, at=0):
         with open(f, 'rb') as o: return o.read(16)[at:].startswith(heads)
     return check
 
-def _is_scores(f): return any(_holds(**{k:t})(f) for k,t in (('protocol',str), ('plain_classifier',dict), ('benchmarks',dict)))
+def _is_scores(f): return any(_holds(**{k:t})(f) for k,t in (('protocol',str), ('plain_classifier',dict),
+                                                             ('benchmarks',dict)))
 
 def _is_names(f): return _holds()(f) and all(k.isdecimal() for k in read_json(f))
 
@@ -38,14 +39,20 @@ def _is_list(f):
 
 # %% ../nbs/00f_replace.ipynb #f04bd751
 _picture = _starts(b'\x93NUMPY', b'\x89PNG', b'\xff\xd8\xff')
-_run_files = {MARK:_holds(kind=str), LOCK:_holds(), 'config.json':_holds(method=str), 'settings.json':_holds(method=str, path=str),
-              'history.csv':_starts(b'epoch,'), 'metrics.json':_is_scores, 'split.txt':_starts(b'# ', b'train\t', b'test\t', b'valid\t'), 'part_names.json':_is_names,
-              'state/state.json':_holds(epoch=int, files=dict), 'state/initial.json':_holds(), 'state/loop-*.pt':_starts(b'PK'),
-              **dict.fromkeys(('model.safetensors','state/model-*.safetensors','state/initial.safetensors','state/best.safetensors'), _starts(b'{', at=8)),
-              'visualization/findings.json':_holds(schema=int, n_images=int, n_parts=int), 'visualization/prototypes.json':_starts(b'['),
+_run_files = {MARK:_holds(kind=str), LOCK:_holds(), 'config.json':_holds(method=str),
+              'settings.json':_holds(method=str, path=str),
+              'history.csv':_starts(b'epoch,'), 'metrics.json':_is_scores,
+              'split.txt':_starts(b'# ', b'train\t', b'test\t', b'valid\t'), 'part_names.json':_is_names,
+              'state/state.json':_holds(epoch=int, files=dict), 'state/initial.json':_holds(),
+              'state/loop-*.pt':_starts(b'PK'),
+              **dict.fromkeys(('model.safetensors','state/model-*.safetensors','state/initial.safetensors',
+                               'state/best.safetensors'), _starts(b'{', at=8)),
+              'visualization/findings.json':_holds(schema=int, n_images=int, n_parts=int),
+              'visualization/prototypes.json':_starts(b'['),
               'visualization/prototypes.csv':_starts(b'class,prototype'), 'cs_parts/*.npz':_starts(b'PK'),
               'cs_parts/*.json':_holds(schema=int, key=str, sha256=str), 'cs_parts/*.txt':_is_list,
-              **dict.fromkeys(('visualization/words/word_*.jpg','visualization/projection/*','visualization/nearest/*'), _picture)}
+              **dict.fromkeys(('visualization/words/word_*.jpg','visualization/projection/*','visualization/nearest/*'),
+                              _picture)}
 
 def _in_run(name): return any(fnmatch(name, p) for p in _run_files)
 
@@ -69,7 +76,8 @@ def _begun(f, end):
 def _of_run(run, f):
     "Is it a file that a run consists of?"
     name = f.relative_to(run).as_posix()
-    if _unfinished(run, f) is not None or fnmatch(f.name, '.lock-*.json') and _holds(host=str, process=int)(f): return True
+    if _unfinished(run, f) is not None or fnmatch(f.name, '.lock-*.json') and _holds(host=str, process=int)(f):
+        return True
     if name.startswith('masks/'): return bool(re.fullmatch(r'[0-9a-f]{32}\.png', f.name))
     return made(f) == 'file' or any(fnmatch(name, p) and is_one(f) for p,is_one in _run_files.items())
 

@@ -31,7 +31,8 @@ from ..training.optim import split_params
 def _identity_classes(dls):
     "Give DataLoaders of a table with `identity` alone its classes: people of training rows first"
     df = dls.table
-    if dls.multi: warn_user(f'the {dls.c} attributes are learned, not who the people are: pass --data celeba_people for CelebA, '
+    if dls.multi:
+        warn_user(f'the {dls.c} attributes are learned, not who the people are: pass --data celeba_people for CelebA, '
                             "or a table with 'label' instead of 'labels'")
     if dls.multi or 'label' in df or 'identity' not in df: return dls
     train,rest = set(df.identity[df.split == 'train']),set(df.identity)

@@ -45,7 +45,8 @@ def _dots(ax, m, s, face, scale):
     ax.imshow(back.astype(np.uint8), extent=(0,w,h,0))
     ax.set(xlim=(0,w), ylim=(h,0)); ax.set_axis_off()
     lo,hi = scale
-    return ax.scatter(*m.center[s].T, c=m.deviation[s], s=12, cmap='coolwarm', vmin=lo, vmax=hi, linewidths=.5, edgecolors='white')
+    return ax.scatter(*m.center[s].T, c=m.deviation[s], s=12, cmap='coolwarm', vmin=lo, vmax=hi, linewidths=.5,
+                      edgecolors='white')
 
 def location_figure(
     models:dict, # `Locations` by name, such as base, spatial and full
@@ -167,7 +168,8 @@ def _pictures(learn, df, rows, folder, beside=None):
     with eval_mode(learn.model), torch.no_grad(): maps = learn.model(x).maps.float().cpu()
     chosen = locs['this run'].strongest(6)
     files = [_save(location_figure(locs, face), folder, 'locations.png', 'Where the filters look'),
-             _save(_response_figure(learn.model.middle(ims), maps, chosen), folder, 'filters.png', 'Responses of filters')]
+             _save(_response_figure(learn.model.middle(ims), maps, chosen), folder, 'filters.png',
+                   'Responses of filters')]
     if len(x) < 2: return files
     pair = pair_figure(ims[:2], explain_pair(learn.model, x[:2]))
     return [*files, _save(pair, folder, 'pair.png', 'Which filters agree on two faces')]

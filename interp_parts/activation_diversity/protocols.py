@@ -87,7 +87,8 @@ def _score_pairs(
 )->dict:
     "Verification on a list of pairs of images of the run's own data"
     df = run_rows(learn.config)
-    return _score_list(learn, df, FaceLists.pairs(path if Path(path).is_file() else _one(path, 'pairs.txt'), df), features)
+    return _score_list(learn, df, FaceLists.pairs(path if Path(path).is_file() else _one(path, 'pairs.txt'), df),
+                       features)
 
 # %% ../../nbs/13_activation_diversity/13_protocols.ipynb #900d7b2e
 def _ijba_features(learn, path, splits, features, index):
@@ -165,7 +166,8 @@ def _score_ijbc(
     pairs = FaceLists.ijbc(_one(path, 'ijbc_11_G1_G2_matches.csv'), 'matches')
     a,b = (both.find(p) for p in pairs[np.isin(pairs, both.ids).all(1)].T)
     out = Verification(Templates.pooled_distances(both.pooled(f), a, b), both.subject[a] == both.subject[b]).rates()
-    found = Identification(Templates.pooled_distances(probe.pooled(f), other=gallery.pooled(f)), probe.subject, gallery.subject)
+    found = Identification(Templates.pooled_distances(probe.pooled(f), other=gallery.pooled(f)), probe.subject,
+                           gallery.subject)
     out |= {f'rank_{k}':r for k,r in zip((1,5,10), found.rank_rates())}
     return dict(recognition=_mean_std([out]), folds=1, n_images=len(f))
 
@@ -208,7 +210,8 @@ def _score(name):
             if 'unexpected keyword' not in str(e): raise
             key = str(e).rpartition("'")[0].rpartition("'")[2]
             raise ConfigError('--set', key, 'features, index, pairs or base') from None
-        if base: out['recognition_base'] = _SCORES[name](load_run(base, learn.dls.device), path, **options)['recognition']
+        if base:
+            out['recognition_base'] = _SCORES[name](load_run(base, learn.dls.device), path, **options)['recognition']
         return dict(out, protocol=name)
     return run
 

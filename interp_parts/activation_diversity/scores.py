@@ -40,7 +40,8 @@ def _mesh(learn, rows):
 
 def _covered(learn, rows, window):
     "Batches of the rows with a window covered in each image"
-    return OccludedBatches(learn.batches(rows, whole=False), window=tuple(window), stats=learn.dls.stats, mesh=_mesh(learn, rows))
+    return OccludedBatches(learn.batches(rows, whole=False), window=tuple(window), stats=learn.dls.stats,
+                           mesh=_mesh(learn, rows))
 
 # %% ../../nbs/13_activation_diversity/14_scores.ipynb #500075a9
 def _write_covered(learn, batches, rows, folder):

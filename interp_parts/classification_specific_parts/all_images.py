@@ -95,5 +95,6 @@ def import_checkpoint(self:PartPipeline,
     if not svm.is_file(): return
     with reading(svm, 'the classifiers of a run'), np.load(svm, allow_pickle=False) as z: arrays = dict(z)
     size = arrays['select_coef'].shape if 'select_coef' in arrays else None
-    if size != (self.n_classes, self.features().shape[1]): raise DataError(svm, f'a classifier {size}', 'that of the run')
+    if size != (self.n_classes, self.features().shape[1]):
+        raise DataError(svm, f'a classifier {size}', 'that of the run')
     self.store.get('classifiers', self.keys['classifiers'], lambda: arrays)

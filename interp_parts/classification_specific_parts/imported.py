@@ -25,7 +25,8 @@ from ..training.runs import run_config, save_run
 # %% ../../nbs/14_classification_specific_parts/11_imported.ipynb #250af7af
 _stem = dict(zip(('conv1','conv2','conv3','conv5','conv6'), ('Conv2d_1a_3x3','Conv2d_2a_3x3','Conv2d_2b_3x3',
                                                              'Conv2d_3b_1x1','Conv2d_4a_3x3')))
-_blocks = ['Mixed_5b','Mixed_5c','Mixed_5d','Mixed_6a','Mixed_6b','Mixed_6c','Mixed_6d','Mixed_6e','Mixed_7a','Mixed_7b','Mixed_7c']
+_blocks = ['Mixed_5b','Mixed_5c','Mixed_5d','Mixed_6a','Mixed_6b','Mixed_6c','Mixed_6d','Mixed_6e','Mixed_7a',
+           'Mixed_7b','Mixed_7c']
 _split = {'3x3_2':'3x3_2a', '3x3_3':'3x3_2b', '3x3dbl_3':'3x3dbl_3a', '3x3dbl_4':'3x3dbl_3b'}
 
 def _branch(block, conv):
@@ -38,7 +39,8 @@ def _branch(block, conv):
 
 _layers = {'conv/W':'conv.weight', 'bn/beta':'bn.bias', 'bn/gamma':'bn.weight', 'bn/avg_mean':'bn.running_mean',
            'bn/avg_var':'bn.running_var'}
-_convs = {'5':'1x1 5x5_1 5x5_2 3x3_1 3x3_2 3x3_3 pool', '6':'1x1 7x7_1 7x7_2 7x7_3 7x7x2_1 7x7x2_2 7x7x2_3 7x7x2_4 7x7x2_5 pool',
+_convs = {'5':'1x1 5x5_1 5x5_2 3x3_1 3x3_2 3x3_3 pool',
+          '6':'1x1 7x7_1 7x7_2 7x7_3 7x7x2_1 7x7x2_2 7x7x2_3 7x7x2_4 7x7x2_5 pool',
           '7':'1x1 3x3_1 3x3_2 3x3_3 3x3x2_1 3x3x2_2 3x3x2_3 3x3x2_4 pool',
           '6a':'3x3 3x3_1 3x3_2 3x3_3', '7a':'3x3_1 3x3_2 7x7_1 7x7_2 7x7_3 7x7_4'}
 
@@ -59,11 +61,13 @@ def _plain_arrays(path):
     except CheckpointError: raise
     except ValueError:
         got = 'pickled objects, which may run code' if zipfile.is_zipfile(path) else 'not a file of plain arrays'
-        raise CheckpointError(path, got, 'an npz file of plain arrays', 'where you trust it, numpy.savez of its arrays makes one') from None
+        raise CheckpointError(path, got, 'an npz file of plain arrays',
+                              'where you trust it, numpy.savez of its arrays makes one') from None
 
 def _chainer_arrays(path):
     "Arrays of the file by name, without the name of a wrapper"
-    with reading(path, 'arrays of an InceptionV3', error=CheckpointError), _plain_arrays(path), np.load(path, allow_pickle=False) as z:
+    with reading(path, 'arrays of an InceptionV3',
+                 error=CheckpointError), _plain_arrays(path), np.load(path, allow_pickle=False) as z:
         first = next((k for k in z.files if k.endswith('head/conv1/conv/W')), None)
         if first is None: raise CheckpointError(path, 'no head/conv1/conv/W', 'an InceptionV3 of cvmodelz')
         prefix = first.removesuffix('head/conv1/conv/W')
@@ -77,8 +81,11 @@ def _read_chainer(path):
     for k,v in want.items():
         if k.endswith('bn.weight'): state.setdefault(k, torch.ones_like(v))
         if k.endswith('num_batches_tracked'): state[k] = v
-    bad = sorted(k for k in want.keys() | state.keys() if k not in want or k not in state or want[k].shape != state[k].shape)
-    if bad: raise CheckpointError(path, f'{len(bad)} arrays do not fit ({", ".join(bad[:3])})', 'an InceptionV3 of cvmodelz')
+    bad = sorted(k for k in want.keys() | state.keys() if k not in want or k not in state
+                 or want[k].shape != state[k].shape)
+    if bad:
+        raise CheckpointError(path, f'{len(bad)} arrays do not fit ({", ".join(bad[:3])})',
+                              'an InceptionV3 of cvmodelz')
     return state,arrays.get('fc/W'),arrays.get('fc/b')
 
 # %% ../../nbs/14_classification_specific_parts/11_imported.ipynb #503b5a47
@@ -87,7 +94,8 @@ def _given_head(learn, W, b, path):
     head = learn.model.head
     if W is None: return
     more = len(W)-len(head.weight)
-    if more not in (0, 1): raise CheckpointError(path, f'{len(W)} classes', f'{len(head.weight)} of the data, or one more')
+    if more not in (0, 1):
+        raise CheckpointError(path, f'{len(W)} classes', f'{len(head.weight)} of the data, or one more')
     with torch.no_grad():
         head.weight.copy_(W[more:])
         head.bias.copy_(b[more:])
@@ -97,8 +105,10 @@ _listed = {('cub',200):.895, ('nabirds',555):.885, ('flowers',102):.969, ('cars'
 def _learner_of(path, df, size, **options):
     "A learner whose network is that of the file"
     state,W,b = _read_chainer(path)
-    dls = part_dls(df, size, 'short', bs=max(1, min(24, int((df.split == 'train').sum()))), stats=backbone_stats('inception_v3.tv_in1k'))
-    learn = classification_specific_parts_learner(dls, 'inception_v3.tv_in1k', pretrained=False, **{**dict(compat=True), **options})
+    dls = part_dls(df, size, 'short', bs=max(1, min(24, int((df.split == 'train').sum()))),
+                   stats=backbone_stats('inception_v3.tv_in1k'))
+    learn = classification_specific_parts_learner(dls, 'inception_v3.tv_in1k', pretrained=False,
+                                                  **{**dict(compat=True), **options})
     learn.model.backbone.net.load_state_dict(state)
     _given_head(learn, W, b, path)
     return learn

@@ -98,7 +98,8 @@ def classification_specific_parts_learner(
     if freeze_early is None: freeze_early = bool(pretrained or weights or init) and not compat
     options = {**(published_settings if compat else dict(align=True)), **options}
     model = ClassificationSpecificParts(dls.c, n_parts, backbone, compat=compat,
-                                        pretrained=pretrained and not init, weights=None if init else weights, freeze_early=freeze_early, **options)
+                                        pretrained=pretrained and not init, weights=None if init else weights,
+                                        freeze_early=freeze_early, **options)
     if init: _take_network(model, init, backbone, compat)
     learn = part_learner(dls, model, cbs=[LossTerms(), _SixSteps(files, checkpoint), *L(cbs)])
     if label_smoothing: learn.loss_func = partial(F.cross_entropy, label_smoothing=label_smoothing)

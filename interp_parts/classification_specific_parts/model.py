@@ -78,13 +78,15 @@ class ClassificationSpecificParts(Classifier):
         if parts == 'keypoints':
             raise ConfigError('parts', parts, 'cs or random: a model sees no keypoint', _by_keypoints)
         steps = dict(n_parts=n_parts, mode=mode, selection=selection, parts=parts, shuffle=shuffle, crops=crops,
-                     threshold=threshold, composition=composition, sigma=sigma, gamma=gamma, c_select=c_select, c_final=c_final, cross_fit=cross_fit,
+                     threshold=threshold, composition=composition, sigma=sigma, gamma=gamma, c_select=c_select,
+                     c_final=c_final, cross_fit=cross_fit,
                      normalize=normalize, gate=gate, whole=whole, align=align, solver=solver)
         settings = PartSettings(source='input', **steps)
         net = dict(stride=stride, freeze=freeze, freeze_bn=freeze_bn, freeze_early=freeze_early)
         super().__init__(n_classes, backbone, pretrained=pretrained, weights=weights, features=features, **net)
         self.source = replace(settings, source=source).source
-        self.config = dict(n_classes=n_classes, backbone=backbone, **steps, source=source, small=small, compat=compat, **net)
+        self.config = dict(n_classes=n_classes, backbone=backbone, **steps, source=source, small=small,
+                           compat=compat, **net)
         self.settings = settings
         if compat and backbone.startswith('inception_v3') and features is None: published_inception(self.backbone.net)
         if small: self.backbone = _SmallView(self.backbone, small)

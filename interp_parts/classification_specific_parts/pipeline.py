@@ -287,4 +287,5 @@ def kind(self:PartPipeline):
 @patch
 def _export_boxes(self:PartPipeline, a):
     "part_locs.txt of the original: CS_parts for selected features, noCS_parts for all"
-    if self.exports: write_part_locs(self.store.dir/self.kind/'parts'/'part_locs.txt', self.df.get('id', self.df.index), a['boxes'])
+    if self.exports:
+        write_part_locs(self.store.dir/self.kind/'parts'/'part_locs.txt', self.df.get('id', self.df.index), a['boxes'])

@@ -232,7 +232,8 @@ def _nonparametric_prototypes_cases(n=4, size=224, name='vit_small_patch14_reg4_
         return nn.functional.cross_entropy(o.logits, y) + .8*patch_contrast(o.similarity, at)[0]
     plain = timm.create_model(name, num_classes=200, img_size=size)
     return {f'ViT-S/14, B={n}, {size} px, 200 x 5 prototypes': dict(
-        limit=.8, original=None, plain=_train_step(plain, nn.functional.cross_entropy, x, y), ours=_train_step(net, loss, x, y))}
+        limit=.8, original=None, plain=_train_step(plain, nn.functional.cross_entropy, x, y),
+        ours=_train_step(net, loss, x, y))}
 
 # %% ../../nbs/30_command/04_benchmark.ipynb #b3a023c8
 _cost_cases = dict(region_grouping=_region_grouping_cases,

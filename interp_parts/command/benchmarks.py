@@ -51,7 +51,8 @@ def _throughput(
     "Images a second of decoding, of the loader, of a plain step and of the method's step, on your images"
     options = given(locals(), 'method', 'steps', 'rounds', 'set_')
     from interp_parts.command.throughput import benchmark_throughput
-    for line in benchmark_throughput(method, options, parse_set(set_), steps, rounds): print(json.dumps(line), flush=True)
+    for line in benchmark_throughput(method, options, parse_set(set_), steps, rounds):
+        print(json.dumps(line), flush=True)
 
 # %% ../../nbs/30_command/01c_benchmarks.ipynb #174d76b9
 def _of_methods(options):

@@ -79,8 +79,10 @@ def _train(
     "Train a method; writes the folder --out"
     if quiet:
         with redirect_stdout(io.StringIO()): return _train(**dict(locals(), quiet=False))
-    if None not in (epochs, steps): raise ConfigError('--steps', f'{steps}, and --epochs {epochs}', 'one of them', 'leave one out')
-    options = given(locals(), 'method', 'out', 'recipe', 'config', 'resume', 'overwrite', 'num_processes', 'quiet', 'report', 'set_')
+    if None not in (epochs, steps):
+        raise ConfigError('--steps', f'{steps}, and --epochs {epochs}', 'one of them', 'leave one out')
+    options = given(locals(), 'method', 'out', 'recipe', 'config', 'resume', 'overwrite', 'num_processes', 'quiet',
+                    'report', 'set_')
     if num_processes not in (None, 1):
         from interp_parts.command.processes import run_processes
         run_processes(num_processes, typed)
@@ -168,7 +170,9 @@ def _predict(
     if coco:
         of_answers = dict(out=out, pictures=pictures, topk=topk != 3, all=all_, resume=resume, masks=masks)
         other = next((k for k,v in dict(of_answers, num_processes=num_processes not in (None, 1)).items() if v), '')
-        if other: raise ConfigError('--coco', f"with --{other.replace('_', '-')}", 'annotations, or answers', 'run the command twice')
+        if other:
+            raise ConfigError('--coco', f"with --{other.replace('_', '-')}", 'annotations, or answers',
+                              'run the command twice')
         return label_run(run, images, coco, device, on_bad_image, bs)
     if num_processes not in (None, 1):
         from interp_parts.command.processes import run_processes
@@ -178,7 +182,8 @@ def _predict(
     for a in predict_run(run, images, out, device, masks, on_bad_image, pictures, topk, all_, resume, bs):
         if not to_file: print(json.dumps(a), flush=True)
         n['skipped' in a] += 1
-    if to_file and os.environ.get('RANK', '0') == '0': print(f"{out}: {sum(n)} new answers" + f', {n[1]} of images that cannot be read'*(n[1] > 0))
+    if to_file and os.environ.get('RANK', '0') == '0':
+        print(f"{out}: {sum(n)} new answers" + f', {n[1]} of images that cannot be read'*(n[1] > 0))
 
 # %% ../../nbs/30_command/01_cli.ipynb #10861bfc
 @command()

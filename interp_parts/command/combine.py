@@ -19,7 +19,8 @@ def _logits(run, path, split, device, workers):
     "Classes, test images, logits and labels of a run"
     learn = load_run(run, device, workers=workers)
     if learn.dls.multi or not learn.model.classifies:
-        raise ConfigError('combine', f"{run} is a run of {learn.config['method']} without classes", 'runs that name one class')
+        raise ConfigError('combine', f"{run} is a run of {learn.config['method']} without classes",
+                          'runs that name one class')
     rows = split_rows(run_rows(learn.config, path, run), (split,))
     return list(learn.dls.vocab),rows.image.tolist(),*learn.logits(rows)
 
@@ -33,7 +34,8 @@ def combine_runs(
 )->dict:
     "Accuracy of each run, and `combined`: of the sum of their logits"
     runs = [str(r) for r in runs]
-    if len(set(runs)) < max(2, len(runs)): raise ConfigError('combine', f'{len(set(runs))} runs', 'two or more different runs')
+    if len(set(runs)) < max(2, len(runs)):
+        raise ConfigError('combine', f'{len(set(runs))} runs', 'two or more different runs')
     out,total,first = {},0,None
     for r in runs:
         vocab,images,logits,y = _logits(r, path, split, pick_device(device), workers)

@@ -86,7 +86,8 @@ def _probe_accuracy(learner, train, test):
 # %% ../../nbs/30_command/05_comparison.ipynb #4e319bc6
 _shared_parts = 8 # Of the rows that all methods share
 COLUMNS = ('accuracy','ridge_keypoint_error','predictors','keypoint_error','keypoint_error_mean_predictor',
-           'nmi','ari','fg_nmi','fg_ari','fg_purity','fg_pixel_nmi','fg_pixel_purity','part_iou','named_part_iou','pointing',
+           'nmi','ari','fg_nmi','fg_ari','fg_purity','fg_pixel_nmi','fg_pixel_purity','part_iou','named_part_iou',
+           'pointing',
            'distinctiveness','comprehensiveness','consistency','consistency_constant_parts',
            'stability','insertion','insertion_center','deletion','deletion_center','parts_used','sparsity')
 

@@ -26,7 +26,8 @@ from ..visualization.report import write_model_card, write_report
 from ..visualization.summary import RunSummary
 
 # %% ../../nbs/30_command/02c_evaluate.ipynb #57244940
-_ours = {**{k:option_kinds(evaluate)[k] for k in ('fit','flip','use_mask','seed','ridge','classes','noisy','crop')}, 'remove_parts':bool}
+_ours = {**{k:option_kinds(evaluate)[k] for k in ('fit','flip','use_mask','seed','ridge','classes','noisy','crop')},
+         'remove_parts':bool}
 
 def _evaluation_options(options, scores=None):
     "Options of the reader, of `evaluate`, and of the method's `scores`"

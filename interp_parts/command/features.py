@@ -45,15 +45,18 @@ def _part(out): return Path(f'{out}.part')
 def _check_part(folder, overwrite, resume):
     "Raise an error for what is left of a file that was not finished, unless the user says what to do with it"
     if not os.path.lexists(folder): return
-    if made(folder) != 'features': raise ConfigError(folder, 'exists, and interp_parts did not write it', 'no such folder', 'pass another --out')
+    if made(folder) != 'features':
+        raise ConfigError(folder, 'exists, and interp_parts did not write it', 'no such folder', 'pass another --out')
     if not (resume or overwrite):
-        raise ConfigError(folder, 'exists: a file that was not finished', 'none', 'pass --resume to go on, or --overwrite to begin again')
+        raise ConfigError(folder, 'exists: a file that was not finished', 'none',
+                          'pass --resume to go on, or --overwrite to begin again')
     if not resume: shutil.rmtree(folder)
 
 def _about_rows(rows, model):
     "What arrays are made of: weights, images and splits"
     said = '\n'.join([model, *(f'{i} {s}' for i,s in zip(rows.image, rows.split))])
-    return dict(schema=1, rows=len(rows), made_from=hashlib.sha256(said.encode('utf-8', 'surrogateescape')).hexdigest()[:16])
+    return dict(schema=1, rows=len(rows),
+                made_from=hashlib.sha256(said.encode('utf-8', 'surrogateescape')).hexdigest()[:16])
 
 # %% ../../nbs/30_command/02e_features.ipynb #6ebb3f28
 _again = 'pass --overwrite to begin again'
@@ -87,7 +90,8 @@ def _begin(self:_RowFiles, cols):
     self.lock = locked(claim(self.folder, 'features'))
     self.lock.__enter__()
     if not self.begun:
-        for k,v in cols.items(): np.lib.format.open_memmap(self.folder/f'{k}.npy', 'w+', v.dtype, (len(self),*v.shape[1:]))
+        for k,v in cols.items():
+            np.lib.format.open_memmap(self.folder/f'{k}.npy', 'w+', v.dtype, (len(self),*v.shape[1:]))
         (self.folder/'there').write_bytes(bytes(len(self)))
         write_json(self.folder/'about.json', self.about)
     self.files = {k:self._open(k, v) for k,v in cols.items()}
@@ -205,7 +209,8 @@ def _importer(method):
     for m in method_names: get_method(m) # a method may bring the importer of its base model
     if get_method(method).importer: return get_method(method).importer
     can = [m for m in method_names if get_method(m).importer]
-    raise ConfigError('import', f'{method} reads no checkpoint of its authors', ' or '.join(can), _instead.get(method, f'train it: interp-parts train {method}'))
+    raise ConfigError('import', f'{method} reads no checkpoint of its authors', ' or '.join(can),
+                      _instead.get(method, f'train it: interp-parts train {method}'))
 
 def _check_path(make, path):
     "Raise for data that an importer needs and does not find"
@@ -237,12 +242,15 @@ def _check_kind(file, method):
     if not Path(file).is_file(): raise CheckpointError(file, 'no such file', 'a file of the authors')
     with open(file, 'rb') as f: head = f.read(64)
     if Path(file).suffix in ('.pb','.meta','.h5'):
-        raise CheckpointError(file, 'a graph of TensorFlow', 'tensors or arrays by name', f'train from images: interp-parts train {method}')
+        raise CheckpointError(file, 'a graph of TensorFlow', 'tensors or arrays by name',
+                              f'train from images: interp-parts train {method}')
     if head[:1] == b'\x80' and _TORCH not in head:
-        raise CheckpointError(file, 'a pickle, as joblib and scikit-learn dump an SVM, which may run code', 'tensors or arrays by name',
+        raise CheckpointError(file, 'a pickle, as joblib and scikit-learn dump an SVM, which may run code',
+                              'tensors or arrays by name',
                               f'fit it again: interp-parts train {method}')
     if (found := _classes_in(file, head)):
-        raise CheckpointError(file, f'a pickle of {found}, which may run code', 'tensors by name', _tensors_alone.format(Path(file).name))
+        raise CheckpointError(file, f'a pickle of {found}, which may run code', 'tensors by name',
+                              _tensors_alone.format(Path(file).name))
 
 # %% ../../nbs/30_command/02e_features.ipynb #6795b96f
 def import_run(

@@ -46,7 +46,8 @@ def _beside(own, runs, learn):
     if not runs: return {}
     method = learn.config['method']
     if own is None or 'beside' not in inspect.signature(own).parameters:
-        raise ConfigError('--beside', runs[0], 'a method whose pictures compare runs', f'{method} draws one run at a time')
+        raise ConfigError('--beside', runs[0], 'a method whose pictures compare runs',
+                          f'{method} draws one run at a time')
     learners = {Path(r).name if len({Path(o).name for o in runs}) == len(runs) else str(r):load_run(r, learn.dls.device)
                 for r in runs}
     other = [l.config['method'] for l in learners.values() if l.config['method'] != method]
@@ -70,7 +71,8 @@ def visualize_run(
     target,own = _target(learn, target),get_method(learn.config['method']).pictures
     more = _beside(own, beside, learn)
     df = run_rows(learn.config, path, run)
-    if path is None and (changed := data_changed(learn.config, df)): warn_user(f'{run}: drawn from {changed} than those of its training')
+    if path is None and (changed := data_changed(learn.config, df)):
+        warn_user(f'{run}: drawn from {changed} than those of its training')
     rows = split_rows(df, ('test','eval','valid','train'))
     some = rows.sample(min(n, len(rows)), random_state=seed).sort_index()
     rest = rows.drop(some.index)
@@ -134,7 +136,8 @@ def _masked(ask, e, mask):
     if e.parts.background is not None:
         raise ConfigError('--masks', f"{ask.learn.config['method']} finds the background itself", 'no masks')
     im = load_mask(mask)
-    if im.size != e.placement.original: raise DataError(mask, f'{im.size} pixels', f'{e.placement.original} as its image')
+    if im.size != e.placement.original:
+        raise DataError(mask, f'{im.size} pixels', f'{e.placement.original} as its image')
     on = torch.from_numpy(np.asarray(e.placement.image(im)).copy()) >= 128
     p = _on_foreground(e.parts, on[None])
     return replace(e, parts=p, names=[p.name(k) for k in range(p.n_parts)], details=None)

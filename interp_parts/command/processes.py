@@ -30,7 +30,8 @@ def _start(words, i, n, port, said):
     env = dict(os.environ, RANK=str(i), LOCAL_RANK=str(i), WORLD_SIZE=str(n), MASTER_ADDR='127.0.0.1', MASTER_PORT=port,
                OMP_NUM_THREADS=threads)
     program = [sys.executable, '-c', 'from interp_parts.command.cli import main; main()', *words]
-    return subprocess.Popen(program, env=env, stderr=said, stdout=subprocess.DEVNULL if i else None, start_new_session=True)
+    return subprocess.Popen(program, env=env, stderr=said, stdout=subprocess.DEVNULL if i else None,
+                            start_new_session=True)
 
 # %% ../../nbs/30_command/02h_processes.ipynb #780ccb2d
 def _wait(processes):
@@ -57,7 +58,8 @@ def _cause(bad, codes, said):
 
 def _why(i, code, text, resumes=True):
     "One line about the process that failed first"
-    lines = [l for l in text.splitlines() if l.startswith('interp-parts: ') and not l.startswith('interp-parts: warning')]
+    lines = [l for l in text.splitlines() if l.startswith('interp-parts: ')
+             and not l.startswith('interp-parts: warning')]
     if code > 0: return (lines or text.splitlines() or [f'exit code {code}'])[-1].removeprefix('interp-parts: ')
     name = signal.Signals(-code).name
     return f'process {i} was ended by {name}, and the others with it; the same command{" with --resume"*resumes} {"goes on" if resumes else "starts again"}'
@@ -71,7 +73,8 @@ def run_processes(
     "Run a command in `n` processes of this machine; raise an error when one of them fails"
     if n < 1: raise ConfigError('--num-processes', n, 'at least 1')
     others = os.environ.get('WORLD_SIZE', '1')
-    if others not in ('','0','1'): raise ConfigError('--num-processes', n, f'none: {others} processes were started already')
+    if others not in ('','0','1'):
+        raise ConfigError('--num-processes', n, f'none: {others} processes were started already')
     with tempfile.TemporaryDirectory() as d:
         files = [open(f'{d}/{i}', 'w+') for i in range(n)]
         port = _free_port()

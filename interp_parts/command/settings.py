@@ -27,7 +27,8 @@ from ..visualization.tracking import Track
 settings_defaults = dict(data=None, path=None, protocol=None, masks=None, init=None,
                          backbone=None, weights=None, pretrained=True, freeze_bn=False, n_parts=None,
                          epochs=12, bs=32, size=224, resize='short', flip=.5, brightness=.1, on_bad_image='error',
-                         seed=0, workers=2, device='auto', deterministic=False, compat=False, save_every=None, track=None,
+                         seed=0, workers=2, device='auto', deterministic=False, compat=False, save_every=None,
+                         track=None,
                          frozen=False, views=1, cache_features=False, cache_gb=20., cache_half=False, fast_decode=False,
                          model={}, fit={}, reader={})
 
@@ -74,7 +75,8 @@ def _place(settings, method, key, value):
     elif key in optim: settings['fit'].setdefault('options', {})[key] = value
     else: _place_in_model(settings, method, _spelt(key, sorted(model | fit | flat-_foreign(model) | optim)), value)
 
-_elsewhere = dict(learningrate='lr', batchsize='bs', imagesize='size', imgsize='size', numepochs='epochs', numworkers='workers')
+_elsewhere = dict(learningrate='lr', batchsize='bs', imagesize='size', imgsize='size', numepochs='epochs',
+                  numworkers='workers')
 
 def _spelt(key, names):
     "The key, if it is one of the names; other libraries' names for ours get ours as advice"
@@ -198,8 +200,10 @@ def _check_fit(lr=0., schedule='constant', optimizer='adamw', clip=None, options
     pick(optimizer, optimizers, 'optimizer')
     if clip is not None: check_kind('clip', clip, 0., 0.)
     if steps is not None: check_kind('--steps', steps, 1, 1)
-    for k in options or {}: pick(k, list(inspect.signature(optimizers[optimizer]).parameters)[1:], f'--set of {optimizer}')
-    if len(np.atleast_1d((options or {}).get('betas', [0,0]))) != 2: raise ConfigError('betas', options['betas'], 'two numbers')
+    for k in options or {}:
+        pick(k, list(inspect.signature(optimizers[optimizer]).parameters)[1:], f'--set of {optimizer}')
+    if len(np.atleast_1d((options or {}).get('betas', [0,0]))) != 2:
+        raise ConfigError('betas', options['betas'], 'two numbers')
     for k,v in dict(lr=lr, **(options or {})).items():
         many = isinstance(v, (list,tuple)) and v and k in ('lr','betas')
         for x in v if many else [v]: check_kind(k, x, 0., 0., 1e6)
@@ -217,7 +221,8 @@ def _check_speed(precision='32', channels_last=False, compile=False, accumulate=
     WeightAverage(ema)
 
 # %% ../../nbs/30_command/02a_settings.ipynb #c8130f39
-_kinds = {**dict.fromkeys('data path protocol masks init backbone weights track'.split(), ''), 'n_parts':1, 'save_every':1}
+_kinds = {**dict.fromkeys('data path protocol masks init backbone weights track'.split(), ''), 'n_parts':1,
+          'save_every':1}
 _limits = dict(n_parts=(1,), epochs=(0,), bs=(1,), size=(1,8192), workers=(0,1024), save_every=(1,), seed=(0,2**63-1),
                flip=(0.,1.), brightness=(0.,1.), views=(1,), cache_gb=(0.,))
 
@@ -234,7 +239,8 @@ def check_settings(
     pick(s['resize'], RESIZES, '--resize')
     pick(s['on_bad_image'], BAD_IMAGE, '--on-bad-image')
     if s['views'] > 1 and not (s['frozen'] or s['cache_features']):
-        raise ConfigError('--views', s['views'], 'a backbone that stays as it is', 'pass --frozen or --cache-features too')
+        raise ConfigError('--views', s['views'], 'a backbone that stays as it is',
+                          'pass --frozen or --cache-features too')
     if s['track']: Track.check(s['track'])
     _check_fit(**s['fit'])
     _check_files(s)

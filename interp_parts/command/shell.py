@@ -50,7 +50,9 @@ def _looked_at(f):
 def _no_empty_words(options):
     "Complain about an empty word: what a shell makes of a variable that is not set"
     empty = [k for k,v in options.items() if v == '' or isinstance(v, (list,tuple)) and '' in v]
-    if empty: raise ConfigError(f"--{empty[0].strip('_').replace('_','-')}", "''", 'a word', 'is a variable of the shell not set?')
+    if empty:
+        raise ConfigError(f"--{empty[0].strip('_').replace('_','-')}", "''", 'a word',
+                          'is a variable of the shell not set?')
 
 # %% ../../nbs/30_command/01a_shell.ipynb #67f1d2e6
 def _first_look(method=None, data=None, path=None, config=None, **more):
@@ -58,7 +60,8 @@ def _first_look(method=None, data=None, path=None, config=None, **more):
     here = getattr(sys.modules.get('interp_parts.core'), 'methods', ())         # those that a program registered too
     if method is not None: pick(method, [*method_names, *here], 'method')
     if config is not None: read_json(config)
-    if data and path and not Path(path).exists(): raise DataError(path, 'no such file or folder', f'the data of --data {data}', 'check --path')
+    if data and path and not Path(path).exists():
+        raise DataError(path, 'no such file or folder', f'the data of --data {data}', 'check --path')
     _lost_run(**more)
 
 def _lost_run(run=None, images=None, port=None, to=None, **more):
@@ -106,7 +109,8 @@ def _goes_on(words):
     "What to type after a command was stopped"
     lines = words[:1] == ['predict'] and any(w.endswith('.jsonl') for w in words)
     if words[:1] == ['train'] or lines: return 'stopped; the same command with --resume continues'
-    return 'stopped; the same command ' + ('goes on' if words[:1] == ['demo'] or words[:2] == ['benchmark','table'] else 'starts again')
+    return 'stopped; the same command ' + ('goes on' if words[:1] == ['demo']
+                                           or words[:2] == ['benchmark','table'] else 'starts again')
 
 def _run(args):
     typed[:] = [str(a) for a in (sys.argv[1:] if args is None else args)]

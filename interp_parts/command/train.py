@@ -67,7 +67,8 @@ def make_learner(
                    device=pick_device(s['device']), extra=get_method(method).extra, fast_decode=s['fast_decode'])
     names = option_kinds(get_method(method).learner, get_method(method).model)
     for k,lacks in _lacks.items():
-        if s[k] and k not in names: raise ConfigError(f"--{k.replace('_','-')}", f'{method} {lacks}', 'a training without it')
+        if s[k] and k not in names:
+            raise ConfigError(f"--{k.replace('_','-')}", f'{method} {lacks}', 'a training without it')
     common = {k:s[k] for k in ('init','backbone','weights','pretrained','freeze_bn','n_parts','compat') if k in names}
     return create_learner(method, dls, **common, **s['model'])
 
@@ -201,8 +202,10 @@ def _base(where):
     if not (folder/'config.json').is_file(): raise CheckpointError(folder, 'no config.json', 'a folder that timm wrote')
     c = read_json(folder/'config.json')
     if not isinstance(c, dict) or not isinstance(c.get('architecture'), str):
-        raise CheckpointError(folder/'config.json', 'no architecture', 'what timm writes', 'for a run of interp_parts pass --init')
-    if not (folder/'model.safetensors').is_file(): raise CheckpointError(folder, 'no model.safetensors', 'weights without pickles')
+        raise CheckpointError(folder/'config.json', 'no architecture', 'what timm writes',
+                              'for a run of interp_parts pass --init')
+    if not (folder/'model.safetensors').is_file():
+        raise CheckpointError(folder, 'no model.safetensors', 'weights without pickles')
     return c['architecture'],str(folder/'model.safetensors')
 
 def _with_base(s):
@@ -231,7 +234,8 @@ _clocks = time.time,time.process_time
 
 def _train(learn, run, s, config, resume, began):
     cbs = [Track(run, s['track'])] if s['track'] else ()
-    with _backbone(learn, s), _rows_in_files(learn): fit_run(learn, s['epochs'], run, resume, cbs=cbs, save_every=s['save_every'], **s['fit'])
+    with _backbone(learn, s), _rows_in_files(learn):
+        fit_run(learn, s['epochs'], run, resume, cbs=cbs, save_every=s['save_every'], **s['fit'])
     if this_process()[0]: return
     seconds,cpu = (round(now()-then, 1) for now,then in zip(_clocks, began))
     save_run(learn, run, dict(config, model=learn.model.config, seconds=seconds, cpu_seconds=cpu))

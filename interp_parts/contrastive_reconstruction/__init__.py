@@ -12,7 +12,8 @@ from . import pictures, published
 
 # %% ../../nbs/11_contrastive_reconstruction/00_contrastive_reconstruction.ipynb #e115912e
 __all__ = [*warps.__all__, *frozen.__all__, *networks.__all__, *losses.__all__, *step.__all__, *crops.__all__,
-           *clusters.__all__, *model.__all__, *background.__all__, *recipes.__all__, *scores.__all__, *keypoint_scores.__all__,
+           *clusters.__all__, *model.__all__, *background.__all__, *recipes.__all__, *scores.__all__,
+           *keypoint_scores.__all__,
            *pixel_scores.__all__, *pictures.__all__, *published.__all__,
            'PartLearner', 'create_learner', 'part_table', 'check_table', 'part_dls', 'PartBatches', 'load_image',
            'fit_run', 'seed_everything', 'run_config', 'save_run', 'load_run', 'add_grabcut_masks',

@@ -51,10 +51,12 @@ def _original_state(path):
     "Tensors by name of a checkpoint; nothing is unpickled"
     try:
         with warnings.catch_warnings(action='ignore'): ckpt = torch.load(path, map_location='cpu', weights_only=True)
-    except FileNotFoundError: raise CheckpointError(path, 'no such file', 'a checkpoint', f'get one from {_checkpoints}') from None
+    except FileNotFoundError:
+        raise CheckpointError(path, 'no such file', 'a checkpoint', f'get one from {_checkpoints}') from None
     except Exception as e:
         got = f'cannot be read without unpickling ({type(e).__name__})'
-        raise CheckpointError(path, got, 'a file of tensors', 'save model.state_dict() where the model can be loaded') from None
+        raise CheckpointError(path, got, 'a file of tensors',
+                              'save model.state_dict() where the model can be loaded') from None
     state = ckpt.get('model_state_dict', ckpt) if isinstance(ckpt, dict) else {}
     if not all(isinstance(v, torch.Tensor) for v in state.values()): raise ValueError('not all are tensors')
     return {k.removeprefix('module.'):v for k,v in state.items()}

@@ -9,7 +9,8 @@ __all__ = []
 from . import table, split_lists, images, known, views, loaders, workers, learner, masks, transfer, archives, download, rows
 
 # %% ../../nbs/01_data/00_data.ipynb #fce97581
-__all__ = [*table.__all__, *split_lists.__all__, *images.__all__, *known.__all__, *views.__all__, *loaders.__all__, *workers.__all__, *learner.__all__,
+__all__ = [*table.__all__, *split_lists.__all__, *images.__all__, *known.__all__, *views.__all__, *loaders.__all__,
+           *workers.__all__, *learner.__all__,
            *masks.__all__, *transfer.__all__, *archives.__all__, *download.__all__, *rows.__all__]
 
 # %% ../../nbs/01_data/00_data.ipynb #9bbd1236

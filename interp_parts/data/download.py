@@ -88,12 +88,15 @@ _cr = 'https://www.robots.ox.ac.uk/~vgg/research/unsup-parts'
 
 def _theirs(file, makes, MB): return dict(_from(f'{_cr}/files/{file}', makes, None), need=False, page=f'{_cr}/', MB=MB)
 
-_of_cub = [_theirs('cub_supervisedlabels.tar.gz', 'supervisedlabels', 17), _theirs('checkpoints/CUB/model_60000.pth', None, 181)]
+_of_cub = [_theirs('cub_supervisedlabels.tar.gz', 'supervisedlabels', 17),
+           _theirs('checkpoints/CUB/model_60000.pth', None, 181)]
 _of_fashion = [_theirs('deepfashion_supervisedlabels.tar.gz', 'supervisedlabels', 56),
                _theirs('checkpoints/DeepFashion/model_100000.pth', None, 181)]
 
-_cleaned = dict(_hand('cachedir.tar.gz', 'cachedir'), page='https://www.dropbox.com/sh/ea3yprgrcjuzse5/AAB476Nn0Lwbrt3iuedB9yzIa?dl=0')
-sources['cub_parts'] = dict(sources['cub'], files=[*(dict(f, need=True) for f in sources['cub']['files']), *_of_cub, _cleaned])
+_cleaned = dict(_hand('cachedir.tar.gz', 'cachedir'),
+                page='https://www.dropbox.com/sh/ea3yprgrcjuzse5/AAB476Nn0Lwbrt3iuedB9yzIa?dl=0')
+sources['cub_parts'] = dict(sources['cub'], files=[*(dict(f, need=True) for f in sources['cub']['files']), *_of_cub,
+                                                   _cleaned])
 sources['deepfashion']['files'] += _of_fashion
 
 # %% ../../nbs/01_data/08_download.ipynb #019827b8

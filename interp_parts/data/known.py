@@ -58,7 +58,8 @@ def _as_columns(files):
     "What is known of files in few long lists, which are read sooner than many short ones"
     told = {}
     which = [told.setdefault(tuple(e[4].items()), len(told)) for e in files.values()]
-    return dict(files=list(files), states=[v for e in files.values() for v in e[:4]], answers=list(map(dict, told)), which=which)
+    return dict(files=list(files), states=[v for e in files.values() for v in e[:4]], answers=list(map(dict, told)),
+                which=which)
 
 
 # %% ../../nbs/01_data/02a_known.ipynb #c93293d3
@@ -67,7 +68,8 @@ def _write_index(folder, files):
     try:
         file = _index_of(folder)
         file.parent.mkdir(parents=True, exist_ok=True)
-        with atomic_path(file) as tmp: tmp.write_text(json.dumps(dict(of=[2, folder], **_as_columns(files)), separators=(',',':')))
+        with atomic_path(file) as tmp:
+            tmp.write_text(json.dumps(dict(of=[2, folder], **_as_columns(files)), separators=(',',':')))
         old = sorted(file.parent.glob('*.json'), key=lambda f: f.stat().st_mtime_ns)[:-_kept]
         for f in old: f.unlink(missing_ok=True)
     except (OSError, RuntimeError): pass

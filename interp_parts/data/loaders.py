@@ -84,7 +84,8 @@ def __getitem__(self:PartDataset, i):
 # %% ../../nbs/01_data/04_loaders.ipynb #1aa75285
 class _ArrowArray(ctypes.Structure): "Of Arrow's C interface, in which Pillow hands out its memory"
 _ArrowArray._fields_ = [*((k, ctypes.c_int64) for k in ('length','null_count','offset','n_buffers','n_children')),
-                        ('buffers', ctypes.POINTER(ctypes.c_void_p)), ('children', ctypes.POINTER(ctypes.POINTER(_ArrowArray)))]
+                        ('buffers', ctypes.POINTER(ctypes.c_void_p)),
+                        ('children', ctypes.POINTER(ctypes.POINTER(_ArrowArray)))]
 _pointer = ctypes.pythonapi.PyCapsule_GetPointer
 _pointer.restype,_pointer.argtypes = ctypes.c_void_p,[ctypes.py_object, ctypes.c_char_p]
 
@@ -210,7 +211,8 @@ def _split_rows(df, n=128):
 
 def _batch_size(bs, n, most=32):
     "`bs`, if `n` images have a batch of it; by default `most`, or all of fewer images"
-    if bs is None and n < most: warn_user(f'{n} training images: batches of {n} instead of {most}; choose another size with bs')
+    if bs is None and n < most:
+        warn_user(f'{n} training images: batches of {n} instead of {most}; choose another size with bs')
     if bs is None: return min(n, most)
     if not 0 < bs <= n: raise ConfigError('--bs', bs, f'1 to {n}, the number of training images')
     return bs

@@ -35,7 +35,8 @@ def _with_masks(df, masks, cache):
     "The table with the masks that are asked for: 'data', 'grabcut', or a folder of them"
     if masks == 'data':
         if 'mask' in df: return df
-        raise DataError(df.attrs.get('name'), 'no masks', 'data with masks', 'pass --masks grabcut, or a folder of masks')
+        raise DataError(df.attrs.get('name'), 'no masks', 'data with masks',
+                        'pass --masks grabcut, or a folder of masks')
     plain = df.drop(columns='mask', errors='ignore')
     plain.attrs = df.attrs
     if masks == 'grabcut': return add_grabcut_masks(plain, cache)
@@ -70,7 +71,8 @@ def _training(config, path, run):
     need = ('data',) if path else ('data','path')
     odd = [k for k,kind in _kinds.items() if (k in t or k in need) and not isinstance(t.get(k), kind)]
     if not odd: return t
-    raise CheckpointError(f"{Path(run or '')/'config.json'}: training.{odd[0]}", repr(t.get(odd[0])), 'what `interp-parts train` wrote',
+    raise CheckpointError(f"{Path(run or '')/'config.json'}: training.{odd[0]}", repr(t.get(odd[0])),
+                          'what `interp-parts train` wrote',
                           'take back what was changed in it')
 
 # %% ../../nbs/01_data/09_rows.ipynb #3e6f60f1

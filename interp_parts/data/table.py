@@ -87,7 +87,8 @@ def _check_labels(df, name):
     "Complain about whole images, listed several times, that belong to several classes"
     if 'label' not in df or 'box' in df or df.image.is_unique: return
     n = df.groupby('image').label.nunique()
-    if (n > 1).any(): raise DataError(name, f'{first_few(list(n.index[n > 1]))} has several labels', 'one label an image')
+    if (n > 1).any():
+        raise DataError(name, f'{first_few(list(n.index[n > 1]))} has several labels', 'one label an image')
 
 # %% ../../nbs/01_data/01_table.ipynb #24b79506
 _files_later = ContextVar('files_later', default=False)
@@ -112,7 +113,8 @@ def check_table(
     _check_labels(df, name)
     bad = find_broken(dict.fromkeys(df.image.tolist())) if files and not _files_later.get() else []
     broken = [f'{p} ({why})' for p,why in bad]
-    if bad: raise DataError(name, f"{len(bad)} unusable file{'s'*(len(bad) != 1)}: {first_few(broken)}", 'complete images',
+    if bad:
+        raise DataError(name, f"{len(bad)} unusable file{'s'*(len(bad) != 1)}: {first_few(broken)}", 'complete images',
                             'restore them, take their rows out, or pass --on-bad-image skip')
     return df
 

@@ -38,7 +38,8 @@ def _workers(self:PartDL):
     seen = id(self.dataset),_seen(self.dataset)
     if self.pool is None or self.pool[0] != seen:
         todo,gpu = _Pass(self.dataset),torch.device(self.device or 'cpu').type == 'cuda'
-        made = torch.utils.data.DataLoader(todo, None, sampler=todo, num_workers=self.fake_l.num_workers, collate_fn=_as_it_is,
+        made = torch.utils.data.DataLoader(todo, None, sampler=todo, num_workers=self.fake_l.num_workers,
+                                           collate_fn=_as_it_is,
                                            persistent_workers=True, pin_memory=gpu, generator=torch.Generator())
         self.pool = seen,todo,made
     return self.pool[1:]

@@ -10,8 +10,10 @@ from . import clustering, regression, landmarks, active_parts, baselines, pixels
 from . import recognition, face_templates, faces, scoring, removal
 
 # %% ../../nbs/20_evaluation/00_evaluation.ipynb #d8acac6b
-__all__ = [*clustering.__all__, *regression.__all__, *landmarks.__all__, *active_parts.__all__, *baselines.__all__, *pixels.__all__,
-           *areas.__all__, *parts.__all__, *explanations.__all__, *recognition.__all__, *face_templates.__all__, *faces.__all__,
+__all__ = [*clustering.__all__, *regression.__all__, *landmarks.__all__, *active_parts.__all__, *baselines.__all__,
+           *pixels.__all__,
+           *areas.__all__, *parts.__all__, *explanations.__all__, *recognition.__all__, *face_templates.__all__,
+           *faces.__all__,
            *scoring.__all__, *removal.__all__]
 
 # %% ../../nbs/20_evaluation/00_evaluation.ipynb #9a3ae639

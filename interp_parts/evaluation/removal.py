@@ -36,7 +36,8 @@ def hide_part(
     if parts.boxes is None: own = F.interpolate(parts.maps, x.shape[2:], mode='bilinear').argmax(1) == k
     else:
         lo,size = parts.boxes[:,k].to(x.device).round().split(2, 1)
-        inside = [(t >= lo[:,i,None]) & (t < (lo+size)[:,i,None]) for i,t in enumerate(torch.arange(n, device=x.device)+.5 for n in x.shape[:1:-1])]
+        inside = [(t >= lo[:,i,None]) & (t < (lo+size)[:,i,None])
+                  for i,t in enumerate(torch.arange(n, device=x.device)+.5 for n in x.shape[:1:-1])]
         own = inside[1][:,:,None] & inside[0][:,None]
     return x.masked_fill(own[:,None], 0.)
 

@@ -29,7 +29,8 @@ def check_backbone(
     known,stem = timm.list_models(),name.split('.')[0]
     family = [k for k in known if k.startswith(stem.rstrip('0123456789'))] if stem[:1].isalpha() else []
     like = ', '.join(nearest(stem, known, close=True) or nearest(stem, family))
-    raise ConfigError('--backbone', repr(name), 'a timm model', f'did you mean {like}?' if like else 'timm.list_models() names them')
+    raise ConfigError('--backbone', repr(name), 'a timm model',
+                      f'did you mean {like}?' if like else 'timm.list_models() names them')
 
 # %% ../../nbs/03_models/01_backbones.ipynb #b0209981
 def create_timm(
@@ -46,7 +47,8 @@ def _create(name, pretrained, options):
     for drop in ((), ('dynamic_img_size',), ('output_stride',), ('dynamic_img_size','output_stride')):
         kw = {k:v for k,v in options.items() if k not in drop}
         try:
-            with _no_waiting() if pretrained else nullcontext(): return timm.create_model(name, pretrained=pretrained, **kw)
+            with _no_waiting() if pretrained else nullcontext():
+                return timm.create_model(name, pretrained=pretrained, **kw)
         except (TypeError, AssertionError, NotImplementedError): continue
         except Exception as e: raise _no_download(name, e) if pretrained else e
     raise ConfigError('--backbone', name, 'a model that takes images of any size')
@@ -62,7 +64,8 @@ def _no_waiting():
 
 def _no_download(name, e):
     return CheckpointError(f'pretrained weights of {name}', f'could not be had ({type(e).__name__})',
-                           'a network connection', 'pass --weights FILE.safetensors, or --no-pretrained for random numbers')
+                           'a network connection',
+                           'pass --weights FILE.safetensors, or --no-pretrained for random numbers')
 
 # %% ../../nbs/03_models/01_backbones.ipynb #528679f8
 STAGES = ('stride', 'last', 'final')
@@ -159,7 +162,8 @@ def _whole_patches(net, x):
 @patch
 def _other_size(self:Backbone, x):
     h,w = self.net.default_cfg['input_size'][1:]
-    return ConfigError('--size and --resize', '{}x{} images'.format(*x.shape[2:]), f'{h}x{w}, all that {self.name} takes',
+    return ConfigError('--size and --resize', '{}x{} images'.format(*x.shape[2:]),
+                       f'{h}x{w}, all that {self.name} takes',
                        f'pass --size {h} --resize squash, or another --backbone')
 
 @patch
@@ -202,7 +206,8 @@ def _read_saved(path):
     try: sd = torch.load(path, map_location='cpu', weights_only=True)
     except Exception as e:
         why = ' '.join(str(e).split())[:80]
-        raise CheckpointError(path, f'not a safetensors file, and no plain weights ({why})', expected, _convert) from None
+        raise CheckpointError(path, f'not a safetensors file, and no plain weights ({why})', expected,
+                              _convert) from None
     if isinstance(sd, dict) and sd and all(isinstance(v, torch.Tensor) for v in sd.values()): return dict(sd)
     got = f"a dictionary of {', '.join(map(str, list(sd)[:3]))}" if isinstance(sd, dict) else type(sd).__name__
     raise CheckpointError(path, got, expected, _convert)

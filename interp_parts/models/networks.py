@@ -35,4 +35,6 @@ def load_network(
 def _check_all(mine, sd, file, name):
     "Raise if a tensor is absent, superfluous, or of another shape"
     wrong = sorted(k for k in mine.keys() | sd.keys() if k not in mine or k not in sd or mine[k].shape != sd[k].shape)
-    if wrong: raise CheckpointError(file, f'{len(wrong)} tensors do not fit ({first_few(wrong, 3)})', f'the state dict of {name}')
+    if wrong:
+        raise CheckpointError(file, f'{len(wrong)} tensors do not fit ({first_few(wrong, 3)})',
+                              f'the state dict of {name}')

@@ -10,7 +10,8 @@ from . import assignment, foreground, tokens, clustering, losses, model, trainin
 from . import learner, scores, pictures
 
 # %% ../../nbs/16_nonparametric_prototypes/00_nonparametric_prototypes.ipynb #55752063
-__all__ = [*assignment.__all__, *foreground.__all__, *tokens.__all__, *clustering.__all__, *losses.__all__, *model.__all__,
+__all__ = [*assignment.__all__, *foreground.__all__, *tokens.__all__, *clustering.__all__, *losses.__all__,
+           *model.__all__,
            *training.__all__, *cache.__all__, *learner.__all__, *scores.__all__, *pictures.__all__,
            'PartLearner', 'create_learner', 'part_table', 'check_table', 'part_dls', 'PartBatches', 'load_image',
            'fit_run', 'seed_everything', 'run_config', 'save_run', 'load_run']

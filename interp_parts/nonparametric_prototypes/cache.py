@@ -26,13 +26,15 @@ def _why_not(dls):
     if dls.view.resize == 'short': return '--resize', 'short', "views that come back: pass resize='squash' or 'pad'"
     if ds.brightness: return 'brightness', ds.brightness, 'views that come back: pass brightness=0'
     if set(ds.extra) - {'mask'}: return 'extra', ', '.join(ds.extra), 'images, classes and masks alone'
-    if dls.table.attrs.get('on_bad_image', 'error') != 'error': return '--on-bad-image', dls.table.attrs['on_bad_image'], 'error'
+    if dls.table.attrs.get('on_bad_image', 'error') != 'error':
+        return '--on-bad-image', dls.table.attrs['on_bad_image'], 'error'
 
 # %% ../../nbs/16_nonparametric_prototypes/08_cache.ipynb #0b84462c
 def _name(backbone, dls, rows, flips, half):
     "Fingerprint of network, weights, view and images; strides and dilations are in no weight, but in its text"
     h = hashlib.sha256(repr(backbone.features).encode())
-    for k,v in backbone.features.state_dict().items(): h.update(k.encode() + v.detach().cpu().contiguous().numpy().tobytes())
+    for k,v in backbone.features.state_dict().items():
+        h.update(k.encode() + v.detach().cpu().contiguous().numpy().tobytes())
     h.update(f'{backbone.frozen} {getattr(backbone.features, "stage", None)} {dls.view} {dls.stats} {flips} {half} {fingerprint(rows)} {rows.image.tolist()}'.encode())
     return h.hexdigest()[:16]
 
@@ -41,7 +43,8 @@ def _write(file, backbone, dls, rows, flips, half):
     "Write the hidden tokens (flips,n,T,D) of all rows"
     at,out = 0,None
     with eval_mode(backbone), atomic_path(file) as tmp:
-        for x,b in PartBatches(rows, dls.view.size, dls.view.resize, whole=False, bs=dls.bs, stats=dls.stats, workers=dls.num_workers):
+        for x,b in PartBatches(rows, dls.view.size, dls.view.resize, whole=False, bs=dls.bs, stats=dls.stats,
+                               workers=dls.num_workers):
             x = x.to(dls.device)
             hs = [backbone.encode(v)[0].cpu().numpy() for v in (x, x.flip(-1))[:flips]]
             shape = (flips, len(rows), *hs[0].shape[1:])

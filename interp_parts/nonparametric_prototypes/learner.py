@@ -21,7 +21,8 @@ from ..training.losses import part_learner
 # %% ../../nbs/16_nonparametric_prototypes/09_learner.ipynb #871c49ec
 def _bring_masks(dls):
     "DataLoaders of the same images whose batches bring the table's masks too"
-    if 'mask' not in dls.table: raise ConfigError('--set foreground', 'mask', 'data with masks', 'pass --masks, or another foreground')
+    if 'mask' not in dls.table:
+        raise ConfigError('--set foreground', 'mask', 'data with masks', 'pass --masks, or another foreground')
     for dl in dls.loaders:
         ds = dl.dataset
         if 'mask' in ds.extra: continue
@@ -45,14 +46,16 @@ def nonparametric_prototypes_learner(
     **options # Of `NonparametricPrototypes`
 )->PartLearner:
     "A learner for non-parametric part prototypes (Zhu et al., CVPR 2025)"
-    model = NonparametricPrototypes(dls.c, n_parts, backbone, dls.multi, pretrained=pretrained, weights=weights, compat=compat,
+    model = NonparametricPrototypes(dls.c, n_parts, backbone, dls.multi, pretrained=pretrained, weights=weights,
+                                    compat=compat,
                                     **options)
     if model.kind == 'mask': _bring_masks(dls)
     gamma = .99 if compat and gamma is None else gamma
     stages = PrototypeStages(cluster_epochs, gamma, ppd, within=within, start=not compat, align=not compat)
     learn = part_learner(dls, model, cbs=[stages, *L(cbs)])
     if cache is not False:
-        learn.dls = token_dls(dls, model.backbone, None if cache in (None,True) else cache, half, must=cache is not None)
+        learn.dls = token_dls(dls, model.backbone, None if cache in (None,True) else cache, half,
+                              must=cache is not None)
     return learn
 
 # %% ../../nbs/16_nonparametric_prototypes/09_learner.ipynb #cb8b7b5c

@@ -75,7 +75,8 @@ def forward(self:NonparametricPrototypes,
     similarity = self.bank(tuned)
     scores = similarity.amax(1)
     logits = contributions(scores[:,:-1], self.omega, self.temperature).sum(2)
-    return _Matched(logits, scores, similarity, nn.functional.normalize(raw.float() if raw.dtype == torch.float16 else raw, dim=2), grid)
+    return _Matched(logits, scores, similarity,
+                    nn.functional.normalize(raw.float() if raw.dtype == torch.float16 else raw, dim=2), grid)
 
 # %% ../../nbs/16_nonparametric_prototypes/06_model.ipynb #325c7eb2
 @patch
@@ -90,7 +91,8 @@ def pseudo_labels(self:NonparametricPrototypes,
     elif self.kind == 'batch': on = batch_foreground(o.raw)[1]
     elif self.kind in ('pca','otsu'): on = self.foreground(o.raw)
     elif mask is None:
-        raise ConfigError('foreground', 'mask', 'masks in the batches', "pass part_dls(df, ..., extra=('mask',)) with a table that has masks")
+        raise ConfigError('foreground', 'mask', 'masks in the batches',
+                          "pass part_dls(df, ..., extra=('mask',)) with a table that has masks")
     else: on = nn.functional.adaptive_avg_pool2d(mask[:,None].float(), o.grid).flatten(1) >= .5
     return torch.where(on, y[:,None], len(self.omega))
 

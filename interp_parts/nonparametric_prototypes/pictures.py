@@ -73,8 +73,10 @@ def explain_prototypes(self:PartLearner,
     axs = fig.subplots(n+1, k+1, squeeze=False)
     for a in axs.flat: a.set_axis_off()
     axs[0,0].imshow(im)
-    axs[1,0].text(.5, 1, 'looks like these\ntraining patches\n(nearest to the\nprototype, for\ndisplay only)', ha='center', va='top', fontsize=7)
-    for j in range(k): _prototype_column(self, axs[:,j+1], im, p, j, near[(near['class'] == c) & (near.prototype == j)][:n])
+    axs[1,0].text(.5, 1, 'looks like these\ntraining patches\n(nearest to the\nprototype, for\ndisplay only)',
+                  ha='center', va='top', fontsize=7)
+    for j in range(k):
+        _prototype_column(self, axs[:,j+1], im, p, j, near[(near['class'] == c) & (near.prototype == j)][:n])
     fig.suptitle(f'{self.dls.vocab[c]}: logit {p.logits[0,c]:.2f}, the sum of all {k}', fontsize=8)
     return fig
 
@@ -82,14 +84,16 @@ def _prototype_column(learn, axs, im, p, j, rows):
     "The patch of one prototype in the image, and its nearest training patches"
     axs[0].imshow(_around(im, *_peak(p.maps[0,j])))
     axs[0].set_title(f'{p.contribution[0,j]:+.2f}', fontsize=8)
-    for ax,r in zip(axs[1:], rows.itertuples()): ax.imshow(_around(_seen(learn, learn.dls.table.image[r.row]), r.y, r.x))
+    for ax,r in zip(axs[1:], rows.itertuples()):
+        ax.imshow(_around(_seen(learn, learn.dls.table.image[r.row]), r.y, r.x))
 
 # %% ../../nbs/16_nonparametric_prototypes/11_pictures.ipynb #97456bc8
 def _source(learn, table, r, share=72/224):
     "The training patch of a row of `nearest_tokens`: file, class, and box in pixels of the file"
     place = learn.dls.view.place(*image_size(table.image[r.row]))
     box = np.array([(r.x-share/2, r.y-share/2, share, share)])*(place.canvas*2)
-    return {'image':str(table.image[r.row]), 'class':learn.dls.vocab[r[1]], 'box':place.boxes_in_file(box)[0].round(1).tolist()}
+    return {'image':str(table.image[r.row]), 'class':learn.dls.vocab[r[1]],
+            'box':place.boxes_in_file(box)[0].round(1).tolist()}
 
 def _sources(learn, table, near):
     "For each class the nearest patch of each prototype; None where no training image is of the class"

@@ -77,7 +77,8 @@ class ClassPartScores:
             keeps.append((a.sum(0)/seen.sum(0).clamp_min(1)).amax(1) >= self.share)
             same.append((a == b).all(2).double().mean(0))
         if not keeps: return {}
-        return dict(class_consistency=torch.cat(keeps).double().mean().item(), class_stability=torch.cat(same).mean().item())
+        return dict(class_consistency=torch.cat(keeps).double().mean().item(),
+                    class_stability=torch.cat(same).mean().item())
 
 # %% ../../nbs/16_nonparametric_prototypes/10_scores.ipynb #70657182
 @patch(cls_method=True)
@@ -117,7 +118,8 @@ class _Measures:
         frame = torch.tensor([0, 0, *b.size[0].flip(0).tolist()]).expand(len(b), 4)
         self.scores.update(b.label, clean, noisy, points, frame)
 
-    def result(self): return {**self.scores.result(), **{f'class_{k}':v for a in self.areas for k,v in a.result().items()}}
+    def result(self): return {**self.scores.result(),
+                              **{f'class_{k}':v for a in self.areas for k,v in a.result().items()}}
 
 def _random(maps, seed):
     "Random maps, others for each seed"
@@ -150,6 +152,7 @@ def prototype_scores(
     rows,out = split_rows(df, ('test','eval')),{}
     if {'keypoints','box','mask'} & set(df):
         with _viewed(learner.model, 'clusters'):
-            out = evaluate_parts(*(learner.parts(split_rows(df, s)) for s in (('fit','train'), ('eval','test'))), df.attrs, protocol, ridge=ridge)
+            out = evaluate_parts(*(learner.parts(split_rows(df, s)) for s in (('fit','train'), ('eval','test'))),
+                                 df.attrs, protocol, ridge=ridge)
         out = {k:v for k,v in out.items() if not k.startswith(_own_view)}
     return {**out, **_class_scores(learner, rows)}

@@ -60,7 +60,9 @@ def _check_enough(self:PrototypeStages, n_classes, n_parts, n_tokens):
     d = self.dls
     images = torch.bincount(torch.as_tensor(d.table.label.loc[d.train.dataset.rows].tolist()), minlength=n_classes)
     for c in (images*n_tokens < n_parts).nonzero().flatten().tolist():
-        if images[c]: raise ConfigError('--n-parts', n_parts, f'at most {images[c]*n_tokens}, the patches of the {images[c]} training '
+        if images[c]:
+            raise ConfigError('--n-parts', n_parts,
+                              f'at most {images[c]*n_tokens}, the patches of the {images[c]} training '
                                         f'images of class {d.vocab[c]}', 'pass a smaller --n-parts, or a larger --size')
 
 @patch

@@ -11,7 +11,8 @@ from . import (assignment, places, losses, equivariance, features, cell_votes, t
 
 # %% ../../nbs/15_part_discovery/00_part_discovery.ipynb #9b919c6d
 __all__ = [*assignment.__all__, *places.__all__, *losses.__all__, *equivariance.__all__, *features.__all__,
-           *cell_votes.__all__, *taught.__all__, *model.__all__, *step.__all__, *start.__all__, *learner.__all__, *recipes.__all__, *published.__all__,
+           *cell_votes.__all__, *taught.__all__, *model.__all__, *step.__all__, *start.__all__, *learner.__all__,
+           *recipes.__all__, *published.__all__,
            'PartLearner', 'create_learner', 'part_table', 'check_table', 'part_dls', 'PartBatches', 'load_image',
            'fit_run', 'seed_everything', 'run_config', 'save_run', 'load_run']
 

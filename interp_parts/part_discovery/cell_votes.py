@@ -72,7 +72,8 @@ def count(self:CellVotes,
     y:torch.Tensor, # (B,) classes
 ):
     "Add a batch to the counts"
-    new = torch.zeros_like(self.counts).index_add_(0, y, torch.einsum('bkhw,bvhw->bkv', maps[:,:-1], words).to(self.counts))
+    new = torch.zeros_like(self.counts).index_add_(0, y,
+                                                   torch.einsum('bkhw,bvhw->bkv', maps[:,:-1], words).to(self.counts))
     if n_processes() > 1: dist.all_reduce(new)
     self.counts.mul_(self.memory).add_(new)
 

@@ -83,7 +83,8 @@ def part_features(
     else: net = _LastAndFine(name, stride, **own) if final else JoinedStages(name, stride, joined, **options)
     if trained == 'all': return net
     tokens = [p for n,p in net.net.named_parameters() if n.split('.')[-1] in ('cls_token','reg_token','pos_embed')]
-    if trained == 'tokens' and not tokens: raise ConfigError('trained', 'tokens', f"'all' or 'none' for {name}, which has none")
+    if trained == 'tokens' and not tokens:
+        raise ConfigError('trained', 'tokens', f"'all' or 'none' for {name}, which has none")
     net.requires_grad_(False)
     for p in tokens if trained == 'tokens' else (): p.requires_grad_()
     return net

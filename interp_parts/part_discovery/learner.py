@@ -73,7 +73,8 @@ class _Teach(Callback):
         "Rotated cells of both views (2,N,P,D), targets (N,), and height and width in cells"
         model,views,y = self.learn.model,([],[]),[]
         for fs,b in self._features(few_rows(self.dls, self.n)):
-            for f,view in zip(fs, views): view.append(model.taught.turned(model.scaler(f)).flatten(2).transpose(1, 2).half())
+            for f,view in zip(fs, views):
+                view.append(model.taught.turned(model.scaler(f)).flatten(2).transpose(1, 2).half())
             y.append(b.label)
         return torch.stack([torch.cat(v) for v in views]),torch.cat(y).to(views[0][0].device),fs[0].shape[2:]
 
@@ -82,7 +83,8 @@ class _Teach(Callback):
         with eval_mode(model), torch.no_grad():
             self._scale()
             tokens,y,grid = self._tokens()
-        with torch.enable_grad(): model.taught.teach(tokens, y, grid, self.dls.c, **{'seed':torch.initial_seed() % 2**31, **self.options})
+        with torch.enable_grad():
+            model.taught.teach(tokens, y, grid, self.dls.c, **{'seed':torch.initial_seed() % 2**31, **self.options})
 
     def before_epoch(self):
         model = self.learn.model
@@ -123,15 +125,18 @@ def part_discovery_learner(
     ramp = (0. if paper else .25) if ramp is None else ramp
     own = [DiscoveryTerms(prior_weights(prior, losses), prior, _second_look(move, recolour, compat, paper), equiv_every,
                           ramp, compat)]
-    if model.grey_maps or model.raw: own[0].needs_images = 'the network sees grey images, or images without mean and deviation'
+    if model.grey_maps or model.raw:
+        own[0].needs_images = 'the network sees grey images, or images without mean and deviation'
     if move_images: own.append(MoveImages(RandomMove(**{'each':True, **move_images})))
     if halve: own.append(HalveRates(halve))
     if regroup: own.append(_Recluster(regroup))
     if places: own.append(PlaceParts(places))
     if model.taught: own.append(_Teach(teach or {}))
     learn = part_learner(dls, model, cbs=[*own, *L(cbs)], compat=compat)
-    if compat and prior == 'tv' and this_process()[1] == 1: dls.train.shuffle = False # as PDiscoFormer's code on one GPU
+    if compat and prior == 'tv' and this_process()[1] == 1:
+        dls.train.shuffle = False # as PDiscoFormer's code on one GPU
     if own_rates: learn.splitter = _four_groups
-    if not (paper or model.taught) if kmeans is None else kmeans: cluster_prototypes(model, learn.batches(few_rows(dls), whole=False))
+    if not (paper or model.taught) if kmeans is None else kmeans:
+        cluster_prototypes(model, learn.batches(few_rows(dls), whole=False))
     if model.cells: model.cells.start(learn.batches(few_rows(dls), whole=False))
     return learn

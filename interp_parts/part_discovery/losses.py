@@ -17,7 +17,8 @@ from ..core import ConfigError
 def _pool3(maps, cut=0):
     "3x3 means of maps without `cut` cells at each side"
     (h,w),need = maps.shape[2:],3 + 2*cut
-    if min(h,w) < need: raise ConfigError('--size', f'a {h}x{w} part map', f'at least {need}x{need} cells', 'raise --size')
+    if min(h,w) < need:
+        raise ConfigError('--size', f'a {h}x{w} part map', f'at least {need}x{need} cells', 'raise --size')
     return F.avg_pool2d(maps[...,cut:h-cut,cut:w-cut], 3, stride=1)
 
 def strongest(

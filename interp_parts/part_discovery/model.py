@@ -57,7 +57,8 @@ DISCOVERY_DESIGNS = ('adapted', 'paper')
 class PartDiscovery(PartModel):
     "Part discovery: PDiscoNet (ICCV 2023) and PDiscoFormer (ECCV 2024)"
     original_needs = 'the same backbone, n_parts and modulation'
-    original_constants = tuple(f'batchnorm.{k}' for k in ('weight','bias','running_mean','running_var','num_batches_tracked'))
+    original_constants = tuple(f'batchnorm.{k}' for k in ('weight','bias','running_mean','running_var',
+                                                          'num_batches_tracked'))
     def __init__(self,
         n_classes:int, # Classes, or attributes
         n_parts:int=8, # Foreground parts K; the background comes on top
@@ -92,27 +93,34 @@ class PartDiscovery(PartModel):
         paper = design == 'paper'
         modulation = pick(modulation or ('layer_norm' if paper else 'weights'), tuple(MODULATIONS), 'modulation')
         floor = (0. if paper else .02) if floor is None else floor
-        super().__init__(n_classes=n_classes, n_parts=n_parts, backbone=backbone, multi=multi, design=design, compat=compat,
-                         modulation=modulation, floor=floor, noise=noise, dropout=dropout, stride=stride, joined=joined, width=width,
-                         align_corners=align_corners, trained=trained, grey_maps=grey_maps, words=words, placed=placed, taught=taught, vote_dropout=vote_dropout, raw=raw, raw_parts=raw_parts,
+        super().__init__(n_classes=n_classes, n_parts=n_parts, backbone=backbone, multi=multi, design=design,
+                         compat=compat,
+                         modulation=modulation, floor=floor, noise=noise, dropout=dropout, stride=stride, joined=joined,
+                         width=width,
+                         align_corners=align_corners, trained=trained, grey_maps=grey_maps, words=words, placed=placed,
+                         taught=taught, vote_dropout=vote_dropout, raw=raw, raw_parts=raw_parts,
                          freeze_bn=freeze_bn, freeze_early=freeze_early, side=side)
         if n_parts < 1: raise ConfigError('--n-parts', n_parts, 'at least 1')
         for k,p in dict(dropout=dropout, vote_dropout=vote_dropout).items():
             if not 0 <= p < 1: raise ConfigError(k, p, 'a probability below 1')
-        if taught and (paper or grey_maps): raise ConfigError('taught', taught, "0 with `grey_maps` and for the paper's design")
+        if taught and (paper or grey_maps):
+            raise ConfigError('taught', taught, "0 with `grey_maps` and for the paper's design")
         if floor < 0: raise ConfigError('floor', floor, 'at least 0')
         self.n_parts,self.compat,self.noise,self.dropout,self.floor = n_parts,compat,noise,dropout,floor
         self.raw,self.raw_parts,self.vote_dropout = raw,raw_parts,vote_dropout
         self.backbone = features or part_features(
-            backbone, stride, joined, 'none' if taught else trained, final=bool(taught), width=width, align_corners=align_corners, pretrained=pretrained,
+            backbone, stride, joined, 'none' if taught else trained, final=bool(taught), width=width,
+            align_corners=align_corners, pretrained=pretrained,
             weights=weights, freeze_bn=freeze_bn, freeze_early=freeze_early)
         if side: self.backbone.net.set_input_size(img_size=side)
         self.grey_maps = grey_maps
-        if words and (multi or not grey_maps): raise ConfigError('words', words, '0 for attributes or without `grey_maps`')
+        if words and (multi or not grey_maps):
+            raise ConfigError('words', words, '0 for attributes or without `grey_maps`')
         self.cells = CellVotes(n_classes, n_parts, words) if words else None
         self.places = PlacedParts(n_parts) if placed else None
         self._heads(n_classes, design, modulation)
-        self.taught = TaughtMaps(self.backbone.channels, n_parts, getattr(self.backbone, 'fine', 0), width=taught) if taught else None
+        self.taught = TaughtMaps(self.backbone.channels, n_parts, getattr(self.backbone, 'fine', 0),
+                                 width=taught) if taught else None
         if taught: self._keep_features()
         for k,v in zip(('mean','std'), backbone_stats(backbone)):
             self.register_buffer(k, torch.tensor(v)[:,None,None], persistent=False)
@@ -233,7 +241,8 @@ def started(self:PartDiscovery,
 def _seen(self:PartDiscovery, x, maps):
     "What the parts look like (B,C,h,w)"
     f = self.colours(x)
-    return f if f.shape[2:] == maps.shape[2:] else F.interpolate(f, maps.shape[2:], mode='bilinear', align_corners=False)
+    return f if f.shape[2:] == maps.shape[2:] else F.interpolate(f, maps.shape[2:], mode='bilinear',
+                                                                 align_corners=False)
 
 # %% ../../nbs/15_part_discovery/05_model.ipynb #67b7b03b
 @patch

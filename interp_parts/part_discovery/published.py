@@ -36,14 +36,17 @@ def _tensors(path):
     return {k.removeprefix('module.'):v for k,v in state.items() if isinstance(v, torch.Tensor)}
 
 # %% ../../nbs/15_part_discovery/10_published.ipynb #f1c0a009
-_resnets = {'layer3.35.conv1.weight':'resnet152', 'layer3.22.conv1.weight':'resnet101.tv2_in1k', 'layer3.5.conv1.weight':'resnet50.tv2_in1k'}
+_resnets = {'layer3.35.conv1.weight':'resnet152', 'layer3.22.conv1.weight':'resnet101.tv2_in1k',
+            'layer3.5.conv1.weight':'resnet50.tv2_in1k'}
 _vits = {384:'small', 768:'base', 1024:'large', 1536:'giant'}
 
 def _network(state, path):
     "Name of the backbone, and the side in pixels that a transformer's positions are for"
     if 'pos_embed' not in state:
         found = next((v for k,v in _resnets.items() if k in state), None)
-        if found is None: raise CheckpointError(path, 'tensors of another network', 'a ResNet-50, 101 or 152, or a DINOv2 transformer')
+        if found is None:
+            raise CheckpointError(path, 'tensors of another network',
+                                  'a ResNet-50, 101 or 152, or a DINOv2 transformer')
         return found,None
     _,n,d = state['pos_embed'].shape
     registers = 'reg4_' if 'reg_token' in state else ''
@@ -57,15 +60,18 @@ def _options(state, path):
     if lost: raise CheckpointError(path, f'no {lost[0]}', 'a model of PDiscoNet or PDiscoFormer')
     backbone,side = _network(state, path)
     net = 'modulation' in state # PDiscoNet's
-    return dict(n_classes=len(state['fc_class_landmarks.weight']), n_parts=len(state['fc_landmarks.weight'])-1, backbone=backbone,
-                design='paper', modulation='weights' if net else 'layer_norm', noise=not net, raw=net, align_corners=net, side=side)
+    return dict(n_classes=len(state['fc_class_landmarks.weight']), n_parts=len(state['fc_landmarks.weight'])-1,
+                backbone=backbone,
+                design='paper', modulation='weights' if net else 'layer_norm', noise=not net, raw=net,
+                align_corners=net, side=side)
 
 # %% ../../nbs/15_part_discovery/10_published.ipynb #f1c0a011
 def _table(training, n):
     "The table of the data, and its classes, as many as the model has"
     df = read_rows(training)
     classes = list(df.attrs.get('classes') or [])
-    if len(classes) != n: raise DataError(training['path'], f'{len(classes)} classes', f'{n}, as the file has', 'check --data and --path')
+    if len(classes) != n:
+        raise DataError(training['path'], f'{len(classes)} classes', f'{n}, as the file has', 'check --data and --path')
     return df,classes
 
 def _import_discovery(
@@ -85,9 +91,11 @@ def _import_discovery(
     df,vocab = _table(training, options['n_classes'])
     about = {k:v for k,v in df.attrs.items() if k != 'citation'}
     config = dict(schema=SCHEMA, method='part_discovery', model=model.config, vocab=vocab, multi=False,
-                  view=dict(size=size or options['side'] or 448, resize='short'), stats=backbone_stats(options['backbone']),
+                  view=dict(size=size or options['side'] or 448, resize='short'),
+                  stats=backbone_stats(options['backbone']),
                   data=dict(about, fingerprint=fingerprint(df)), citation=df.attrs.get('citation', ''),
-                  n_train=int((df.split == 'train').sum()), valid_is_train=False, training=training, versions=versions())
+                  n_train=int((df.split == 'train').sum()), valid_is_train=False, training=training,
+                  versions=versions())
     save_tensors(Path(out)/'model.safetensors', model)
     write_json(Path(out)/'config.json', config)
     return Path(out)

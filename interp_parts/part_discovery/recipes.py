@@ -78,4 +78,5 @@ def _discovery_scores(learner, df, protocol='fixed', crop=False):
 
 # %% ../../nbs/15_part_discovery/09_recipes.ipynb #7430cb92
 register(part_discovery_learner, PartDiscovery, part_discovery_recipes,
-         'priors on part maps, from labels alone (PDiscoNet, ICCV 2023; PDiscoFormer, ECCV 2024)', scores=_discovery_scores)
+         'priors on part maps, from labels alone (PDiscoNet, ICCV 2023; PDiscoFormer, ECCV 2024)',
+         scores=_discovery_scores)

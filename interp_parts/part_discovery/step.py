@@ -23,7 +23,8 @@ from ..training.losses import LossTerms
 # %% ../../nbs/15_part_discovery/06_step.ipynb #26469227
 PRIORS = dict(
     concentration=dict(prediction=2., presence=1., concentration=1000., orthogonality=1., equivariance=1.),
-    tv=dict(prediction=1., presence=1., background=2., total_variation=1., entropy=1., orthogonality=1., equivariance=1.),
+    tv=dict(prediction=1., presence=1., background=2., total_variation=1., entropy=1., orthogonality=1.,
+            equivariance=1.),
     own=dict(prediction=2., presence=1., background=2., total_variation=.25, entropy=.1, orthogonality=1.,
              equivariance=2.))
 _terms = 'presence background concentration total_variation entropy orthogonality equivariance cells area'.split()
@@ -50,7 +51,8 @@ def map_terms(
     "Each loss of the maps by name, without its weight; nothing is computed before it is asked for"
     a,net = out.maps,prior == 'concentration'
     strength = lambda: strongest(a, cut=2) if net else strongest(a[:,:-1])
-    return dict(presence=lambda: presence_loss(gather_rows(strength())), background=lambda: background_loss(a[:,-1], compat),
+    return dict(presence=lambda: presence_loss(gather_rows(strength())),
+                background=lambda: background_loss(a[:,-1], compat),
                 concentration=lambda: concentration_loss(a), total_variation=lambda: total_variation(a, cells),
                 entropy=lambda: entropy_loss(a), area=lambda: 1 - a[:,-1].mean(),
                 orthogonality=lambda: orthogonality_loss(out.vectors if net else out.modulated))
@@ -110,7 +112,8 @@ class DiscoveryTerms(LossTerms):
         self.weights,self.prior,self.look,self.every = weights,prior,look or SecondLook(),every
         self.ramp,self.compat = ramp,compat
         self.names = tuple(k for k in _terms if k in weights)
-        if {'equivariance','cells'} & set(weights): self.needs_images = 'the second look and `cells` see every image anew'
+        if {'equivariance','cells'} & set(weights):
+            self.needs_images = 'the second look and `cells` see every image anew'
 
     def after_loss(self):
         if not len(self.yb): return

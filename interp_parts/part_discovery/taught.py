@@ -51,7 +51,8 @@ def _foreground(tokens, y, n_out, multi, grid, first, least=200, epochs=8, lr=3e
     nn.init.zeros_(unit.weight)
     nn.init.zeros_(unit.bias)
     on = lambda f: unit(f).sigmoid()[:,0]
-    optimizer = torch.optim.AdamW([dict(params=unit.parameters(), lr=lr/2), dict(params=head.parameters(), lr=lr)], weight_decay=1e-2)
+    optimizer = torch.optim.AdamW([dict(params=unit.parameters(), lr=lr/2), dict(params=head.parameters(), lr=lr)],
+                                  weight_decay=1e-2)
     for at in _batches(len(y), epochs, optimizer, [lr/2,lr], least):
         v = int(torch.rand(()) >= .5)
         f,other = _cells(tokens, v, at, grid),_cells(tokens, 1-v, at, grid)
@@ -64,7 +65,8 @@ def _foreground(tokens, y, n_out, multi, grid, first, least=200, epochs=8, lr=3e
 # %% ../../nbs/15_part_discovery/04b_taught.ipynb #d5e316fe
 class _ObjectClusters:
     "K clusters of place and feature in a foreground"
-    def __init__(self, k, directions=32, sharp=8.): self.k,self.directions,self.sharp,self.turn = k,directions,sharp,None
+    def __init__(self, k, directions=32, sharp=8.):
+        self.k,self.directions,self.sharp,self.turn = k,directions,sharp,None
 
     def described(self, f, w):
         "Places and features (n,2+D,h,w) of maps (n,C,h,w) and their foreground (n,h,w)"
@@ -83,7 +85,8 @@ class _ObjectClusters:
     def nearest(self, x, w):
         "Squared distances (n,K,h,w) in the better way, and which images look the other way"
         c = self.centres
-        far = lambda x: x.square().sum(1, keepdim=True) - 2*torch.einsum('kd,bdhw->bkhw', c, x) + c.square().sum(1)[:,None,None]
+        size = c.square().sum(1)[:,None,None]
+        far = lambda x: x.square().sum(1, keepdim=True) - 2*torch.einsum('kd,bdhw->bkhw', c, x) + size
         one,other = far(x),far(_other_way(x))
         turned = (self._cost(other, w) < self._cost(one, w))[:,None,None,None]
         return torch.where(turned, other, one),turned
@@ -118,7 +121,8 @@ def _one_fit(self:_ObjectClusters, x, w, seed, turns):
 def _fit(self:_ObjectClusters, f, w, seed, starts=1, turns=10):
     "Fit the centres to maps (n,C,h,w) and their foreground"
     x = self.described(f, w)
-    if len(self._rows(x, w)) < self.k: raise ConfigError('--n-parts', self.k, 'no more parts than cells of the objects', 'lower it')
+    if len(self._rows(x, w)) < self.k:
+        raise ConfigError('--n-parts', self.k, 'no more parts than cells of the objects', 'lower it')
     self.centres = min((self._one_fit(x, w, seed+i, turns) for i in range(starts)), key=lambda o: o[0])[1]
     return self
 

@@ -68,7 +68,8 @@ def _checkpoint(path):
     except FileNotFoundError: raise CheckpointError(path, 'no such file') from None
     except Exception as e:
         got = f'cannot be read without unpickling ({type(e).__name__})'
-        raise CheckpointError(path, got, 'a file of tensors', 'save model.state_dict() where the model can be loaded') from None
+        raise CheckpointError(path, got, 'a file of tensors',
+                              'save model.state_dict() where the model can be loaded') from None
     state = c.get('state_dict', c) if isinstance(c, dict) else {}
     if not all(isinstance(v, torch.Tensor) for v in state.values()): raise CheckpointError(path, 'not all are tensors')
     return {k.removeprefix('module.'):v for k,v in state.items()}

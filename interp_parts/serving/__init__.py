@@ -10,7 +10,8 @@ from . import answers, app, coco, explainer, exporting, hub, lines
 from ..training import names
 
 # %% ../../nbs/22_serving/00_serving.ipynb #68ea52a2
-__all__ = [*answers.__all__, *explainer.__all__, *exporting.__all__, *lines.__all__, *hub.__all__, *coco.__all__, *app.__all__,
+__all__ = [*answers.__all__, *explainer.__all__, *exporting.__all__, *lines.__all__, *hub.__all__, *coco.__all__,
+           *app.__all__,
            *names.__all__]
 
 # %% ../../nbs/22_serving/00_serving.ipynb #b553cc01

@@ -74,7 +74,8 @@ def _hidden(ask, e, k):
     x = normalize(e.pixels[None]*255, ask.learn.dls.stats)
     seen = hide_part(x, e.parts, k)
     target = e.parts.target
-    p = ask.learn.model.parts(seen.to(ask.learn.dls.device), None if target is None else target.to(ask.learn.dls.device)).cpu()
+    p = ask.learn.model.parts(seen.to(ask.learn.dls.device),
+                              None if target is None else target.to(ask.learn.dls.device)).cpu()
     return replace(e, parts=p)
 
 def _change(ask, e, k):
@@ -169,7 +170,8 @@ def _compare(self:_Page, a, b):
     t = None if a.parts.target is None else a.parts.target[0].item()
     b = self.ask(b, t)
     v = [o.parts.presence[0] if o.parts.contribution is None else o.parts.contribution[0] for o in (a,b)]
-    rows = ''.join(f'<tr><td>{html.escape(a.names[k])}</td><td>{v[0][k]:+.3f}</td><td>{v[1][k]:+.3f}</td></tr>' for k in _order(a)[:12])
+    rows = ''.join(f'<tr><td>{html.escape(a.names[k])}</td><td>{v[0][k]:+.3f}</td><td>{v[1][k]:+.3f}</td></tr>'
+                   for k in _order(a)[:12])
     what = 'presence' if t is None else f'contributions to {a.vocab[t]}'
     return (_line(f'{_says(a)}; {_says(b)}. Below: {what}.'), _overlay(a), _overlay(b),
             f'<table class="parts"><tr><th>part</th><th>first</th><th>second</th></tr>{rows}</table>')
@@ -186,7 +188,8 @@ def build(self:_Page):
         with gr.Tab('One image'):
             with gr.Row():
                 with gr.Column():
-                    file,said,seen = drop('Drop an image', 'one'),gr.HTML(_line('Drop an image to begin.'), elem_id='said'),picture('Its parts: click one')
+                    file,said = drop('Drop an image', 'one'),gr.HTML(_line('Drop an image to begin.'), elem_id='said')
+                    seen = picture('Its parts: click one')
                     bars = gr.HTML(elem_id='bars')
                 with gr.Column(): own = self._chosen(picture)
         with gr.Tab('Two images'):
@@ -234,7 +237,8 @@ class _OnlyHere:
     def __init__(self, app): self.app = app
     async def __call__(self, scope, receive, send):
         async def say(m):
-            if m['type'] == 'http.response.start': m['headers'] = [*m.get('headers', []), (b'content-security-policy', _POLICY)]
+            if m['type'] == 'http.response.start':
+                m['headers'] = [*m.get('headers', []), (b'content-security-policy', _POLICY)]
             await send(m)
         await self.app(scope, receive, say)
 
@@ -245,7 +249,9 @@ def _check_port(host, port):
     with socket.socket(family) as s:
         s.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try: s.bind((host,port))
-        except OSError as e: raise ConfigError('--port', f'{host}:{port}: {e.strerror}', 'a free port', f'pass --port {port % 65535 + 1}') from None
+        except OSError as e:
+            raise ConfigError('--port', f'{host}:{port}: {e.strerror}', 'a free port',
+                              f'pass --port {port % 65535 + 1}') from None
 
 # %% ../../nbs/22_serving/05_app.ipynb #782b9159
 def app_run(

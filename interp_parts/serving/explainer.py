@@ -31,7 +31,8 @@ def _open(item):
         if item.dtype != np.uint8 or item.ndim != 3 or item.shape[2] != 3:
             raise DataError('image', f'an array of {item.dtype} {item.shape}', '(H,W,3) uint8, RGB')
         item = Image.fromarray(item)
-    if not isinstance(item, Image.Image): raise DataError('image', type(item).__name__, 'a file, a PIL image or an array')
+    if not isinstance(item, Image.Image):
+        raise DataError('image', type(item).__name__, 'a file, a PIL image or an array')
     return load_image(item),str(getattr(item, 'filename', '') or '')
 
 def _files(item):

@@ -43,14 +43,16 @@ def _program(graph, size):
         x = torch.rand(n, 3, size, size)
         try: return torch.export.export(graph, (x,), dynamic_shapes=shapes, strict=False),'any' if n > 1 else 1
         except Exception as e: why = ' '.join(str(e).split())[:120] # whatever the model's code raises
-    raise ConfigError('export', f'{type(graph.model).__name__}: {why}', 'a model that torch.export takes', 'serve it with Explainer')
+    raise ConfigError('export', f'{type(graph.model).__name__}: {why}', 'a model that torch.export takes',
+                      'serve it with Explainer')
 
 def _about(ask, p, file):
     "What a program has to know beside the numbers"
     c,view = ask.learn.config,ask.learn.dls.view
     names = [n for n in _OUTPUTS if getattr(p, n) is not None]
     image = dict(name='images', layout='NCHW, RGB, values in 0..1', size=view.size, resize=view.resize)
-    return dict(made_by=made_by(), file=file.name, method=c['method'], input=image, outputs=names, batch=None, classes=ask.vocab, multi=ask.learn.dls.multi,
+    return dict(made_by=made_by(), file=file.name, method=c['method'], input=image, outputs=names, batch=None,
+                classes=ask.vocab, multi=ask.learn.dls.multi,
                 parts=part_names(ask.run, p.n_parts, p.background), contribution_kind=p.contribution_kind,
                 data=c['data'].get('name', ''), licence=c['data'].get('licence', ''), citation=c.get('citation', ''))
 
@@ -92,7 +94,8 @@ def _program_text(about, onnx):
 def _check_opset(opset):
     "Raise an error for missing libraries, or an opset that does not exist"
     if missing := [n for n in ('onnx','onnxscript') if find_spec(n) is None]:
-        raise ConfigError('export', f"{' and '.join(missing)} missing", 'onnx and onnxscript', "pip install 'interp_parts[export]'")
+        raise ConfigError('export', f"{' and '.join(missing)} missing", 'onnx and onnxscript',
+                          "pip install 'interp_parts[export]'")
     import onnx
     known = range(18, onnx.defs.onnx_opset_version()+1)
     if opset is not None and opset not in known: raise ConfigError('--opset', opset, f'{known[0]} to {known[-1]}')
@@ -101,12 +104,14 @@ def _write_onnx(program, about, file, opset):
     "The ONNX file, with its opset and `about` as metadata"
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')
-        made = torch.onnx.export(program, dynamo=True, input_names=['images'], output_names=about['outputs'], verbose=False,
+        made = torch.onnx.export(program, dynamo=True, input_names=['images'], output_names=about['outputs'],
+                                 verbose=False,
                                  opset_version=opset)
     model = made.model_proto
     model.producer_name,model.producer_version = about['made_by'].split()
     about['opset'] = next(o.version for o in model.opset_import if o.domain in ('','ai.onnx'))
-    if about['opset'] != (opset or about['opset']): raise ConfigError('--opset', opset, f"one that torch can write, such as {about['opset']}")
+    if about['opset'] != (opset or about['opset']):
+        raise ConfigError('--opset', opset, f"one that torch can write, such as {about['opset']}")
     for k,v in about.items(): model.metadata_props.add(key=k, value=v if isinstance(v, str) else json.dumps(v))
     with atomic_path(file) as tmp: tmp.write_bytes(model.SerializeToString())
 

@@ -43,7 +43,8 @@ def _check_licence(run, licence):
     about = read_json(Path(run)/'config.json', dict(data=dict))
     stated = licence or about.get('licence') or about['data'].get('licence')
     if stated in (None, '', 'not stated'):
-        raise ConfigError(run, 'its data state no licence', 'a card that says what others may do with the model', 'pass --licence, such as cc-by-4.0')
+        raise ConfigError(run, 'its data state no licence', 'a card that says what others may do with the model',
+                          'pass --licence, such as cc-by-4.0')
 
 # %% ../../nbs/22_serving/04_hub.ipynb #7b01b2b8
 def save_pretrained(
@@ -56,8 +57,11 @@ def save_pretrained(
     learn = load_run(run)
     run,out = Path(run),claim(folder, 'pretrained')
     if out.resolve() == run.resolve(): raise ConfigError(folder, 'is the run itself', 'another folder')
-    if occupied(out) and (why := replaceable(out, 'pretrained')): raise ConfigError(folder, why, 'a folder that this function wrote', another_folder(folder, 'pretrained'))
-    if made(out) != 'pretrained': raise ConfigError(folder, 'lies in a folder that interp_parts wrote for another use', 'a folder of its own', another_folder(folder, 'pretrained'))
+    if occupied(out) and (why := replaceable(out, 'pretrained')):
+        raise ConfigError(folder, why, 'a folder that this function wrote', another_folder(folder, 'pretrained'))
+    if made(out) != 'pretrained':
+        raise ConfigError(folder, 'lies in a folder that interp_parts wrote for another use', 'a folder of its own',
+                          another_folder(folder, 'pretrained'))
     fresh = not any(f.name in _FILES for f in out.iterdir())
     if licence: learn.config['licence'] = licence
     try: return _write_pretrained(learn, run, out, split)
@@ -87,12 +91,14 @@ def _is_pickle(file):
     with open(file, 'rb') as f: head = f.read(2)
     if head[:1] == b'\x80' and head[1:2] and head[1] <= 5: return True
     if head != b'PK' or not zipfile.is_zipfile(file): return False
-    with zipfile.ZipFile(file) as z: return Path(file).suffix != '.pt2' and any(n.endswith('.pkl') for n in z.namelist())
+    with zipfile.ZipFile(file) as z:
+        return Path(file).suffix != '.pt2' and any(n.endswith('.pkl') for n in z.namelist())
 
 def _refuse(where, names):
     "Raise an error for the first of the files that is a pickle"
     do = 'ask its owner for safetensors: model.safetensors, as save_pretrained writes it'
-    if names: raise CheckpointError(where, f'holds a pickle, {min(names)}, which may run code', 'a model without pickles', do)
+    if names:
+        raise CheckpointError(where, f'holds a pickle, {min(names)}, which may run code', 'a model without pickles', do)
 
 def _check_folder(folder):
     "The folder, if it holds no pickle"
@@ -118,13 +124,17 @@ def _asking(repo, revision=None):
     except Exception as e:
         name,code = type(e).__name__,getattr(getattr(e, 'response', None), 'status_code', None)
         said = ' '.join(str(getattr(e, 'server_message', None) or e).split())[:120]
-        if name == 'RevisionNotFoundError': raise CheckpointError(repo, f'no revision {revision}', 'a branch, a tag or a commit') from None
+        if name == 'RevisionNotFoundError':
+            raise CheckpointError(repo, f'no revision {revision}', 'a branch, a tag or a commit') from None
         if code in (401,403) and name != 'RepositoryNotFoundError':
-            raise ConfigError(f'token for {repo}', f'refused ({code})', 'a token that may do this', 'hf auth login, or set HF_TOKEN') from None
+            raise ConfigError(f'token for {repo}', f'refused ({code})', 'a token that may do this',
+                              'hf auth login, or set HF_TOKEN') from None
         if name in ('RepositoryNotFoundError','HFValidationError','GatedRepoError'):
-            raise CheckpointError(repo, 'no such folder, and no such model on the hub, or a private one', 'a folder, or user/name',
+            raise CheckpointError(repo, 'no such folder, and no such model on the hub, or a private one',
+                                  'a folder, or user/name',
                                   'check the name; for a private model, hf auth login') from None
-        if name in ('LocalEntryNotFoundError','OfflineModeIsEnabled','ConnectError','ConnectTimeout') or code is None and isinstance(e, OSError):
+        if name in ('LocalEntryNotFoundError','OfflineModeIsEnabled','ConnectError',
+                    'ConnectTimeout') or code is None and isinstance(e, OSError):
             raise CheckpointError(repo, 'not in the cache, and the hub is not reached', 'a folder, or a network',
                                   'check the connection; unset HF_HUB_OFFLINE to download it') from None
         raise CheckpointError(repo, f'the hub said: {said}', 'a model') from e
@@ -138,8 +148,10 @@ def _download(repo, revision=None, base=False):
         folder = Path(hub.hf_hub_download(repo, 'config.json', revision=revision, **own)).parent
         if offline: return folder
         names = {o.rfilename for o in hub.HfApi(endpoint).model_info(repo, revision=folder.name).siblings}
-        if not base or 'model.safetensors' not in names: _refuse(repo, [n for n in names if Path(n).suffix.lower() in _PICKLES])
-        for n in names & set(_FILES[1:2] if base else _FILES[1:]): hub.hf_hub_download(repo, n, revision=folder.name, **own)
+        if not base or 'model.safetensors' not in names:
+            _refuse(repo, [n for n in names if Path(n).suffix.lower() in _PICKLES])
+        for n in names & set(_FILES[1:2] if base else _FILES[1:]):
+            hub.hf_hub_download(repo, n, revision=folder.name, **own)
     return folder
 
 _hub_id = re.compile(r'[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*')
@@ -184,10 +196,13 @@ def push_to_hub(
     if not _hub_id.fullmatch(str(repo)): raise ConfigError('hub id', repr(repo), 'user/name')
     _check_licence(run, licence)
     hub,endpoint,offline = _hub()
-    if offline: raise ConfigError(endpoint, 'out of reach, or HF_HUB_OFFLINE is set', 'a network', 'check the connection; unset HF_HUB_OFFLINE')
+    if offline:
+        raise ConfigError(endpoint, 'out of reach, or HF_HUB_OFFLINE is set', 'a network',
+                          'check the connection; unset HF_HUB_OFFLINE')
     api = hub.HfApi(endpoint, token=token)
     with tempfile.TemporaryDirectory() as tmp:
         folder = save_pretrained(run, Path(tmp)/'model', split, licence)
         with _asking(repo):
             api.create_repo(repo, private=private, exist_ok=True)
-            return api.upload_folder(repo_id=repo, folder_path=folder, commit_message=message, allow_patterns=list(_FILES)).oid
+            return api.upload_folder(repo_id=repo, folder_path=folder, commit_message=message,
+                                     allow_patterns=list(_FILES)).oid

@@ -34,10 +34,12 @@ def _image_of(line, n, file, model, asked):
     except ValueError: raise DataError(f'{file}: line {n}', 'no JSON', want) from None
     if not isinstance(d, dict) or not isinstance(d.get('image'), str) or 'model' not in d:
         raise DataError(f'{file}: line {n}', 'no answer of interp-parts predict', want, 'pass a new --out')
-    if d['model'] != model: raise ConfigError(f'{file}: line {n}', 'an answer of other weights', want, 'pass a new --out')
+    if d['model'] != model:
+        raise ConfigError(f'{file}: line {n}', 'an answer of other weights', want, 'pass a new --out')
     if d.get('asked', {}) != asked:
         was = ', '.join(f'{k} {v}' for k,v in d.get('asked', {}).items()) or 'none'
-        raise ConfigError(f'{file}: line {n}', f'answered with other options ({was})', 'the same options', 'pass these, or a new --out')
+        raise ConfigError(f'{file}: line {n}', f'answered with other options ({was})', 'the same options',
+                          'pass these, or a new --out')
     return d['image']
 
 def _answered(file, model, asked):
@@ -46,7 +48,8 @@ def _answered(file, model, asked):
     with open(file, 'rb') as f:
         for n,line in enumerate(f, 1):
             if line.endswith(b'\n'): done.add(_image_of(line, n, file, model, asked))
-            elif line[:len(_start)] != _start[:len(line)]: raise DataError(f'{file}: line {n}', 'no answer', 'half an answer')
+            elif line[:len(_start)] != _start[:len(line)]:
+                raise DataError(f'{file}: line {n}', 'no answer', 'half an answer')
             else: break
             end += len(line)
     return done,end
@@ -80,7 +83,8 @@ class AnswerFile:
     def _lock(self):
         "No two processes write one file"
         try: fcntl and fcntl.flock(self.f, fcntl.LOCK_EX|fcntl.LOCK_NB)
-        except OSError: raise ConfigError(self.file, 'another process writes it', 'one process', 'pass another --out') from None
+        except OSError:
+            raise ConfigError(self.file, 'another process writes it', 'one process', 'pass another --out') from None
 
     def write(self,
         answer:dict, # For one image, from `Explanation.to_dict`

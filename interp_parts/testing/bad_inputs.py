@@ -120,7 +120,8 @@ def _bad_images():
             'header.gif':(gif[:8], 'unreadable'), 'torn.png':(_flipped(png, len(png)//2), 'unreadable'),
             'nulls.png':(png[:60] + bytes(len(png)-60), 'unreadable'), 'tail.bmp':(bmp[:200], 'unreadable'),
             'bomb.bmp':(bmp[:18] + struct.pack('<2i', 30_000, 30_000) + bmp[26:], 'decompression bomb'),
-            'strip.png':(encoded_image('PNG', (1,300)), 'too narrow'), 'float.tiff':(_float_tiff(), 'floating-point pixels'),
+            'strip.png':(encoded_image('PNG', (1,300)), 'too narrow'),
+            'float.tiff':(_float_tiff(), 'floating-point pixels'),
             'script.png':(b'%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\nshowpage\n', 'unreadable'),
             'riff.webp':(b'RIFF\x10\0\0\0WEBPVP8 ', 'unreadable'), 'ppm.ppm':(b'P6 99999 9 255\n', 'unreadable')}
 
@@ -171,10 +172,12 @@ def _bad_archives():
     "Bytes and message of archives that must not be unpacked, by file name"
     ok,zeros = ('birds/a.jpg', bytes(range(256))*20),bytes(5_000_000)
     tgz,z = _tar_bytes(ok),zip_bytes(ok)
-    return {'up.tgz':(_tar_bytes(ok, ('../evil', b'x')), 'leads out'), 'root.tgz':(_tar_bytes(('/evil', b'x')), 'leads out'),
+    return {'up.tgz':(_tar_bytes(ok, ('../evil', b'x')), 'leads out'),
+            'root.tgz':(_tar_bytes(('/evil', b'x')), 'leads out'),
             'up.zip':(zip_bytes(ok, ('birds/../../evil', b'x')), 'leads out'),
             'root.zip':(zip_bytes(('/evil', b'x')), 'leads out'),
-            'drive.zip':(zip_bytes(('C:/evil', b'x')), 'leads out'), 'slash.zip':(zip_bytes(('..\\evil', b'x')), 'leads out'),
+            'drive.zip':(zip_bytes(('C:/evil', b'x')), 'leads out'),
+            'slash.zip':(zip_bytes(('..\\evil', b'x')), 'leads out'),
             'symlink.tgz':(_tar_bytes(('d', tarfile.SYMTYPE, '..'), ('d/evil', b'x')), 'a link'),
             'hardlink.tgz':(_tar_bytes(('d', tarfile.LNKTYPE, '../up.tgz')), 'a link'),
             'link.zip':(zip_bytes(('d', b'/etc'), mode=stat.S_IFLNK|0o777), 'a link'),

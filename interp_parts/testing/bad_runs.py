@@ -223,5 +223,6 @@ def _pickle_cases(run, folder, mark):
                               f.stem if place != 'cached step' else 'npz'))
     own = ('model.safetensors','config.json','state/loop-1.pt','state/state.json','state/model-1.safetensors')
     for i,(file,kind) in enumerate((f,k) for f in own for k in ('bare','torch')):
-        cases.append(_damage(Path(run), d, f'run{i}', f'{file}, {kind}', file, lambda f, k=kind: f.write_bytes(evil[k]), Path(file).name))
+        cases.append(_damage(Path(run), d, f'run{i}', f'{file}, {kind}', file, lambda f, k=kind: f.write_bytes(evil[k]),
+                             Path(file).name))
     return [Case('pickle', *[getattr(c, k) for k in ('name','use','says')]) for c in cases]

@@ -53,7 +53,8 @@ def check_model(
     p,one = check_parts(model.parts(x)),check_parts(model.parts(x[:1]))
     if [m.training for m in model.modules()] != was:
         raise TrainingError('parts', 'another mode', 'the mode the model was in')
-    if not torch.equal(torch.get_rng_state(), state): raise TrainingError('parts', 'another random state', 'the random state before')
+    if not torch.equal(torch.get_rng_state(), state):
+        raise TrainingError('parts', 'another random state', 'the random state before')
     if any(v.requires_grad for v in vars(p).values() if isinstance(v, torch.Tensor)):
         raise TrainingError('parts', 'on the graph', 'cut off it')
     if model.classifies and p.logits is None: raise TrainingError('parts', 'no logits', 'those of the classes')

@@ -280,7 +280,8 @@ def _protopnet(root, size):
     return root
 
 # %% ../../nbs/40_testing/08_layouts.ipynb #d0236a76
-_layouts = dict(cub=_cub, cub_parts=_cub, nabirds=_nabirds, celeba=_celeba, celeba_people=_celeba, casia=_casia, people=_people,
+_layouts = dict(cub=_cub, cub_parts=_cub, nabirds=_nabirds, celeba=_celeba, celeba_people=_celeba, casia=_casia,
+                people=_people,
                 lfw=_lfw, pets=_pets, dogs=_dogs, awa2=_awa2, flowers=_flowers, stl10=_stl10, food101=_food101,
                 cars=_cars, inaturalist=_inaturalist, deepfashion=_deepfashion, pascal_part=_pascal_part,
                 part_imagenet=_part_imagenet, part_imagenet_ood=partial(_part_imagenet, others=True),

@@ -37,7 +37,8 @@ def original_commands(
         section = cell.splitlines()[0].removeprefix('## ').split(',')[0]
         for line in re.findall(r'^\| (.*?) \| (.*) \|$', cell, re.M):
             found = re.search(r'`interp-parts ([^`]*)`', line[1])
-            out.append(dict(section=section, theirs=line[0], words=shlex.split(found[1]) if found else None, ours=line[1]))
+            out.append(dict(section=section, theirs=line[0], words=shlex.split(found[1]) if found else None,
+                            ours=line[1]))
     return pd.DataFrame([r for r in out if r['theirs'] != 'theirs'])
 
 # %% ../../nbs/40_testing/10_originals.ipynb #28fda9a7
@@ -48,7 +49,8 @@ def _parsed(words):
     return command.make_context(words[0], [w for w in words[1:] if w != '...']).params
 
 # %% ../../nbs/40_testing/10_originals.ipynb #bde607ea
-_sides = dict(part_discovery=112, region_grouping=96, visual_words=96, classifier=96, activation_diversity=110, classification_specific_parts=107)
+_sides = dict(part_discovery=112, region_grouping=96, visual_words=96, classifier=96, activation_diversity=110,
+              classification_specific_parts=107)
 _nets = dict(part_discovery='resnet26', region_grouping='resnet26', visual_words='resnet18', classifier='resnet18')
 _tiny = {'--steps':'2', '--n-parts':'6', '--size':'107'} # in the place of what the page has
 
@@ -73,7 +75,8 @@ def _train_options(words):
     return [*more, *phases, *['--no-pretrained']*('--weights' not in words)]
 
 # %% ../../nbs/40_testing/10_originals.ipynb #7ca04fa4
-_more = dict(evaluate='--workers 0 --device cpu', visualize='--n 2 --device cpu', predict='--device cpu', features='--device cpu',
+_more = dict(evaluate='--workers 0 --device cpu', visualize='--n 2 --device cpu', predict='--device cpu',
+             features='--device cpu',
              prune='--epochs 1 --workers 0 --device cpu', combine='--workers 0 --device cpu', data='',
              foreground='--backbone resnet18 --no-pretrained --epochs 1 --size 64 --bs 4 --workers 0 --device cpu')
 _more['import'] = ''
@@ -106,11 +109,13 @@ def _region_grouping():
     _place('cub', 'CUB_200_2011', 96)
     _place('celeba', 'CelebA', 96)
     write_json('celeba_res101.json', dict(root='../../', data='celeba', split='accuracy', arch='resnet101', resume='',
-        save='celeba_res101_p9', workers=4, epochs=10, batch_size=32, lr=5e-3, weight_decay=1e-4, print_freq=200, num_classes=40,
+        save='celeba_res101_p9', workers=4, epochs=10, batch_size=32, lr=5e-3, weight_decay=1e-4, print_freq=200,
+        num_classes=40,
         nparts=9, coeff=.1, radius=2, std=.4, alpha=1, beta=.001, seed=1, fixed=[],
         finetune=['conv1','bn1','layer1','layer2','layer3']))
     views = RegionGrouping(4, 5, 'resnet50', compat=True).original_views()
-    torch.save(dict(epoch=150, state_dict={f'module.{k}':v for k,v in views.items()}, best_acc=np.float64(.8)), 'cub_res101_best.pth.tar')
+    torch.save(dict(epoch=150, state_dict={f'module.{k}':v for k,v in views.items()}, best_acc=np.float64(.8)),
+               'cub_res101_best.pth.tar')
     _train('region_grouping --data cub --path CUB_200_2011 --backbone resnet18 --size 96 --epochs 1 --out RUN')
     _train('region_grouping --data celeba --path CelebA --backbone resnet18 --size 96 --resize squash --epochs 1 --out FACES')
     return 'cub','CUB_200_2011'
@@ -118,7 +123,8 @@ def _region_grouping():
 def _contrastive_reconstruction():
     _place('cub_parts', 'CUB_200_2011')
     _place('pascal_part', 'PASCAL')
-    torch.save(dict(iter=60000, model_state_dict=DeepLab(4).state_dict(), optimizer_state_dict=dict(state={}, param_groups=[])),
+    torch.save(dict(iter=60000, model_state_dict=DeepLab(4).state_dict(),
+                    optimizer_state_dict=dict(state={}, param_groups=[])),
                'model_60000.pth')
     _train('contrastive_reconstruction --recipe cr_cub_k4 --data cub_parts --path CUB_200_2011 --size 64 --steps 2 --out RUN')
     return 'cub_parts','CUB_200_2011'
@@ -129,7 +135,8 @@ def _visual_words():
     Path('datasets').mkdir()
     Path('datasets/cub200_cropped').symlink_to(Path('datasets-cub').resolve())
     counts = read_data('pets', 'PETS').split.value_counts()
-    for s in ('train','test'): np.save(f'grad_{s}_pets.npy', np.random.default_rng(0).random((counts[s],64,64)).astype('f'))
+    for s in ('train','test'):
+        np.save(f'grad_{s}_pets.npy', np.random.default_rng(0).random((counts[s],64,64)).astype('f'))
     torch.save(VisualWords(3, 6, 'resnet18', depth=8).original_views(), 'words.pth')
     torch.save(timm.create_model('resnet34', num_classes=3).state_dict(), 'resnet34_pets.pth')
     Path('IMAGE').symlink_to(next(iter(sorted(Path('PETS/images').resolve().glob('*.jpg')))))
@@ -149,11 +156,14 @@ def _ijba():
         _noise(f'IJB-A/img/{b}.png', rng)
     def rows(kind, keep):
         i = np.flatnonzero(keep)
-        savemat(f'IJB-A/{kind}_1.mat', dict(templateID=col(i//2+1), subjectID=col(who[i]), mediaID=col(i), sightingID=col(i+1),
+        savemat(f'IJB-A/{kind}_1.mat', dict(templateID=col(i//2+1), subjectID=col(who[i]), mediaID=col(i),
+                                            sightingID=col(i+1),
             frame=col(i*np.nan), faceYaw=col(i), filename=np.array([[f'img/{j}.png'] for j in i], object),
-            bbox=np.tile([2.,2,40,40], (len(i),1)), landmark=np.zeros((len(i),6)), visibility=np.tile([1.,1,0], (len(i),1))))
+            bbox=np.tile([2.,2,40,40], (len(i),1)), landmark=np.zeros((len(i),6)),
+            visibility=np.tile([1.,1,0], (len(i),1))))
     every,first = who > 0,np.arange(len(who))%4 < 2
-    for kind,keep in dict(verify_metadata=every, search_gallery=first, search_probe=~first, train=every).items(): rows(kind, keep)
+    for kind,keep in dict(verify_metadata=every, search_gallery=first, search_probe=~first, train=every).items():
+        rows(kind, keep)
     pairs = np.array([[a,b] for a in range(1, 9) for b in range(a+1, 9)], float)
     savemat('IJB-A/verify_comparisons_1.mat', dict(comparison=pairs))
     savemat('IJBA_crop.mat', dict(sightingID2idx=col(np.arange(1, len(who)+1))))
@@ -170,7 +180,8 @@ def _ijbc():
     pd.DataFrame([dict(SUBJECT_ID=s, FILENAME=f, **face) for s,f in rows]).to_csv('IJB-C/ijbc_metadata.csv', index=False)
     named = [dict(TEMPLATE_ID=10*s+(int(f[-5]) > 1), SUBJECT_ID=s, FILENAME=f) for s,f in rows]
     sets = {'1N_gallery_G1':lambda r: r['TEMPLATE_ID']%10 == 0 and r['SUBJECT_ID'] < 3,
-            '1N_gallery_G2':lambda r: r['TEMPLATE_ID']%10 == 0 and r['SUBJECT_ID'] > 2, '1N_probe_mixed':lambda r: r['TEMPLATE_ID']%10 == 1}
+            '1N_gallery_G2':lambda r: r['TEMPLATE_ID']%10 == 0 and r['SUBJECT_ID'] > 2,
+            '1N_probe_mixed':lambda r: r['TEMPLATE_ID']%10 == 1}
     for name,keep in sets.items(): pd.DataFrame(filter(keep, named)).to_csv(f'IJB-C/ijbc_{name}.csv', index=False)
     pairs = [f'{10*a},{10*b+1}' for a in range(1, 5) for b in range(1, 5)]
     Path('IJB-C/ijbc_11_G1_G2_matches.csv').write_text('\n'.join(pairs))
@@ -206,7 +217,8 @@ def _classification_specific_parts():
 def _part_discovery():
     _place('cub', 'CUB_200_2011', 96)
     n = len(read_data('cub', 'CUB_200_2011').attrs['classes'])
-    vit = dict(backbone='vit_small_patch14_reg4_dinov2.lvd142m', design='paper', modulation='layer_norm', noise=True, side=56)
+    vit = dict(backbone='vit_small_patch14_reg4_dinov2.lvd142m', design='paper', modulation='layer_norm', noise=True,
+               side=56)
     save_file({k:v.clone() for k,v in PartDiscovery(n, 3, **vit).original_views().items()}, 'model.safetensors')
     _train('part_discovery --data cub --path CUB_200_2011 --backbone resnet26 --size 64 --epochs 1 --out RUN')
     return 'cub','CUB_200_2011'
@@ -234,7 +246,8 @@ def run_originals(
     os.chdir(folder)
     try:
         data,rows = _setups[rows.section.iloc[0]](),rows[rows.words.notna()].reset_index(drop=True)
-        said = [outcome(_runnable(w, _out(i, w), next((d for k,d in _data_of.items() if k in w), data)))[0] for i,w in enumerate(rows.words)]
+        said = [outcome(_runnable(w, _out(i, w), next((d for k,d in _data_of.items() if k in w), data)))[0]
+                for i,w in enumerate(rows.words)]
         return rows.assign(result=said)
     finally: os.chdir(here)
 

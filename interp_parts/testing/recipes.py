@@ -33,10 +33,12 @@ def _backbone(recipe, small):
 
 def _side(name, recipe):
     "Side of the images: what a network takes, or a map of enough cells"
-    return next((v for k,v in _sides.items() if name.startswith(k)), dict(region_grouping=96, part_discovery=128).get(recipe['method'], 64))
+    return next((v for k,v in _sides.items() if name.startswith(k)),
+                dict(region_grouping=96, part_discovery=128).get(recipe['method'], 64))
 
 # %% ../../nbs/40_testing/09_recipes.ipynb #fdfeaab1
-_epochs = dict(visual_words=dict(warm=1, start=1, every=1, last_epochs=2), nonparametric_prototypes=dict(cluster_epochs=1))
+_epochs = dict(visual_words=dict(warm=1, start=1, every=1, last_epochs=2),
+               nonparametric_prototypes=dict(cluster_epochs=1))
 
 def _length(recipe):
     "Options that make the training short"
@@ -54,21 +56,25 @@ def _layout(name, recipe):
 def _training(name, recipe, path, run, small):
     "Words of `interp-parts train`"
     net = _backbone(recipe, small)
-    words = ['train', recipe['method'], '--recipe', name, '--data', recipe.get('data', 'folder'), '--path', str(path), '--out', str(run),
-             '--backbone', net, '--no-pretrained', '--size', str(_side(net, recipe)), '--bs', '4', '--workers', '0', '--device', 'cpu']
+    words = ['train', recipe['method'], '--recipe', name, '--data', recipe.get('data', 'folder'), '--path', str(path),
+             '--out', str(run),
+             '--backbone', net, '--no-pretrained', '--size', str(_side(net, recipe)), '--bs', '4', '--workers', '0',
+             '--device', 'cpu']
     return words + _length(recipe)
 
 def _base(recipe, path, run, small):
     "Words that train the classifier that a recipe starts from"
     base = _all_recipes()['base_resnet34']
-    words = _training('base_resnet34', {**recipe, **base, 'data':recipe.get('data', 'folder'), 'model':recipe['model']}, path, run, small)
+    words = _training('base_resnet34', {**recipe, **base, 'data':recipe.get('data', 'folder'), 'model':recipe['model']},
+                      path, run, small)
     return [*words, '--resize', recipe.get('resize', 'short')]
 
 # %% ../../nbs/40_testing/09_recipes.ipynb #c6c364f6
 def _scoring(recipe, run, folder, small):
     "Words of `interp-parts evaluate`: the published protocol, or the quick one"
     words = ['evaluate', str(run), '--workers', '0', '--device', 'cpu']
-    if recipe.get('data') == 'casia': return [*words, '--protocol', 'lfw', '--path', str(write_layout('lfw', folder/'lfw', 110))]
+    if recipe.get('data') == 'casia':
+        return [*words, '--protocol', 'lfw', '--path', str(write_layout('lfw', folder/'lfw', 110))]
     quick = small or recipe.get('data') == 'pascal_part'
     return [*words, '--no-baselines', '--protocol', 'fixed' if quick else 'paper']
 
@@ -111,7 +117,8 @@ def try_recipe(
     "Train, evaluate, visualize and predict by command; for each 'ok' or the line of error"
     recipe,folder,start = _all_recipes()[name],Path(folder),time.process_time()
     path = write_layout(_layout(name, recipe), folder/'data')
-    row = dict(recipe=name, method=recipe['method'], data=recipe.get('data', 'folder'), backbone=_backbone(recipe, small))
+    row = dict(recipe=name, method=recipe['method'], data=recipe.get('data', 'folder'),
+               backbone=_backbone(recipe, small))
     words = _training(name, recipe, path, folder/'run', small)
     if recipe['model'].get('attend'):
         row['base'] = _step('train', _base(recipe, path, folder/'base', small), folder/'base')
@@ -124,7 +131,8 @@ def _rest(recipe, folder, small):
     "What the other commands say to a run"
     run = folder/'run'
     image = str(run_rows(read_json(run/'config.json')).image.iloc[-1])
-    commands = dict(evaluate=_scoring(recipe, run, folder, small), visualize=['visualize', str(run), '--n', '2', '--device', 'cpu'],
+    commands = dict(evaluate=_scoring(recipe, run, folder, small),
+                    visualize=['visualize', str(run), '--n', '2', '--device', 'cpu'],
                     predict=['predict', str(run), image, '--device', 'cpu'])
     return {k:_step(k, words, run) for k,words in commands.items()}
 

@@ -44,7 +44,8 @@ def _disc_row(folder, i, label, size, split):
     im.save(image)
     Image.fromarray((on*255).astype('uint8')).save(mask)
     (x0,y0),(x1,y1) = points[:,:2].min(0)-7, points[:,:2].max(0)+7
-    return dict(image=str(image), split=split, label=label, mask=str(mask), box=[x0, y0, x1-x0, y1-y0], keypoints=points)
+    return dict(image=str(image), split=split, label=label, mask=str(mask), box=[x0, y0, x1-x0, y1-y0],
+                keypoints=points)
 
 def disc_table(
     folder, # Where the images are written

@@ -9,7 +9,8 @@ __all__ = []
 from . import losses, guards, optim, precision, average, state, fit, printed, runs, names, distributed, shared, cached, loaded, calls
 
 # %% ../../nbs/04_training/00_training.ipynb #d5e43f1e
-__all__ = [*losses.__all__, *guards.__all__, *optim.__all__, *precision.__all__, *average.__all__, *state.__all__, *fit.__all__, *printed.__all__, *runs.__all__, *names.__all__,
+__all__ = [*losses.__all__, *guards.__all__, *optim.__all__, *precision.__all__, *average.__all__, *state.__all__,
+           *fit.__all__, *printed.__all__, *runs.__all__, *names.__all__,
            *distributed.__all__, *shared.__all__, *cached.__all__, *loaded.__all__, *calls.__all__]
 
 # %% ../../nbs/04_training/00_training.ipynb #1096e015

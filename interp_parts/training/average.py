@@ -25,7 +25,8 @@ class WeightAverage(Callback):
     def before_fit(self):
         for cb in self.learn.cbs:
             if why := getattr(cb, 'no_average', None):
-                raise ConfigError('--ema', why, 'a training whose weights change by its optimiser alone', 'leave --ema out')
+                raise ConfigError('--ema', why, 'a training whose weights change by its optimiser alone',
+                                  'leave --ema out')
         self.average,self.own,self.steps = self._copy(),None,0
 
     def _copy(self): return {k:v.detach().clone() for k,v in self.learn.model.state_dict().items()}

@@ -127,7 +127,8 @@ def _stored(learn, dl, views, half, gb, folder):
     os.utime(file)
     a = read_json(about, dict(maps=list, shape=list))
     if a.get('of', file.stem) != file.stem:
-        raise CheckpointError(file, 'features of other weights, images or views', 'those that its name says', 'delete it')
+        raise CheckpointError(file, 'features of other weights, images or views', 'those that its name says',
+                              'delete it')
     return str(file),a
 
 # %% ../../nbs/04_training/10_cached.ipynb #ae5bfeab
@@ -158,7 +159,8 @@ def _maps_of_rows(backbone, shapes):
     plain,sizes = backbone.forward,[int(np.prod(s)) for s in shapes]
     def forward(x):
         if x.ndim != 2: return plain(x)
-        maps = [m.unflatten(1, s).contiguous(memory_format=torch.channels_last) for m,s in zip(x.split(sizes, 1), shapes)]
+        maps = [m.unflatten(1, s).contiguous(memory_format=torch.channels_last)
+                for m,s in zip(x.split(sizes, 1), shapes)]
         return maps if len(maps) > 1 else maps[0]
     backbone.forward = forward
     try: yield
@@ -172,9 +174,11 @@ def _check(learn, cache, views):
     if not cache: return
     for cb in learn.cbs:
         if why := getattr(cb, 'needs_images', None):
-            raise ConfigError('--cache-features', why, 'a method whose backbone sees images in fixed views', 'pass --frozen')
+            raise ConfigError('--cache-features', why, 'a method whose backbone sees images in fixed views',
+                              'pass --frozen')
     if learn.dls.train.dataset.bad is not None:
-        raise ConfigError('--cache-features', 'images that may be replaced', 'images that are whole', 'pass --on-bad-image error')
+        raise ConfigError('--cache-features', 'images that may be replaced', 'images that are whole',
+                          'pass --on-bad-image error')
 
 @contextmanager
 def frozen_backbone(

@@ -22,7 +22,8 @@ class _Images(PartDataset):
 def _dataset(items, like):
     "A data set of files, or of rows of a table, under the view of another data set"
     if isinstance(items, pd.DataFrame): return PartDataset(items, like.view)
-    return _Images(part_table([dict(image=str(o), split='test') for o in items], **{**like.attrs, 'name':'images'}), like.view)
+    return _Images(part_table([dict(image=str(o), split='test') for o in items], **{**like.attrs, 'name':'images'}),
+                   like.view)
 
 _new = PartDL.new
 

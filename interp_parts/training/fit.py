@@ -114,7 +114,8 @@ class _Rate(Callback):
     def after_batch(self):
         self.images += len(self.xb[0])*this_process()[1]
         bar = getattr(getattr(self.learn, 'progress', None), 'pbar', None)
-        if bar is not None: bar.comment = f'{bar.comment}, {self.images/(time.perf_counter()-self.start):.0f} images/s'.lstrip(', ')
+        if bar is not None:
+            bar.comment = f'{bar.comment}, {self.images/(time.perf_counter()-self.start):.0f} images/s'.lstrip(', ')
 
 
 # %% ../../nbs/04_training/05_fit.ipynb #7581cbeb
@@ -146,7 +147,8 @@ def _finish(learn):
 
 # %% ../../nbs/04_training/05_fit.ipynb #2d8f4ac0
 def _check_accumulate(n):
-    if type(n) is not int or n < 1: raise ConfigError('--accumulate', repr(n), 'a whole number from 1', 'pass --accumulate 4')
+    if type(n) is not int or n < 1:
+        raise ConfigError('--accumulate', repr(n), 'a whole number from 1', 'pass --accumulate 4')
 
 def _extras(learn, clip, accumulate, ema):
     "Callbacks that change what a step does"
@@ -186,7 +188,8 @@ def fit_run(
     more = [*_extras(learn, clip, accumulate, ema), *[_LastStep(steps)]*bool(steps)]
     cbs = [_scheduled(schedule, lrs, stretch), StopNonFinite(), WatchParts(), _Rate(), *L(cbs), rounded, *more]
     if this_process()[1] > 1: cbs.append(ShareBatches(sync_bn))
-    if keep_best and run is None: raise ConfigError('keep_best', 'no folder', 'a folder for the weights', 'pass run=FOLDER')
+    if keep_best and run is None:
+        raise ConfigError('keep_best', 'no folder', 'a folder for the weights', 'pass run=FOLDER')
     try: _fit(learn, epochs, lrs, cbs, run, save_every, resume, keep_best)
     finally: rounded.undo()
     _finish(learn)

@@ -103,7 +103,8 @@ class WatchParts(Callback):
         except (NotImplementedError, AttributeError): found = []
         due = self.learn.train_iter >= self.least or self.epoch == self.n_epoch-1
         again = [t for t in found if due and t[:12] in self.seen - self.said]
-        if again: warn_user(f"{_method_of(self.learn.model)}, epoch {self.epoch}: {'; '.join(again)} ({len(self.images)} images looked "
+        if again:
+            warn_user(f"{_method_of(self.learn.model)}, epoch {self.epoch}: {'; '.join(again)} ({len(self.images)} images looked "
                             'at); try fewer parts, another learning rate or other weights of the losses')
         self.seen = {t[:12] for t in found}
         self.said.update(t[:12] for t in again)

@@ -35,7 +35,8 @@ def _check_classes(dls, vocab):
     if new == list(vocab): return
     odd = [str(o) for o in new if o not in vocab] or [str(o) for o in vocab if o not in new]
     got = f'{len(odd)} classes differ ({", ".join(odd[:3])})' if odd else 'the same classes in another order'
-    raise DataError('dls', got, f'the {len(vocab)} classes of the run, in its order', 'compare with learn.config["vocab"]')
+    raise DataError('dls', got, f'the {len(vocab)} classes of the run, in its order',
+                    'compare with learn.config["vocab"]')
 
 # %% ../../nbs/04_training/08_loaded.ipynb #aa633fee
 class LoadedLearner(PartLearner):

@@ -44,9 +44,11 @@ def name_part(
 ):
     "Store the name of a part in its run"
     n = read_json(Path(run)/'config.json')['model'].get('n_parts')
-    if type(k) is not int or k < 0 or n is not None and k > n: raise ConfigError('part', repr(k), f'a number from 0 to {n}')
+    if type(k) is not int or k < 0 or n is not None and k > n:
+        raise ConfigError('part', repr(k), f'a number from 0 to {n}')
     name = ' '.join(str(name).split())
-    if len(name) > 60 or not name.isprintable(): raise ConfigError('name', repr(name[:70]), 'at most 60 printable characters')
+    if len(name) > 60 or not name.isprintable():
+        raise ConfigError('name', repr(name[:70]), 'at most 60 printable characters')
     _check_names(Path(run)/'part_names.json')
     others = {i:v for i,v in given_names(run).items() if i != k}
     if name in others.values(): raise ConfigError('name', repr(name), 'a name that no other part has')

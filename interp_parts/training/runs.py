@@ -56,7 +56,8 @@ def _of_annotations(values, rule):
     "Hash of boxes, keypoints, or the contents of mask files"
     files,h = [v for v in values if isinstance(v, (str,Path))],hashlib.sha256()
     with KnownFiles.of(files):
-        for v in values: h.update(_mask_bytes(v, rule) if isinstance(v, (str,Path)) else np.asarray(v, '<f8').round(3).tobytes())
+        for v in values:
+            h.update(_mask_bytes(v, rule) if isinstance(v, (str,Path)) else np.asarray(v, '<f8').round(3).tobytes())
     return '3-'*(rule == '3-') + h.hexdigest()[:16]
 
 def _mask_bytes(path, rule):
@@ -178,7 +179,8 @@ def blank_dls(
     return dls
 
 # %% ../../nbs/04_training/06_runs.ipynb #95b94548
-_kinds = dict(method=str, model=dict, vocab=list, multi=bool, view=dict(size=int, resize=str), stats=[[float]], data=dict,
+_kinds = dict(method=str, model=dict, vocab=list, multi=bool, view=dict(size=int, resize=str), stats=[[float]],
+              data=dict,
               training=dict)
 
 def _read_config(file):

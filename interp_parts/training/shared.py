@@ -135,9 +135,11 @@ def _shares(self:ShareBatches):
     train,valid = self.dls.train,self.dls.valid
     self.cut = not isinstance(train, PartDL) # others read all of a batch, and a slice is taken
     if self.cut: return
-    if train.n < self.n: raise ConfigError('--num-processes', self.n, f'at most {train.n}, the number of training images')
+    if train.n < self.n:
+        raise ConfigError('--num-processes', self.n, f'at most {train.n}, the number of training images')
     if train.bs % self.n or train.n < train.bs:
-        raise ConfigError('--bs', train.bs, f'a multiple of the {self.n} processes', f'pass --bs {-(-train.bs//self.n)*self.n}')
+        raise ConfigError('--bs', train.bs, f'a multiple of the {self.n} processes',
+                          f'pass --bs {-(-train.bs//self.n)*self.n}')
     self._open(_read_share(train, _slices, self.i, self.n, train.bs//self.n))
     self._open(_read_share(valid, _every, self.i, self.n, valid.bs))
 

@@ -15,7 +15,8 @@ from . import fidelity, vocabulary, purity, scores, unseen, published, prune
 __all__ = [*precision.__all__, *maps.__all__, *layer.__all__, *network.__all__, *base.__all__, *attended.__all__,
            *projection.__all__, *fields.__all__, *pruning.__all__, *losses.__all__, *last_layer.__all__, *start.__all__,
            *training.__all__, *model.__all__, *images.__all__, *pictures.__all__, *files.__all__, *explanations.__all__,
-           *fidelity.__all__, *vocabulary.__all__, *purity.__all__, *scores.__all__, *unseen.__all__, *published.__all__,
+           *fidelity.__all__, *vocabulary.__all__, *purity.__all__, *scores.__all__, *unseen.__all__,
+           *published.__all__,
            *prune.__all__,
            'PartLearner', 'create_learner', 'part_table', 'check_table', 'part_dls', 'PartBatches', 'load_image',
            'fit_run', 'seed_everything', 'run_config', 'save_run', 'load_run']

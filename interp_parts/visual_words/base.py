@@ -115,7 +115,8 @@ def of_file(cls:BaseModel,
     "The base model of a file of weights"
     net = load_network(name, file)
     stages = getattr(net, 'feature_info', None)
-    if layer is None and not stages: raise ConfigError('layer', 'none given', 'the name of a layer', 'pass --set layer=NAME')
+    if layer is None and not stages:
+        raise ConfigError('layer', 'none given', 'the name of a layer', 'pass --set layer=NAME')
     return cls(net, layer or list(stages)[-1]['module'])
 
 # %% ../../nbs/12_visual_words/05_base.ipynb #89b5e47f

@@ -68,7 +68,8 @@ def _explain(learn, row, parts, images, n=4):
     for a in axs.flat: a.set_axis_off()
     axs[0,0].imshow(images[row])
     for ax,r in zip(axs[:,1:].T, t.itertuples()):
-        _column(ax, r, row, parts.maps[0,r.word]*MOST_SIMILAR, learn.model.sources[r.word].tolist(), images, learn.model.kernel)
+        _column(ax, r, row, parts.maps[0,r.word]*MOST_SIMILAR, learn.model.sources[r.word].tolist(), images,
+                learn.model.kernel)
     for ax,text in zip(axs[1:,0], ('where the word\nis in this image', 'the patch\nthat the word is')):
         ax.text(.95, .5, text, transform=ax.transAxes, ha='right', va='center', fontsize=8)
     k,here = parts.target[0].item(),t.contribution.sum()

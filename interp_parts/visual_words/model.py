@@ -207,7 +207,8 @@ _protopnet = dict(data='folder', size=224, resize='squash', bs=80, brightness=0.
          '(whose patches words become) and test_cropped, of images cropped to their boxes')
 
 _own = dict(bs=32, freeze_bn=True, note='ours, not published; measured on CUB classes 1 to 40; needs --init RUN',
-            model=dict(depth=0, start_gain=.3, nearest=9, cluster=.3, attend=10., attend_warm=True, warm=2, start=2, every=3,
+            model=dict(depth=0, start_gain=.3, nearest=9, cluster=.3, attend=10., attend_warm=True, warm=2, start=2,
+                       every=3,
                        last_epochs=20, last_lr=3e-4),
             fit=dict(epochs=3, lr=(1e-5,1e-4)))
 

@@ -63,7 +63,8 @@ def _test_accuracy(learn, df):
 def _save(learn, run, out, about):
     "Write the pruned run beside the one it is made of"
     config = {k:v for k,v in learn.config.items() if k not in ('published','seconds','cpu_seconds')}
-    write_json(out/'config.json', dict(config, model=learn.model.config, training=dict(config['training'], pruned=about)))
+    write_json(out/'config.json', dict(config, model=learn.model.config,
+                                       training=dict(config['training'], pruned=about)))
     save_tensors(out/'model.safetensors', learn.model)
     if (Path(run)/'split.txt').exists(): shutil.copy(Path(run)/'split.txt', out/'split.txt')
     write_model_card(out)
@@ -93,17 +94,21 @@ def prune_run(
     claim(out, 'run', reads, new=True, mark=False)
     own = _class_specific(learn.config)
     rule = rule or ('protopnet' if own else 'shared')
-    if rule == 'shared' and (k,least) != (6,3): raise ConfigError('--k', f'{k}, and --least {least}', 'the rule protopnet', 'pass --rule protopnet, or leave them out')
+    if rule == 'shared' and (k,least) != (6,3):
+        raise ConfigError('--k', f'{k}, and --least {least}', 'the rule protopnet',
+                          'pass --rule protopnet, or leave them out')
     df = run_rows(learn.config, path, run)
     batches = learn.batches(df[df.split == 'train'], whole=False)
     gone,said = _goners(learn, batches, rule, k, least)
     n,before = len(learn.model.words),_test_accuracy(learn, df)
-    if len(gone) == n: raise DataError(run, f'all {n} words go: {said}', 'a word that stays', 'pass another --rule or --least')
+    if len(gone) == n:
+        raise DataError(run, f'all {n} words go: {said}', 'a word that stays', 'pass another --rule or --least')
     with start_folder(out, 'run', reads):
         if gone:
             learn.model.drop_words(gone)
             _refit(learn, batches, epochs, lr, own or rule == 'protopnet')
         _save(learn, run, Path(out), dict(run=str(run), rule=rule, words=n, gone=len(gone), epochs=epochs, lr=lr))
     say(f'{len(gone)} of {n} words go' + f' ({said})'*bool(gone))
-    if before is not None: say(f'accuracy {before:.4f} with all words, {_test_accuracy(learn, df):.4f} with {n-len(gone)}')
+    if before is not None:
+        say(f'accuracy {before:.4f} with all words, {_test_accuracy(learn, df):.4f} with {n-len(gone)}')
     return Path(out)

@@ -38,8 +38,10 @@ def _original_words(
     words,last = state.get('prototype_vectors'),state.get('last_layer.weight')
     if words is None or last is None or words.ndim != 4:
         do = 'save model.state_dict() of the original model'
-        raise CheckpointError(name, 'no prototype_vectors and last_layer.weight', 'a state dict of LVW or ProtoPNet', do)
-    if words.shape[2] != words.shape[3]: raise CheckpointError(name, f'words of {tuple(words.shape[2:])} cells', 'square words')
+        raise CheckpointError(name, 'no prototype_vectors and last_layer.weight',
+                              'a state dict of LVW or ProtoPNet', do)
+    if words.shape[2] != words.shape[3]:
+        raise CheckpointError(name, f'words of {tuple(words.shape[2:])} cells', 'square words')
     add_on = 'bottleneck' if 'add_on_layers.4.weight' in state else 'regular'
     sizes = dict(n_classes=len(last), n_parts=len(words), depth=words.shape[1], add_on=add_on, kernel=words.shape[2])
     found = next((c for c in (dict(sizes, backbone=b) for b in _networks) if _fits(state, c)), None)
@@ -52,7 +54,8 @@ def _classes(training, n):
     df = read_rows(training)
     classes = list(df.attrs.get('classes') or [])
     if len(classes) == n: return df,classes
-    raise DataError(training['path'], f'{len(classes)} classes', f'{n}, as the checkpoint has', 'check --data and --path')
+    raise DataError(training['path'], f'{len(classes)} classes', f'{n}, as the checkpoint has',
+                    'check --data and --path')
 
 # %% ../../nbs/12_visual_words/24_published.ipynb #ee432978
 def _write_imported(path, out, method, model, training, size, published={}):
@@ -90,7 +93,9 @@ get_method('visual_words').importer = _import_words
 # %% ../../nbs/12_visual_words/24_published.ipynb #9a1f5b3e
 def _base_options(state, name):
     "Arguments of the `Classifier` that a ResNet's state dict fits, and the tensors under our names"
-    if 'fc.weight' not in state: raise CheckpointError(name, 'no fc.weight', 'a state dict of a ResNet', 'save model.state_dict() of the original model')
+    if 'fc.weight' not in state:
+        raise CheckpointError(name, 'no fc.weight', 'a state dict of a ResNet',
+                              'save model.state_dict() of the original model')
     for backbone in _networks[:5]:
         with torch.device('meta'): want = Classifier(len(state['fc.weight']), backbone).state_dict()
         ours = {f"head.{k[3:]}" if k.startswith('fc.') else f'backbone.net.{k}':v for k,v in state.items()}
@@ -111,6 +116,7 @@ def _import_base(
         options,state = _base_options({k.removeprefix('module.'):v for k,v in read_weights(path).items()}, path)
         model = Classifier(**options)
         model.load_state_dict(state)
-    return _write_imported(path, out, 'classifier', model, dict(data=data, path=str(Path(data_path).resolve()), protocol=protocol), size)
+    return _write_imported(path, out, 'classifier', model, dict(data=data, path=str(Path(data_path).resolve()),
+                                                                protocol=protocol), size)
 
 get_method('classifier').importer = _import_base

@@ -108,7 +108,9 @@ def _explained(learner):
     t = getattr(learner, 'config', {}).get('training') or {}
     init = t.get('init')
     if not init: return None
-    if Path(init).is_file(): return BaseModel.of_file(learner.config['model']['backbone'], init, t['model'].get('layer')).to(learner.dls.device)
+    if Path(init).is_file():
+        return BaseModel.of_file(learner.config['model']['backbone'], init,
+                                 t['model'].get('layer')).to(learner.dls.device)
     if Path(init).exists(): return BaseModel.of_run(init, learner.dls.device)[0]
     warn_user(f'{init}, which the words explain, is gone: no agreement, no attention')
 

@@ -10,7 +10,8 @@ from . import overlays, figures, learner, summary, verdicts, findings, page, rep
 
 # %% ../../nbs/21_visualization/00_visualization.ipynb #c6dd529d
 __all__ = [*overlays.__all__, *figures.__all__, *learner.__all__,
-           *summary.__all__, *verdicts.__all__, *findings.__all__, *page.__all__, *report.__all__, *model_card.__all__, *tracking.__all__]
+           *summary.__all__, *verdicts.__all__, *findings.__all__, *page.__all__, *report.__all__, *model_card.__all__,
+           *tracking.__all__]
 
 # %% ../../nbs/21_visualization/00_visualization.ipynb #c6db02c3
 from .overlays import *

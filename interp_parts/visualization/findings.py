@@ -49,7 +49,8 @@ def _groups(quality, wrong, n):
     left,missed = max(0, n - sum(map(len, out.values()))),[i for i in rest if wrong[i]]
     out['mistakes'] = [missed[j] for j in np.linspace(0, len(missed)-1, min(left, len(missed))).astype(int)]
     others = [i for i in rest if i not in out['mistakes']][:left-len(out['mistakes'])]
-    return {k: out[k] for k in ('best','median','worst','mistakes') if out.get(k)} | ({'examples': others} if others else {})
+    return {k: out[k] for k in ('best','median','worst',
+                                'mistakes') if out.get(k)} | ({'examples': others} if others else {})
 
 # %% ../../nbs/21_visualization/04b_findings.ipynb #e165ad84
 _CELLS = 12
@@ -84,7 +85,8 @@ def _by_class(items, classes):
     "Mean contribution (K,) and number of images by the name of the explained class"
     rows = {}
     for _,p,_ in items:
-        if p.contribution is not None and p.target is not None: rows.setdefault(int(p.target[0]), []).append(p.contribution[0].float())
+        if p.contribution is not None and p.target is not None:
+            rows.setdefault(int(p.target[0]), []).append(p.contribution[0].float())
     name = lambda c: classes[c] if classes is not None and c < len(classes) else f'class {c}'
     return {name(c): (torch.stack(v).mean(0).numpy(), len(v)) for c,v in rows.items()}
 
@@ -97,7 +99,8 @@ def _most(items, most):
 
 def _patches(items, k, n, pixels=72):
     "(72,72*n,3) the regions of the images in which part `k` is most present"
-    order = sorted(range(len(items)), key=lambda i: (-items[i][1].presence[0,k].item(), -items[i][1].maps[0,k].mean().item()))
+    order = sorted(range(len(items)), key=lambda i: (-items[i][1].presence[0,k].item(),
+                                                     -items[i][1].maps[0,k].mean().item()))
     return np.concatenate([part_region(*items[i][:2], k, pixels) for i in order[:n]], 1)
 
 def _card(items, k, places, by_class):
@@ -117,7 +120,8 @@ def _reasons(model, image, p, b, stats, device):
     c = [model.parts(x, t).contribution[0].float().cpu() for t in (p.logits[0].argmax().item(), int(b.label[0]))]
     gap = c[0]-c[1]
     if gap.abs().max() < 1e-6: return []
-    return [[k, round(c[0][k].item(), 4), round(c[1][k].item(), 4)] for k in gap.abs().argsort(descending=True)[:5].tolist()]
+    return [[k, round(c[0][k].item(), 4), round(c[1][k].item(), 4)]
+            for k in gap.abs().argsort(descending=True)[:5].tolist()]
 
 # %% ../../nbs/21_visualization/04b_findings.ipynb #ecbf432b
 class Findings:
@@ -158,7 +162,8 @@ class Findings:
         for group,items in self.chosen(n):
             for image,p,b in items:
                 why = [] if model is None else _reasons(model, image, p, b, stats, device)
-                images.append(dict(_about(p, b, self.classes), group=group, picture=f'explanation_{i:03}.png', reasons=why))
+                images.append(dict(_about(p, b, self.classes), group=group, picture=f'explanation_{i:03}.png',
+                                   reasons=why))
                 i += 1
         _save_cards(self.items, out, most, self.classes, images)
 
@@ -170,7 +175,8 @@ def _about(p, b, classes):
     if not isinstance(y, int): return d
     prob,best = p.logits[0].float().softmax(0),p.logits[0].argmax().item()
     name = lambda c: classes[c] if classes is not None and c < len(classes) else f'class {c}'
-    return dict(d, label=name(y), predicted=name(best), probability=round(prob[best].item(), 4), of_label=round(prob[y].item(), 4))
+    return dict(d, label=name(y), predicted=name(best), probability=round(prob[best].item(), 4),
+                of_label=round(prob[y].item(), 4))
 
 def _ours():
     "What says that a PNG file is ours"
@@ -185,10 +191,13 @@ def _save_cards(items, out, most, classes, images):
     files = [out/f"part_{c['part']:03}.png" for c in cards]
     for f,c in zip(files, cards):
         if keep_theirs(f): continue
-        with atomic_path(f) as tmp: Image.fromarray(_patches(items, c['part'], 6)).save(tmp, format='png', pnginfo=_ours())
+        with atomic_path(f) as tmp:
+            Image.fromarray(_patches(items, c['part'], 6)).save(tmp, format='png', pnginfo=_ours())
     for old in set(out.glob('part_*.png')) - set(files):
         if made(old) == 'file': old.unlink()
     answers = Counter((a['label'], a['predicted']) for a in (_about(p, b, classes) for _,p,b in items) if 'label' in a)
     p,frame = items[0][1],_frame(items[0][2], (1,1))[1]
-    if not keep_theirs(out/'findings.json'): write_json(out/'findings.json', dict(schema=1, n_images=len(items), n_parts=p.n_parts, kind=p.contribution_kind, frame=frame,
+    if not keep_theirs(out/'findings.json'):
+        write_json(out/'findings.json', dict(schema=1, n_images=len(items), n_parts=p.n_parts, kind=p.contribution_kind,
+                                             frame=frame,
                                          images=images, parts=cards, answers=[[*k, v] for k,v in answers.items()]))

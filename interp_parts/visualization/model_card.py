@@ -19,7 +19,8 @@ from .summary import RunSummary
 def _md(s):
     "Text that is nothing but text in Markdown"
     live = str.maketrans({c:f'&#{ord(c)};' for c in '|[]\\@'} | {'`':"'", '\n':' ', '\r':' '})
-    return re.sub(r':(?=//)|(?<=www)\.', lambda m: f'&#{ord(m[0])};', html.escape(str(s), quote=False).translate(live), flags=re.I)
+    return re.sub(r':(?=//)|(?<=www)\.', lambda m: f'&#{ord(m[0])};', html.escape(str(s), quote=False).translate(live),
+                  flags=re.I)
 
 def _md_table(head, rows):
     "A Markdown table; nothing if there are no rows"
@@ -44,8 +45,10 @@ def _limits(run):
     yield 'Its parts were found without part labels: another training may find others, and a person might name others.'
     yield 'Part maps are coarse; an overlay is exact to about one cell of the map.'
     yield f'The scores hold for images like the {m} they were measured on.' if m else 'It has not been scored yet.'
-    if m: yield f'The scores are those of one training (seed {_seed(run)}); how far another one differs is not in this folder.'
-    if run.config.get('valid_is_train'): yield 'No validation images were held out, so that no setting was chosen on them.'
+    if m:
+        yield f'The scores are those of one training (seed {_seed(run)}); how far another one differs is not in this folder.'
+    if run.config.get('valid_is_train'):
+        yield 'No validation images were held out, so that no setting was chosen on them.'
     seconds = run.config.get('seconds')
     yield f'The training took {seconds} seconds; its energy was not measured.' if seconds else 'Time and energy of the training were not measured.'
 
@@ -56,7 +59,8 @@ def _task(run):
     if run.config.get('method') == 'activation_diversity':
         return (f'For a face it gives an embedding, which lies near to those of other pictures of the same person, and says which parts '
                 f'of the face it looks at. It was trained to tell {n} people apart.')
-    if run.config.get('multi'): return f'For an image it says which of {n} attributes are true, and which parts speak for that.'
+    if run.config.get('multi'):
+        return f'For an image it says which of {n} attributes are true, and which parts speak for that.'
     if n: return f'For an image it says which of {n} classes it shows, and which parts speak for that.'
     return 'For an image it says where its parts are; it names no class.'
 
@@ -66,7 +70,8 @@ def _reading(run):
     text = ('A part is a map over the image, with large values where the part is. An answer says what each part counted '
             '(`contribution`): a share of the logit, an attention weight or a similarity (`contribution_kind`). Only shares of the '
             'logit add up to it.\n')
-    if not without: text += 'Whether the answers need a part, `interp-parts evaluate RUN --set remove_parts=true` measures.\n'
+    if not without:
+        text += 'Whether the answers need a part, `interp-parts evaluate RUN --set remove_parts=true` measures.\n'
     return text + ('\n' + ''.join(f'- part {k}: {_md(v)}\n' for k,v in sorted(named.items())) if named else '')
 
 # %% ../../nbs/21_visualization/06_model_card.ipynb #c3251e18
@@ -121,7 +126,8 @@ def _scores(run, n=30):
     text = _md_table(('', 'this model', 'baselines and other models'), rows) + ('\n' + _BASELINES if rows else '')
     if not other: return text
     rest = f'\nThe other {len(other)-n} numbers are in metrics.json.\n' if len(other) > n else ''
-    return text + ('\n' if rows else '') + _md_table(('measured', 'value; of two, mean and standard deviation'), other[:n]) + rest
+    return text + ('\n' if rows else '') + _md_table(('measured', 'value; of two, mean and standard deviation'),
+                                                     other[:n]) + rest
 
 def _without(run):
     "What happens to the accuracy without each part, if that was measured"
@@ -131,7 +137,8 @@ def _without(run):
     return f"Accuracy with all parts: {found['all_parts']:.3f}. A part is removed by {_md(found['by'])}.\n\n{rows}"
 
 # %% ../../nbs/21_visualization/06_model_card.ipynb #56aeb97b
-_elsewhere = ('path','masks','init','weights','workers','device','save_every','track','on_bad_image','cache_features','cache_gb',
+_elsewhere = ('path','masks','init','weights','workers','device','save_every','track','on_bad_image','cache_features',
+              'cache_gb',
               'cache_half','fast_decode','imported')
 
 def _settings(run):

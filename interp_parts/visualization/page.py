@@ -241,14 +241,16 @@ sample of training images.{% endif %}</p></section>
 '''
 
 # %% ../../nbs/21_visualization/04c_page.ipynb #ebd81533
-_NOTHING = dict(verdict=(), groups=(), cards=(), cards_said='', removed=(), without=None, matrix_of=None, class_rows=(), classes_said='',
+_NOTHING = dict(verdict=(), groups=(), cards=(), cards_said='', removed=(), without=None, matrix_of=None, class_rows=(),
+                classes_said='',
                 charts={}, pictures=(), tables=(), facts={}, words=lambda name: '')
 
 def _sections(v):
     "Names of the sections that are there, by id"
     run = v['run']
     groups = {g['id']:(g['name'], True) for g in v['groups']}
-    rows = {'verdict':('Verdict', v['verdict']), **groups, 'parts':('Parts', v['cards']), 'without':('Without each part', v['removed']),
+    rows = {'verdict':('Verdict', v['verdict']), **groups, 'parts':('Parts', v['cards']),
+            'without':('Without each part', v['removed']),
             'confusions':('Confusions', v['matrix_of']), 'by-class':('Classes', v['class_rows']),
             'scores':('Scores', run.scores or run.other_numbers), 'training':('Training', v['charts']),
             'pictures':('Pictures', v['pictures'] or v['tables'])}
@@ -261,4 +263,5 @@ def render_page(
     "The page as a string"
     v = dict(_NOTHING, run=run) | values
     env = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined)
-    return env.from_string(_TABLES + _FOUND + _PAGE).render(v, sections=_sections(v), style=_STYLE, script=_SCRIPT, policy=_policy(_SCRIPT)).lstrip()
+    return env.from_string(_TABLES + _FOUND + _PAGE).render(v, sections=_sections(v), style=_STYLE, script=_SCRIPT,
+                                                            policy=_policy(_SCRIPT)).lstrip()

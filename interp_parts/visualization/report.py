@@ -34,7 +34,8 @@ def _finite(text):
 def _read_curves(path):
     "`{name: {'train'|'valid'|'': [value or None, ...]}}` in the file's order; empty without a file"
     if not Path(path).exists(): return {}
-    with reading(path, 'a row for each epoch', 'delete it, or train again', CheckpointError), open(path, newline='', encoding='utf-8') as f:
+    with reading(path, 'a row for each epoch', 'delete it, or train again',
+                 CheckpointError), open(path, newline='', encoding='utf-8') as f:
         rows = list(csv.DictReader(f))
     out = {}
     for col in (c for c in (rows[0] if rows else ()) if c and c not in ('epoch','time')):
@@ -77,7 +78,8 @@ def _picture(path):
             info,(w,h) = dict(im.info),im.size
         if data[:4] != b'\x89PNG': raise OSError('not a PNG')
     except (OSError,ValueError,SyntaxError): return dict(note=f'{path.name} is damaged and not shown.')
-    return dict(file=path.name, id='', answer='', reasons=(), title=str(info.get('Title', path.stem)), text=str(info.get('Description', '')), width=w, height=h,
+    return dict(file=path.name, id='', answer='', reasons=(), title=str(info.get('Title', path.stem)),
+                text=str(info.get('Description', '')), width=w, height=h,
                 src=_data_uri(data))
 
 def _shown(run, suffix):
@@ -123,7 +125,8 @@ def _reason_lines(o, kind, names):
     "Why the answer was not the truth, part by part"
     if o.get('label') == o.get('predicted'): return []
     if not o['reasons']: return ['The method does not say what each part counts for one class and not for another.']
-    talk = lambda k,x,y: _TALK[kind].format(part=names(k), gap=x-y, word='more' if x > y else 'less', a=o['predicted'], b=o['label'], x=x, y=y)
+    talk = lambda k,x,y: _TALK[kind].format(part=names(k), gap=x-y, word='more' if x > y else 'less', a=o['predicted'],
+                                            b=o['label'], x=x, y=y)
     return [talk(*r) for r in o['reasons'] if abs(r[1]-r[2]) > 5e-3]
 
 def _grouped(found, pictures, names):
@@ -133,7 +136,8 @@ def _grouped(found, pictures, names):
         mine = [o for o in found['images'] if o['group'] == g]
         shown = [dict(by[o['picture']], id=o['picture'].removesuffix('.png'), answer=_answer_line(o),
                       reasons=_reason_lines(o, found['kind'], names)) for o in mine if o['picture'] in by]
-        if shown: out.append(dict(id=g, name=name, said=said.format(n=len(shown), of=found['n_images']), pictures=shown))
+        if shown:
+            out.append(dict(id=g, name=name, said=said.format(n=len(shown), of=found['n_images']), pictures=shown))
     return out
 
 # %% ../../nbs/21_visualization/05_report.ipynb #1886e17d
@@ -163,21 +167,26 @@ def _ends(by_class, most=5):
 
 def _cards(found, run, names, anchors):
     "What the page shows of each part"
-    color = [part_colors(found['n_parts'], next((c['part'] for c in found['parts'] if c['background']), None))[c['part']] for c in found['parts']]
+    color = [part_colors(found['n_parts'], next((c['part'] for c in found['parts'] if c['background']),
+                                                None))[c['part']] for c in found['parts']]
     frame = dict(box='box of the object', mask='box around the mask of the object').get(found['frame'], 'image')
     for c,rgb in zip(found['parts'], color):
         strip,where = _picture(Path(run)/'visualization'/f"part_{c['part']:03}.png"),_place_words(c['spot'])
-        yield dict(part=c['part'], name=names(c['part']), color='#'+''.join(f'{round(255*v):02x}' for v in rgb), frame=frame, where=where,
-                   place=_place_png(c['place'], rgb), patches=strip.get('src'), width=strip.get('width'), height=strip.get('height'),
+        yield dict(part=c['part'], name=names(c['part']), color='#'+''.join(f'{round(255*v):02x}' for v in rgb),
+                   frame=frame, where=where,
+                   place=_place_png(c['place'], rgb), patches=strip.get('src'), width=strip.get('width'),
+                   height=strip.get('height'),
                    said=f"Present in {c['present']} of {found['n_images']} images. In the {frame}, {where}.",
-                   counted=_COUNTED.get(found['kind'], ''), by_class=[(n, f'{v:+.2f}', m, anchors.get(n)) for n,v,m in _ends(c['by_class'])])
+                   counted=_COUNTED.get(found['kind'], ''),
+                   by_class=[(n, f'{v:+.2f}', m, anchors.get(n)) for n,v,m in _ends(c['by_class'])])
 
 # %% ../../nbs/21_visualization/05_report.ipynb #7c201316
 def _answers(run, found):
     "`(true class, answer, images)`, and of how many images"
     f = Path(run)/'answers.csv'
     if made(f) != 'file': return [tuple(o) for o in found.get('answers', ())]
-    with reading(f, 'what `interp-parts evaluate` wrote', 'evaluate again', CheckpointError), open(f, newline='', encoding='utf-8') as o:
+    with reading(f, 'what `interp-parts evaluate` wrote', 'evaluate again',
+                 CheckpointError), open(f, newline='', encoding='utf-8') as o:
         return [(_name(r['class']),_name(r['answer']),int(r['images'])) for r in csv.DictReader(o)]
 
 def _name(cell): return re.sub(r"^'(?=[=+@\t\r-])", '', cell) # as it was before `write_csv`
@@ -194,10 +203,13 @@ def _class_rows(answers, found, names):
     for i,(c,said) in enumerate(sorted(_by_true(answers).items())):
         n,right = sum(said.values()),said[c]
         wrong = [f'{o} ({m})' for o,m in said.most_common() if o != c][:3]
-        parts = sorted(((v,p['part']) for p in found.get('parts', ()) for name,v,_ in p['by_class'] if name == c), key=lambda o: -abs(o[0]))
-        shown = [(o['picture'].removesuffix('.png'), o.get('image', '')) for o in found.get('images', ()) if o.get('label') == c]
+        parts = sorted(((v,p['part']) for p in found.get('parts', ()) for name,v,_ in p['by_class'] if name == c),
+                       key=lambda o: -abs(o[0]))
+        shown = [(o['picture'].removesuffix('.png'), o.get('image', ''))
+                 for o in found.get('images', ()) if o.get('label') == c]
         ids[c] = f'class-{i}'
-        rows.append(dict(id=ids[c], name=c, n=n, right=f'{right} ({100*right/n:.0f} %)', share=f'{right/n:.4f}', taken=', '.join(wrong) or '–',
+        rows.append(dict(id=ids[c], name=c, n=n, right=f'{right} ({100*right/n:.0f} %)', share=f'{right/n:.4f}',
+                         taken=', '.join(wrong) or '–',
                          parts=[f'{names(k)}: {v:+.2f}' for v,k in parts[:6]], pictures=shown))
     return rows,ids
 
@@ -208,7 +220,8 @@ def _confusions(answers, most=8):
     names = list(dict.fromkeys(c for _,a,b in pairs for c in (a,b)))[:most]
     n = {(a,b):v for a,b,v in answers}
     top = max(v for v,a,b in pairs if a in names and b in names)
-    shade = lambda a,b: '#e3f1e3' if a == b else '#fff' if (a,b) not in n else f'#ff{235-round(95*n[a,b]/top):02x}{225-round(125*n[a,b]/top):02x}'
+    shade = lambda a,b: '#e3f1e3' if a == b else '#fff' if (a,
+                                                            b) not in n else f'#ff{235-round(95*n[a,b]/top):02x}{225-round(125*n[a,b]/top):02x}'
     cell = lambda a,b: (n.get((a,b), 0), shade(a,b), f"{n.get((a,b), 0)} of {a}, answer {b}")
     said = f"Rows: the true class. Columns: the answer. Most frequent: {pairs[0][1]} taken for {pairs[0][2]}, {pairs[0][0]} times."
     return dict(names=names, rows=[(a, [cell(a,b) for b in names]) for a in names], said=said)
@@ -229,22 +242,27 @@ def _from_findings(run, pictures):
     rows,ids = _class_rows(answers, found, names)
     n,of = sum(o[2] for o in answers),'test images' if (Path(run)/'answers.csv').exists() else 'images looked at'
     more = '' if len(found.get('parts', ())) == found.get('n_parts') else f" Shown: the {len(found.get('parts', ()))} of {found.get('n_parts')} that count most."
-    return dict(groups=_grouped(found, pictures, names) if found else (), cards=list(_cards(found, run, names, ids)) if found else (),
+    return dict(groups=_grouped(found, pictures, names) if found else (),
+                cards=list(_cards(found, run, names, ids)) if found else (),
                 cards_said=f"From {found.get('n_images')} images: the regions in which each part is most present, its place, and what it counts.{more}",
-                class_rows=rows, classes_said=f'{n} {of}. Unfold a class to see the parts that count for it.', matrix_of=_confusions(answers))
+                class_rows=rows, classes_said=f'{n} {of}. Unfold a class to see the parts that count for it.',
+                matrix_of=_confusions(answers))
 
 def _html(run_dir):
     "The page as a string"
     run,d = RunSummary(run_dir),Path(run_dir)
     charts = {name: _data_uri(_chart(name, lines).png(dpi=150)) for name,lines in _read_curves(d/'history.csv').items()}
-    facts = dict(Settings=run.settings(), Data=run.section('data'), Licences=run.licences, Versions=run.section('versions'))
+    facts = dict(Settings=run.settings(), Data=run.section('data'), Licences=run.licences,
+                 Versions=run.section('versions'))
     pictures,without = _pictures(d),run.metrics.get('without_parts')
-    with reading(d/'visualization'/'findings.json', 'what `interp-parts visualize` wrote', 'visualize again', CheckpointError):
+    with reading(d/'visualization'/'findings.json', 'what `interp-parts visualize` wrote', 'visualize again',
+                 CheckpointError):
         more = _from_findings(d, pictures)
     used = {p['id'] for g in more['groups'] for p in g['pictures']}
     rest = [p for p in pictures if p.get('file', '').removesuffix('.png') not in used]
     says = verdict(run.metrics, bool(run.config.get('multi'))) if run.metrics else ()
-    return render_page(run, verdict=says, charts=charts, pictures=rest, tables=_tables(d), facts=facts, words=_score_words,
+    return render_page(run, verdict=says, charts=charts, pictures=rest, tables=_tables(d), facts=facts,
+                       words=_score_words,
                        without=without, removed=removal_rows(without) if without else [], **more)
 
 def _score_words(name):

@@ -68,8 +68,10 @@ def _read_metrics(run):
     f = Path(run)/'metrics.json'
     d = read_json(f, dict) if f.exists() else {}
     numbers = lambda m: {k:float for k in m if k in _SCORES or _score_of(k)}
-    if d and not (numbers(d) or any('accuracy' in k for k in d) or d.keys() & {'protocol','plain_classifier','benchmarks'}):
-        raise CheckpointError(f, f'no scores, but {", ".join(list(d)[:3])}', 'what `interp-parts evaluate` wrote', 'rename it')
+    if d and not (numbers(d) or any('accuracy' in k for k in d)
+                  or d.keys() & {'protocol','plain_classifier','benchmarks'}):
+        raise CheckpointError(f, f'no scores, but {", ".join(list(d)[:3])}', 'what `interp-parts evaluate` wrote',
+                              'rename it')
     models = {k:numbers(m) for k,m in d.items() if isinstance(m, dict)}
     rows = d.get('table') if isinstance(d.get('table'), dict) else {}
     table = {k:dict.fromkeys(v, float) if isinstance(v, dict) else dict for k,v in rows.items()}
@@ -87,7 +89,8 @@ class RunSummary:
         run_dir, # Folder of the run
     ):
         conf = Path(run_dir)/'config.json'
-        if not conf.exists(): raise CheckpointError(run_dir, 'no config.json', 'a folder written by `interp-parts train`')
+        if not conf.exists():
+            raise CheckpointError(run_dir, 'no config.json', 'a folder written by `interp-parts train`')
         self.config = _read(conf, _kinds)
         self.metrics = self.read_metrics(run_dir)
 

@@ -27,10 +27,12 @@ SCORE_WORDS = { # what it measures, what is good, what chance gives, its trap
                  'one divided by the number of classes, or the share of the most frequent answer (majority)',
                  'it says nothing about the parts: a model can be right for reasons that its parts do not show'),
     'mean_class_accuracy': ('mean over the classes of the accuracy on their images', 'higher is better, 1 is perfect',
-                            'one divided by the number of classes', 'a class with two images counts as much as one with 200'),
+                            'one divided by the number of classes',
+                            'a class with two images counts as much as one with 200'),
     'keypoint_error': ('distance between true keypoints and those that a linear regression predicts from the centres of the '
                        'parts, as a share of the sides of the box or of the distance between the eyes',
-                       'lower is better, 0 is perfect', 'what always answering the mean position gives (mean predictor)',
+                       'lower is better, 0 is perfect',
+                       'what always answering the mean position gives (mean predictor)',
                        'more parts give the regression more to work with: compare runs of as many parts'),
     'nmi': ('mutual information between the part that a keypoint falls into and the name of the keypoint',
             'higher is better, 1 is perfect', 'near 0, and more the more parts there are', _SAME_PLACE),
@@ -39,23 +41,31 @@ SCORE_WORDS = { # what it measures, what is good, what chance gives, its trap
     'fg_nmi': ('as nmi, where the background may not win', 'higher is better, 1 is perfect',
                'near 0, and more the more parts there are', _SAME_PLACE),
     'fg_ari': ('as ari, where the background may not win', 'higher is better, 1 is perfect', '0', _SAME_PLACE),
-    'fg_purity': ('share of keypoints whose name is the most frequent one in their part', 'higher is better, 1 is perfect',
+    'fg_purity': ('share of keypoints whose name is the most frequent one in their part',
+                  'higher is better, 1 is perfect',
                   'the share of the most frequent name', 'it grows with the number of parts by itself'),
     **_PIXELS,
-    'part_iou': ('overlap of the object with the parts that together fit it best, over their union', 'higher is better, 1 is perfect',
-                 'what strips of the box get', 'the parts of the object are chosen after the fact, and where each one is does not count'),
+    'part_iou': ('overlap of the object with the parts that together fit it best, over their union',
+                 'higher is better, 1 is perfect',
+                 'what strips of the box get',
+                 'the parts of the object are chosen after the fact, and where each one is does not count'),
     'named_part_iou': ('overlap of a true part with the part that fits it best, over their union; the mean over the true parts',
                        'higher is better, 1 is perfect', 'what strips of the box get',
                        'parts are matched after the fact, and one part may fit several true parts best'),
     'consistency': ('share of pairs of a part and a class where the box around the peak of the part holds one keypoint in 80 % of the '
-                    'images that show it', 'higher is better, 1 is perfect', 'what parts that never move get (constant parts)',
+                    'images that show it', 'higher is better, 1 is perfect',
+                    'what parts that never move get (constant parts)',
                     'a large box, or an object always in the same place, gets far'),
-    'pointing': ('share of parts, weighted by their presence, whose peak lies in the box of the object', 'higher is better, 1 is perfect',
-                 'the share of the image that the box covers', 'a peak always in the middle of the image gets far (constant parts)'),
+    'pointing': ('share of parts, weighted by their presence, whose peak lies in the box of the object',
+                 'higher is better, 1 is perfect',
+                 'the share of the image that the box covers',
+                 'a peak always in the middle of the image gets far (constant parts)'),
     'pointing_mask': ('as pointing, for the object itself', 'higher is better, 1 is perfect',
-                      'the share of the image that the object covers', 'a peak always in the middle of the image gets far (constant parts)'),
+                      'the share of the image that the object covers',
+                      'a peak always in the middle of the image gets far (constant parts)'),
     'distinctiveness': ('one minus the mean overlap of the boxes around the peaks of the five parts that count most',
-                        'higher is better, 1 is no overlap', 'that of strips', 'parts without any meaning can be perfectly apart'),
+                        'higher is better, 1 is no overlap', 'that of strips',
+                        'parts without any meaning can be perfectly apart'),
     'comprehensiveness': ('overlap of the object with what the five parts that count most cover, over their union',
                           'higher is better, 1 is the object and nothing else', 'that of strips',
                           'one part that covers the whole object is perfect'),
@@ -97,7 +107,9 @@ def _said(k, v, name, best): return f"{k.replace('_', ' ')} {v:.3f} (best rival:
 def _right(metrics, multi):
     "Is it right more often than always giving the most frequent answer?"
     ask,what,v = 'Is it right?','attributes' if multi else 'images',metrics.get('accuracy')
-    if not _is_number(v): return _Verdict(ask, 'Not measured', 'There is no accuracy: the run is not scored, or its method does not classify.')
+    if not _is_number(v):
+        return _Verdict(ask, 'Not measured',
+                        'There is no accuracy: the run is not scored, or its method does not classify.')
     n = f" of {metrics['n_images']} images" if metrics.get('n_images') else f' of the {what}'
     words,base = f"{100*v:.1f} % of the {'attributes' if multi else 'answers'}{n if not multi else ''} are right.",metrics.get('accuracy_majority')
     plain = (metrics.get('plain_classifier') or {}).get('accuracy')
@@ -113,7 +125,8 @@ def _parts(metrics):
     "Do the parts beat what needs no model?"
     ask,rows = 'Do its parts beat their baselines?',list(_compared(metrics))
     if not rows:
-        return _Verdict(ask, 'Not measured', 'The data has no keypoints or masks, or the run is not scored: look at the pictures '
+        return _Verdict(ask, 'Not measured',
+                        'The data has no keypoints or masks, or the run is not scored: look at the pictures '
                                             'before you believe in the parts.')
     won,lost = [r for r in rows if r[4]],[r for r in rows if not r[4]]
     answer = 'Yes' if not lost else f'Only in {len(won)} of {len(rows)} scores' if won else 'No'

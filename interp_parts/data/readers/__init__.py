@@ -8,14 +8,16 @@ __all__ = []
 # %% ../../../nbs/01_data/readers/00_readers.ipynb #aeb9cc89
 from . import (files, matlab, citations, folders, tables, birds, faces, people, alignment,
                                        protocols, classification, fine_grained, animals, objects, parts,
-                                       cub_parts, deepfashion, masked_folder, coco_parts, part_imagenet, file_lists, registry)
+                                       cub_parts, deepfashion, masked_folder, coco_parts, part_imagenet, file_lists,
+                                       registry)
 
 # %% ../../../nbs/01_data/readers/00_readers.ipynb #30dd592a
 __all__ = [*files.__all__, *matlab.__all__, *citations.__all__, *folders.__all__, *tables.__all__, *birds.__all__,
            *faces.__all__,
            *people.__all__, *alignment.__all__, *protocols.__all__, *classification.__all__,
            *fine_grained.__all__, *animals.__all__, *objects.__all__, *parts.__all__, *cub_parts.__all__,
-           *deepfashion.__all__, *masked_folder.__all__, *coco_parts.__all__, *part_imagenet.__all__, *file_lists.__all__, *registry.__all__]
+           *deepfashion.__all__, *masked_folder.__all__, *coco_parts.__all__, *part_imagenet.__all__,
+           *file_lists.__all__, *registry.__all__]
 
 # %% ../../../nbs/01_data/readers/00_readers.ipynb #47da69bc
 from .files import *

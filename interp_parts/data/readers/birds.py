@@ -33,7 +33,8 @@ def _part_keypoints(root, ids, parts):
     at = np.stack([ids.get_indexer(df.index), pd.Index(parts).get_indexer(df.iloc[:,0])])
     known = at[0] >= 0
     if (other := known & (at[1] < 0)).any():
-        raise DataError(path, f'part {df.iloc[other.argmax(),0]:g}', f'the {len(parts)} of parts.txt', 'restore both files of one data set')
+        raise DataError(path, f'part {df.iloc[other.argmax(),0]:g}', f'the {len(parts)} of parts.txt',
+                        'restore both files of one data set')
     pts[*at[:,known]] = df.iloc[known,1:]
     lost = list(ids[np.isnan(pts).any((1,2))])
     if lost:

@@ -75,8 +75,10 @@ ABOUT |= dict(
         title='DeepFashion: Powering Robust Clothes Recognition and Retrieval with Rich Annotations',
         author='Liu, Ziwei and Luo, Ping and Qiu, Shi and Wang, Xiaogang and Tang, Xiaoou',
         booktitle='CVPR', year=2016),
-    part_imagenet=_entry('PartImageNet', 'inproceedings', 'he2022partimagenet', 'terms of its owners; images of ImageNet',
-        title='PartImageNet: A Large, High-Quality Dataset of Parts', author='He, Ju and Yang, Shuo and Yang, Shaokang and '
+    part_imagenet=_entry('PartImageNet', 'inproceedings', 'he2022partimagenet',
+                         'terms of its owners; images of ImageNet',
+        title='PartImageNet: A Large, High-Quality Dataset of Parts',
+        author='He, Ju and Yang, Shuo and Yang, Shaokang and '
         'Kortylewski, Adam and Yuan, Xiaoding and Chen, Jie-Neng and Liu, Shuai and Yang, Cheng and Yu, Qihang and Yuille, Alan',
         booktitle='ECCV', year=2022),
     pascal_part=_entry('PASCAL-Part', 'inproceedings', 'chen2014pascalpart',

@@ -72,7 +72,8 @@ def check_counts(
     if counts == official: return df
     nearly = all(abs(counts[s]-n) <= .01*n for s,n in official.items())
     if strict and official and (nearly or len(df) == sum(official.values())):
-        raise DataError(df.attrs['name'], f'{counts}', f'{official}', 'restore the lists, or take a part of the images with --data table')
+        raise DataError(df.attrs['name'], f'{counts}', f'{official}',
+                        'restore the lists, or take a part of the images with --data table')
     said = ', '.join(f'{counts[s]:,} of {n:,} {s}' for s,n in official.items())
     df.attrs['protocol'] += f' with {said} images'
     return df

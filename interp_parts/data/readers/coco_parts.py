@@ -52,7 +52,8 @@ def _within(p, size):
 def _drawn(polygons, size):
     "The mask (H,W) of polygons, lists of x, y"
     points = [np.asarray(p, np.float64).reshape(-1, 2) for p in polygons]
-    if any(len(p) < 3 or not np.isfinite(p).all() for p in points): raise ValueError('a polygon of fewer than three points')
+    if any(len(p) < 3 or not np.isfinite(p).all() for p in points):
+        raise ValueError('a polygon of fewer than three points')
     return np.logical_or.reduce([_within(p, size) for p in points])
 
 def coco_mask(
@@ -77,7 +78,8 @@ def _read(path):
     by,known = defaultdict(list),{im['id'] for im in d['images']}
     for a in d['annotations']:
         if a['image_id'] not in known or a['category_id'] not in cats:
-            raise DataError(path, f"annotation {a.get('id')}: image {a['image_id']}, category {a['category_id']}", 'ones of the file')
+            raise DataError(path, f"annotation {a.get('id')}: image {a['image_id']}, category {a['category_id']}",
+                            'ones of the file')
         by[a['image_id']].append(a)
     return d['images'],by,cats
 
@@ -86,7 +88,9 @@ def _where(path, images, folder):
     tops = [Path(folder)] if folder else [Path(path).parent, Path(path).parent/'images']
     files = [next((f for t in tops if (f := t/im['file_name']).is_file()), None) for im in images]
     lost = [im['file_name'] for im,f in zip(images, files) if f is None]
-    if lost: raise DataError(path, f'no image {first_few(lost)}', f"files in {' or '.join(map(str, tops))}", 'pass --set data.images=FOLDER')
+    if lost:
+        raise DataError(path, f'no image {first_few(lost)}', f"files in {' or '.join(map(str, tops))}",
+                        'pass --set data.images=FOLDER')
     return [f.resolve() for f in files]
 
 # %% ../../../nbs/01_data/readers/06d_coco_parts.ipynb #40d93456
@@ -97,7 +101,8 @@ def _painted(path, im, annotations, numbers):
     for a in annotations:
         try: m = coco_mask(a, size)
         except (ValueError, KeyError, TypeError) as e:
-            raise DataError(path, f"annotation {a.get('id')}: {e}", 'polygons or run lengths', 'correct it in the tool') from None
+            raise DataError(path, f"annotation {a.get('id')}: {e}", 'polygons or run lengths',
+                            'correct it in the tool') from None
         k = numbers[a['category_id']]
         masks[k] = masks.get(k, False) | m
     for k,m in sorted(masks.items(), key=lambda o: -o[1].sum()):
@@ -119,10 +124,13 @@ def _read_coco_parts(
     if not about: raise DataError(path, 'no images', 'a list of images')
     files,numbers = _where(path, about, images),{c:k+1 for k,c in enumerate(cats)}
     for im,f in zip(about, files):
-        if image_size(f) != (im['width'],im['height']): raise DataError(f, 'is {}x{} pixels'.format(*image_size(f)), f"{im['width']}x{im['height']}, as {path} says")
+        if image_size(f) != (im['width'],im['height']):
+            raise DataError(f, 'is {}x{} pixels'.format(*image_size(f)),
+                            f"{im['width']}x{im['height']}, as {path} says")
     done = [_painted(path, im, by[im['id']], numbers) for im in about]
     root = DataFolder(Path(path).resolve().parent)
-    masks = root.made('coco_parts', [f"{i}-{f.stem}.png" for i,f in enumerate(files)], lambda i,f: save_png(f, done[i][0]),
+    masks = root.made('coco_parts', [f"{i}-{f.stem}.png" for i,f in enumerate(files)],
+                      lambda i,f: save_png(f, done[i][0]),
                       sources=[(d[0],) for d in done])
     named = [str(im['class']) for im in about if im.get('class') is not None]
     names = named if len(named) == len(about) else ['object']*len(about)

@@ -158,7 +158,8 @@ def mat(self:DataFolder,
     return read_mat(self/name, *variables)
 
 # %% ../../../nbs/01_data/readers/01_files.ipynb #e98950ea
-_unread_suffixes = tuple({'.avif', '.heic', '.heif', '.jxl', '.jp2', '.j2k', '.tga', '.psd', '.svg', '.eps', '.dng', '.cr2',
+_unread_suffixes = tuple({'.avif', '.heic', '.heif', '.jxl', '.jp2', '.j2k', '.tga', '.psd', '.svg', '.eps',
+                          '.dng', '.cr2',
                     '.cr3', '.nef', '.arw', '.raf', '.orf', '.rw2'} - {*IMAGE_SUFFIXES})
 
 # %% ../../../nbs/01_data/readers/01_files.ipynb #3339ead5
@@ -178,7 +179,8 @@ def _is_your_picture(p):
 
 def _entries(folder):
     "What a folder holds, in order"
-    with os.scandir(folder) as found: return [Path(e) if e.is_symlink() else e for e in sorted(found, key=lambda e: e.name)]
+    with os.scandir(folder) as found:
+        return [Path(e) if e.is_symlink() else e for e in sorted(found, key=lambda e: e.name)]
 
 def _walk(folder, seen=()):
     "Files below a folder, in order; through links, but into no folder within itself"

@@ -63,7 +63,8 @@ def _food_list(root, split):
     file = root.need(f'{split}.txt', f'{split}.json', subs=('meta',''))
     if file.suffix == '.txt': return root.lines(file)
     dishes = root.json(file)
-    if isinstance(dishes, dict) and all(isinstance(l, list) and all(isinstance(f, str) for f in l) for l in dishes.values()):
+    if isinstance(dishes, dict) and all(isinstance(l, list) and all(isinstance(f, str) for f in l)
+                                        for l in dishes.values()):
         return [f for l in dishes.values() for f in l]
     raise DataError(file, 'another form', 'a list of files for each dish', 'restore the file')
 

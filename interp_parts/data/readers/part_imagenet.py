@@ -21,8 +21,10 @@ from .folders import new_split
 from ..table import check_table, first_few, part_table
 
 # %% ../../../nbs/01_data/readers/06e_part_imagenet.ipynb #b891df23
-_groups = {'Quadruped':'Head Body Foot Tail', 'Biped':'Head Body Hand Foot Tail', 'Fish':'Head Body Fin Tail', 'Bird':'Head Body Wing Foot Tail',
-           'Snake':'Head Body', 'Reptile':'Head Body Foot Tail', 'Car':'Body Tier Mirror', 'Bicycle':'Body Head Seat Tier', 'Boat':'Body Sail',
+_groups = {'Quadruped':'Head Body Foot Tail', 'Biped':'Head Body Hand Foot Tail', 'Fish':'Head Body Fin Tail',
+           'Bird':'Head Body Wing Foot Tail',
+           'Snake':'Head Body', 'Reptile':'Head Body Foot Tail', 'Car':'Body Tier Mirror',
+           'Bicycle':'Body Head Seat Tier', 'Boat':'Body Sail',
            'Aeroplane':'Head Body Engine Wing Tail', 'Bottle':'Mouth Body'}
 part_imagenet_parts = [f'{k} {"Side " if p == "Mirror" else ""}{p}' for k,ps in _groups.items() for p in ps.split()]
 
@@ -32,11 +34,13 @@ def _numbers(path, categories):
     "Number of the part, from 1, by category of the file"
     ours = {_plain(n):i for i,n in enumerate(part_imagenet_parts, 1)}
     try: found = {c['id']:ours.get(_plain(c['name'])) for c in categories}
-    except (KeyError, TypeError, AttributeError): raise DataError(path, 'categories without id and name', 'the 40 parts of PartImageNet') from None
+    except (KeyError, TypeError, AttributeError):
+        raise DataError(path, 'categories without id and name', 'the 40 parts of PartImageNet') from None
     other = [str(c['name']) for c in categories if found[c['id']] is None]
     if other or len(set(found.values())) < len(ours):
         got = f'parts such as {first_few(other)}' if other else f'{len(found)} parts'
-        raise DataError(path, got, f'the 40 of PartImageNet, such as {part_imagenet_parts[0]}', 'for other lists pass --data coco_parts')
+        raise DataError(path, got, f'the 40 of PartImageNet, such as {part_imagenet_parts[0]}',
+                        'for other lists pass --data coco_parts')
     return found
 
 # %% ../../../nbs/01_data/readers/06e_part_imagenet.ipynb #ef1baf6a
@@ -45,16 +49,21 @@ def _check_polygons(path, im, annotations, numbers):
     side = np.array([im['width'],im['height']])
     for a in annotations:
         where = f"annotation {a.get('id')} of {im['file_name']}"
-        if a.get('category_id') not in numbers: raise DataError(path, f"{where}: category {a.get('category_id')}", 'one of the file', 'restore it')
+        if a.get('category_id') not in numbers:
+            raise DataError(path, f"{where}: category {a.get('category_id')}", 'one of the file', 'restore it')
         seg = a.get('segmentation') or []
         for p in seg if isinstance(seg, list) else []:
             try: xy = np.asarray(p, np.float64)
-            except (TypeError, ValueError): raise DataError(path, f'{where}: {first_few(p)}', 'numbers', 'restore it') from None
-            if xy.size < 6 or xy.size % 2: raise DataError(path, f'{where}: a polygon of {xy.size} numbers', 'x and y of three points or more', 'restore it')
+            except (TypeError, ValueError):
+                raise DataError(path, f'{where}: {first_few(p)}', 'numbers', 'restore it') from None
+            if xy.size < 6 or xy.size % 2:
+                raise DataError(path, f'{where}: a polygon of {xy.size} numbers', 'x and y of three points or more',
+                                'restore it')
             xy = xy.reshape(-1, 2)
             far = ~((xy >= -1) & (xy <= side+1)) # not a number, too
             if far.any():
-                raise DataError(path, f'{where}: a polygon at {xy[far.any(1)][:1].tolist()}', f'within {side[0]}x{side[1]} pixels', 'restore it')
+                raise DataError(path, f'{where}: a polygon at {xy[far.any(1)][:1].tolist()}',
+                                f'within {side[0]}x{side[1]} pixels', 'restore it')
 
 def _painted(path, im, annotations, numbers):
     "Number of the part (H,W) at each pixel, 0 for none; the first part of the list wins"
@@ -75,7 +84,8 @@ def _synset(path, name):
 def _image_file(root, split, name):
     "File of an image: with or without folders of the split and of the class"
     folder = _synset(name, name)
-    tries = [f'{top}{inner}{name}' for top in (f'images/{split}/', f'{split}/', 'images/', '') for inner in ('', f'{folder}/')]
+    tries = [f'{top}{inner}{name}' for top in (f'images/{split}/', f'{split}/', 'images/', '')
+             for inner in ('', f'{folder}/')]
     return root.find(*tries) or root/tries[0]
 
 def _read_list(root, split):
@@ -87,10 +97,13 @@ def _read_list(root, split):
     if lost: raise DataError(path, f'no list of {lost[0]}', 'images, annotations and categories', 'restore it')
     numbers,by,known = _numbers(path, d['categories']),defaultdict(list),{im['id'] for im in d['images']}
     for a in d['annotations']:
-        if a.get('image_id') not in known: raise DataError(path, f"annotation {a.get('id')}: image {a.get('image_id')}", 'one of the file', 'restore it')
+        if a.get('image_id') not in known:
+            raise DataError(path, f"annotation {a.get('id')}: image {a.get('image_id')}", 'one of the file',
+                            'restore it')
         by[a['image_id']].append(a)
     for im in d['images']: _check_polygons(path, im, by[im['id']], numbers)
-    return [dict(image=_image_file(root, split, im['file_name']), synset=_synset(path, im['file_name']), split=split.replace('val', 'valid'),
+    return [dict(image=_image_file(root, split, im['file_name']), synset=_synset(path, im['file_name']),
+                 split=split.replace('val', 'valid'),
                  make=(path, im, by[im['id']], numbers)) for im in d['images']]
 
 # %% ../../../nbs/01_data/readers/06e_part_imagenet.ipynb #479d611c
@@ -112,13 +125,17 @@ def _read_part_imagenet(
     "The table of PartImageNet: classes of ImageNet and masks of 40 kinds of parts"
     pick(protocol, ('seg','ood','ood_images'), '--protocol')
     root = DataFolder(path)
-    lists = {s:_read_list(root, s) for s in dict(seg=('train','val','test'), ood=('train','test'), ood_images=('train',))[protocol]}
+    lists = {s:_read_list(root, s) for s in dict(seg=('train','val','test'), ood=('train','test'),
+                                                 ood_images=('train',))[protocol]}
     lost = [s for s in lists if s != 'val' and not lists[s]]
-    if lost: raise DataError(root/f'{lost[0]}.json', 'no such file, or no image in it', 'an annotation file of PartImageNet', 'check --path')
+    if lost:
+        raise DataError(root/f'{lost[0]}.json', 'no such file, or no image in it', 'an annotation file of PartImageNet',
+                        'check --path')
     rows = [r for found in lists.values() for r in found]
     if protocol != 'ood_images': _check_classes(root.path, rows, protocol)
     names = [f"{r['split']}/{r['image'].stem}.png" for r in rows]
-    masks = root.made('part_imagenet', names, lambda i,f: save_png(f, _painted(*rows[i]['make'])), sources=[(repr(r['make'][2]),) for r in rows])
+    masks = root.made('part_imagenet', names, lambda i,f: save_png(f, _painted(*rows[i]['make'])),
+                      sources=[(repr(r['make'][2]),) for r in rows])
     return _as_table(rows, masks, protocol, test, seed)
 
 def _as_table(rows, masks, protocol, test, seed):
@@ -128,8 +145,10 @@ def _as_table(rows, masks, protocol, test, seed):
     if protocol == 'ood_images': split,said = new_split([r['image'] for r in rows], kinds, test, seed)
     first = {k for k,s in zip(kinds, split) if s == 'train'}
     classes = sorted(first) + sorted(set(kinds)-first)
-    table = dict(image=[str(r['image']) for r in rows], split=split, label=[classes.index(k) for k in kinds], mask=masks, part_mask=masks)
-    df = part_table(table, classes=classes, parts=part_imagenet_parts, keypoints=[], pairs=[], masks='union of the annotated parts',
+    table = dict(image=[str(r['image']) for r in rows], split=split, label=[classes.index(k) for k in kinds],
+                 mask=masks, part_mask=masks)
+    df = part_table(table, classes=classes, parts=part_imagenet_parts, keypoints=[], pairs=[],
+                    masks='union of the annotated parts',
                     protocol=said, **ABOUT['part_imagenet'])
     return check_masks(check_table(df), empty=True)
 
