@@ -37,8 +37,8 @@ def _pdiscoformer(data, k, size, bs, **more):
 # %% ../../nbs/15_part_discovery/09_recipes.ipynb #cc9bc220
 _synthetic = dict(
     n_parts=8, backbone='test_resnet', stride=4, joined=3, width=64, grey_maps=True, ramp=.3, places=.7,
-    losses=dict(prediction=1., presence=.3, background=.5, total_variation=.2, entropy=0, orthogonality=.05,
-                equivariance=0, cells=8., area=.4))
+    recolour=True, losses=dict(prediction=1., presence=.3, background=.5, total_variation=.2, entropy=0,
+                               orthogonality=.05, equivariance=1., cells=8., area=.8))
 _frozen = dict(
     n_parts=8, backbone='tf_efficientnet_lite0', stride=16, taught=96, floor=.01, vote_dropout=.5, own_rates=True,
     losses=dict(prediction=1., presence=0, background=0, total_variation=0, entropy=0, orthogonality=0, equivariance=0))
