@@ -152,7 +152,7 @@ def _say_start(method, learn, s, say):
         f"{n:,} parameters, {d.device}")
     if d.valid_is_train: say('no image has the split valid: the columns valid_* are of training images')
     steps = s['fit'].get('steps') or s['epochs']*len(d.train)
-    if steps < 100: say(f'{steps} steps in all: so few seldom train a network; pass more --epochs, or a smaller --bs')
+    if steps < 100: say(f"{steps} step{'s'*(steps != 1)} in all: so few seldom train a network; pass more --epochs, or a smaller --bs")
 
 _in_cache = re.compile(r'models--(.+?)--(.+)/snapshots/([0-9a-f]+)/[^/]+')
 
