@@ -16,7 +16,6 @@ from fastcore.foundation import L
 from .model import ClassificationSpecificParts
 from .all_images import FILE_KINDS, fit_parts, write_parts
 from .new_images import PartPipeline
-from .pictures import part_pictures
 from .scores import part_scores
 from ..core import CheckpointError, ConfigError, PartLearner, pick, register
 from ..training.distributed import this_process
@@ -125,4 +124,4 @@ classification_specific_parts_recipes = dict(
         note='ours: the published data and network with our box search, crops and cross-fitted predictions; full scale not run'))
 register(classification_specific_parts_learner, ClassificationSpecificParts, classification_specific_parts_recipes,
          'boxes around what matters to the predicted class, and a linear classifier on them (Korsch et al., GCPR 2019)',
-         scores=part_scores, pictures=part_pictures)
+         scores=part_scores)

@@ -12,7 +12,7 @@ import torch, torch.nn.functional as F
 from fastcore.basics import patch
 from torch import nn
 
-from .baselines import baseline_boxes, random_order
+from .baselines import baseline_boxes
 from .boxes import Found
 from .files import input_crops
 from .order import in_order, slot_order
@@ -172,7 +172,7 @@ class _Described:
 def _order(self:ClassificationSpecificParts, x, feats):
     "Which part (B,K) comes first, second, ..."
     o = self.settings
-    if o.shuffle: return random_order(x, o.n_parts, o.seed+1)
+    if o.shuffle: return o.random_order(x)
     return slot_order(feats[:,:o.n_parts], self.slots if o.align else None)
 
 @patch

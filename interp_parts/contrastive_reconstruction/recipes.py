@@ -7,8 +7,6 @@ __all__ = ['contrastive_reconstruction_recipes']
 
 # %% ../../nbs/11_contrastive_reconstruction/07a_recipes.ipynb #e42aee74
 from .model import ContrastiveReconstruction, contrastive_reconstruction_learner
-from .pictures import reconstruction_pictures
-from .scores import paper_reading, descriptor_features, reconstruction_scores
 from ..core import register
 from ..data.readers.parts import pascal_parts
 
@@ -48,6 +46,5 @@ contrastive_reconstruction_recipes = dict(
 # %% ../../nbs/11_contrastive_reconstruction/07a_recipes.ipynb #f41082f9
 _method = register(contrastive_reconstruction_learner, ContrastiveReconstruction, contrastive_reconstruction_recipes,
                    'parts reconstruct features and colours, without labels (Choudhury et al., NeurIPS 2021)',
-                   extra=('mask',), scores=reconstruction_scores, pictures=reconstruction_pictures)
+                   extra=('mask',))
 _method.renamed_recipes = dict(drawn_birds='synthetic_birds')
-_method.reading,_method.features = paper_reading,descriptor_features

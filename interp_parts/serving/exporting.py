@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from ..core import CheckpointError, ConfigError, eval_mode, pick
-from ..files import atomic_path, claim_file, made_by, read_json, write_json, write_text
+from ..files import MADE_BY, atomic_path, claim_file, read_json, write_json, write_text
 from .explainer import Explainer
 from ..training.names import part_names
 
@@ -51,7 +51,7 @@ def _about(ask, p, file):
     c,view = ask.learn.config,ask.learn.dls.view
     names = [n for n in _OUTPUTS if getattr(p, n) is not None]
     image = dict(name='images', layout='NCHW, RGB, values in 0..1', size=view.size, resize=view.resize)
-    return dict(made_by=made_by(), file=file.name, method=c['method'], input=image, outputs=names, batch=None,
+    return dict(made_by=MADE_BY, file=file.name, method=c['method'], input=image, outputs=names, batch=None,
                 classes=ask.vocab, multi=ask.learn.dls.multi,
                 parts=part_names(ask.run, p.n_parts, p.background), contribution_kind=p.contribution_kind,
                 data=c['data'].get('name', ''), licence=c['data'].get('licence', ''), citation=c.get('citation', ''))

@@ -77,8 +77,7 @@ def _make_room(folder, need, most):
     files = sorted(folder.glob('*.npy'), key=lambda f: f.stat().st_mtime)
     while files and sum(f.stat().st_size for f in files) + need > most: _remove(files.pop(0))
     free = shutil.disk_usage(folder).free
-    if free < need: raise ConfigError(folder, f'{free/1e9:.3g} GB free', f'{need/1e9:.3g} GB for the features',
-                                      _elsewhere)
+    if free < need: raise ConfigError(folder, f'{free/1e9:.3g} GB free', f'{need/1e9:.3g} GB for the features', _elsewhere)
 
 _elsewhere = 'free some, or set XDG_CACHE_HOME to another disk'
 
@@ -86,16 +85,19 @@ def _remove(file):
     file.with_suffix('.json').unlink(missing_ok=True)
     file.unlink()
 
+def _images(items): return torch.stack([i[0].as_subclass(torch.Tensor) for i in items])
+
 def _batches(dl, view):
     "Images (bs,3,H,W) of a DataLoader's data set in its order, the last batch filled up, and how many of them count"
     dl.dataset.key = view
     items = torch.utils.data.DataLoader(dl.dataset, dl.bs, num_workers=dl.fake_l.num_workers,
-                                        generator=torch.Generator(), # the training's random numbers stay untouched
-                                        collate_fn=lambda b: torch.stack([i[0].as_subclass(torch.Tensor) for i in b]))
+                                        collate_fn=_images, # by name, for workers that are spawned
+                                        generator=torch.Generator()) # the training's random numbers stay untouched
     for x in items: yield torch.cat([x, x[-1:].expand(dl.bs-len(x), -1, -1, -1)]),len(x)
 
 def _reserve(file):
-    "Take the space of a file, so that a disk which is too small for it is found now"
+    "Take the space of a file, so that a disk which is too small for it is found now; macOS and Windows find it later"
+    if not hasattr(os, 'posix_fallocate'): return
     with open(file, 'rb+') as f:
         try: os.posix_fallocate(f.fileno(), 0, n := os.path.getsize(file))
         except OSError as e:
