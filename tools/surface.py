@@ -53,7 +53,7 @@ def lines(
     name = lambda f: '.'.join(f.relative_to(folder).with_suffix('').parts)
     return [f'{name(f)}.{t}' for f in files for t in surface(f)]
 
-MOST = 507 # Public functions and classes of the package, methods counted with their class; raise it only for new features
+MOST = 508 # Public functions and classes of the package, methods counted with their class; raise it only for new features
 
 def public(
     folder:Path=ROOT/'interp_parts', # A package

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from .model import ContrastiveReconstruction
-from .scores import PUBLISHED, paper_reading
+from .scores import PUBLISHED
 from ..core import CheckpointError, ConfigError, get_method
 from ..files import SCHEMA, reading, save_tensors, write_json
 from ..models.backbones import backbone_stats
@@ -76,7 +76,7 @@ def import_original(
     with reading(path, 'tensors by name', error=CheckpointError):
         state = _original_state(path)
         model = ContrastiveReconstruction(**_original_net(state, path), compat=True).load_original(state, path)
-    protocol = protocol or paper_reading(dict(training=dict(data=data)), 'paper').get('protocol')
+    protocol = protocol or get_method('contrastive_reconstruction').reading(dict(training=dict(data=data)), 'paper').get('protocol')
     training = dict(data=data, path=str(Path(data_path).resolve()), protocol=protocol, imported=Path(path).name)
     config = dict(schema=SCHEMA, method='contrastive_reconstruction', model=model.config, vocab=[], multi=False,
                   view=dict(size=size, resize='short'), stats=backbone_stats(model.config['backbone']),

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SPLITS', 'BAD_IMAGE', 'part_table', 'first_few', 'class_names', 'check_table', 'match_classes', 'content_groups',
-           'check_copies', 'split_and_class', 'usable_images', 'bad_image_line']
+           'check_copies', 'files_later', 'split_and_class', 'usable_images', 'bad_image_line']
 
 # %% ../../nbs/01_data/01_table.ipynb #0677f6d3
 import hashlib, json, os, unicodedata
@@ -91,7 +91,7 @@ def _check_labels(df, name):
         raise DataError(name, f'{first_few(list(n.index[n > 1]))} has several labels', 'one label an image')
 
 # %% ../../nbs/01_data/01_table.ipynb #24b79506
-_later = ContextVar('files_later', default=False)
+_files_later = ContextVar('files_later', default=False)
 
 def check_table(
     df:pd.DataFrame, # From `part_table`
@@ -111,7 +111,7 @@ def check_table(
     if both:
         raise DataError(name, f'{len(both)} test images are training images too: {first_few(both)}', 'disjoint splits')
     _check_labels(df, name)
-    bad = find_broken(dict.fromkeys(df.image.tolist())) if files and not _later.get() else []
+    bad = find_broken(dict.fromkeys(df.image.tolist())) if files and not _files_later.get() else []
     broken = [f'{p} ({why})' for p,why in bad]
     if bad:
         raise DataError(name, f"{len(bad)} unusable file{'s'*(len(bad) != 1)}: {first_few(broken)}", 'complete images',
@@ -210,7 +210,7 @@ def check_copies(
 )->pd.DataFrame:
     "Return the table if no test image has the content of a training image; otherwise name the first five that have"
     test,train = (df.image[df.split.isin(s)] for s in (('test','eval'), ('train',)))
-    bad = lambda f: _later.get() and find_broken([f], decode=True)        # `usable_images` takes them out
+    bad = lambda f: _files_later.get() and find_broken([f], decode=True)        # `usable_images` takes them out
     said = [f'{a} = {b}' for a,b in _same_files(test, train) if not bad(a)]
     if said: raise DataError(df.attrs.get('name', 'table'), f'{len(said)} test images are copies of training images: '
                              f'{first_few(said)}', 'disjoint splits', 'remove them, or pass --set data.copies=true')
@@ -220,11 +220,11 @@ def check_copies(
 BAD_IMAGE = ('error', 'skip', 'replace')
 
 @contextmanager
-def _files_later():
+def files_later():
     "Inside the block `check_table` does not look at files"
-    token = _later.set(True)
+    token = _files_later.set(True)
     try: yield
-    finally: _later.reset(token)
+    finally: _files_later.reset(token)
 
 # %% ../../nbs/01_data/01_table.ipynb #f7b1ba54
 def split_and_class(
@@ -249,7 +249,7 @@ def usable_images(
     "The table without unusable images; what they were, and why, is in `attrs['bad_images']`"
     if not callable(read): return usable_images(lambda: read, on_bad_image)
     if pick(on_bad_image, BAD_IMAGE, '--on-bad-image') == 'error': return check_table(read())
-    with _files_later(): df = read()
+    with files_later(): df = read()
     bad = dict(find_broken(df.image.unique(), decode=True))
     rows = range(len(df)) if on_bad_image == 'skip' else _next_like(split_and_class(df), (~df.image.isin(bad)).tolist())
     kept = [j for i,j in enumerate(rows) if j is not None and df.image.iloc[j] not in bad]
