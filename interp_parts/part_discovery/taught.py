@@ -212,8 +212,8 @@ def teach(self:TaughtMaps,
     n_out:int, # Classes, or attributes
     seed:int=0, # Of the sample, the clusters and the network
     rounds:int=4, # Times that clusters and network are made
-    starts:int=1, # Of k-means
-    sample:int=400, # Images that the clusters are fitted to
+    starts:int=8, # Of k-means; the one of the lowest cost is kept
+    sample:int=2000, # Images that the clusters are fitted to
     least:int=200, # Steps of the unit and of the network, at least
 ):
     "Find the parts of the training images, and learn to find them in others"
