@@ -69,8 +69,9 @@ def explain_prototypes(self:PartLearner,
     p = self.model.parts(x.to(self.dls.device), target).cpu()
     im,c = _seen(self, table.image[item]),p.target[0].item()
     k = p.n_parts
-    fig = Picture(figsize=(1.2*(k+n+1), 1.25*(n+1)), layout='constrained')
-    left,right = fig.subfigures(1, 2, width_ratios=(n+1,k))
+    wide = .7*(n+1)
+    fig = Picture(figsize=(1.2*(k+wide), 1.25*(n+1)), layout='constrained')
+    left,right = fig.subfigures(1, 2, width_ratios=(wide,k))
     left.subplots().imshow(im)
     axs = right.subplots(n+1, k, squeeze=False)
     for a in fig.axes: a.set_axis_off()

@@ -26,7 +26,7 @@ nav ul{display:flex;flex-wrap:wrap;gap:.2rem 1.1rem;list-style:none;padding:0;ma
 th,td{text-align:left;vertical-align:top;padding:.35rem .8rem .35rem 0;border-bottom:1px solid var(--rule)}
 th{font-weight:600;overflow-wrap:normal}.card th[scope=row],td{overflow-wrap:anywhere}th button{all:unset;cursor:pointer;text-decoration:underline dotted}
 th button:focus-visible{outline:3px solid var(--mark)}th[aria-sort=ascending] button:after{content:" ▲"}th[aria-sort=descending] button:after{content:" ▼"}
-td.num{font-variant-numeric:tabular-nums;white-space:nowrap;font-weight:600}td.no{color:var(--soft)}
+td.names{min-width:9rem}td.num{font-variant-numeric:tabular-nums;white-space:nowrap;font-weight:600}td.no{color:var(--soft)}
 .base{display:inline-block;white-space:nowrap;margin-right:.9rem;font-variant-numeric:tabular-nums}
 .verdict{background:var(--card);border-left:5px solid var(--mark);border-radius:6px;padding:.6rem 1rem;margin:.8rem 0}
 .verdict p{margin:.2rem 0}.answer{font-size:1.15rem;font-weight:700}
@@ -41,7 +41,7 @@ button.zoom{all:unset;cursor:zoom-in;display:block}button.zoom:focus-visible{out
 dialog{max-width:98vw;max-height:98vh;padding:.6rem;border:0;border-radius:8px;background:var(--page);color:var(--ink)}
 dialog img{display:block;max-width:none;width:max(92vw,1000px)}dialog div{overflow:auto;max-height:84vh}
 .matrix td,.matrix th{padding:.3rem .5rem;text-align:right;border:1px solid var(--rule)}.matrix th[scope=row]{text-align:left}
-.matrix td{color:#1c2430;background:#fff}.matrix .on{outline:2px solid var(--mark)}tr:hover>th,tr:hover>td.plain{background:var(--card)}
+.matrix td{white-space:nowrap;color:#1c2430;background:#fff}.matrix .on{outline:2px solid var(--mark)}tr:hover>th,tr:hover>td.plain{background:var(--card)}
 input{font:inherit;padding:.2rem .5rem;max-width:100%}
 @media print{nav,.skip,.inside,[data-filter]{display:none}body{max-width:none;font-size:11px;padding:0}figure,.card,tr{break-inside:avoid}
 h2{break-after:avoid}.wide{overflow:visible}details::details-content{content-visibility:visible;block-size:auto}}
@@ -155,7 +155,7 @@ _FOUND = '''
 {% call wide('Classes') %}<table id="classes" data-sort><thead><tr><th scope="col">class</th><th scope="col">images</th><th scope="col">right</th>
 <th scope="col">taken for</th><th scope="col">what counts for it</th></tr></thead><tbody>
 {% for r in rows %}
-<tr id="{{ r.id }}"><th scope="row">{{ r.name }}</th><td class="plain">{{ r.n }}</td><td class="plain num" data-v="{{ r.share }}">{{ r.right }}</td><td class="plain">{{ r.taken }}</td>
+<tr id="{{ r.id }}"><th scope="row">{{ r.name|breaks }}</th><td class="plain">{{ r.n }}</td><td class="plain num" data-v="{{ r.share }}">{{ r.right }}</td><td class="plain names">{{ r.taken|breaks }}</td>
 <td class="plain" data-v="{{ r.parts|length }}"><details><summary>show<span class="only-read"> what counts for {{ r.name }}</span></summary>
 {% if r.parts %}<p>Parts by what they count for it:</p><ul>{% for p in r.parts %}<li>{{ p }}</li>{% endfor %}</ul>{% endif %}
 {% if r.pictures %}<p>Explained: {% for id,name in r.pictures %}<a href="#{{ id }}">{{ name }}</a> {% endfor %}</p>{% endif %}
@@ -167,7 +167,7 @@ _FOUND = '''
 {%- macro matrix(m) %}
 {% call wide('Most confused classes') %}<table class="matrix"><thead><tr><td></td>{% for n in m.names %}<th scope="col"><abbr title="{{ n }}">{{ loop.index }}</abbr></th>{% endfor %}</tr></thead><tbody>
 {% for n,row in m.rows %}
-<tr><th scope="row">{{ loop.index }} {{ n }}</th>{% for v,shade,said in row %}<td title="{{ said }}" style="background:{{ shade }}">{{ v }}</td>{% endfor %}</tr>
+<tr><th scope="row">{{ loop.index }} {{ n|breaks }}</th>{% for v,shade,said in row %}<td title="{{ said }}" style="background:{{ shade }}">{{ v }}</td>{% endfor %}</tr>
 {% endfor %}
 </tbody></table>{% endcall %}
 {% endmacro %}

@@ -259,7 +259,8 @@ def _html(run_dir):
                  CheckpointError):
         more = _from_findings(d, pictures)
     used = {p['id'] for g in more['groups'] for p in g['pictures']}
-    rest = [p for p in pictures if p.get('file', '').removesuffix('.png') not in used]
+    if all(c['patches'] for c in more['cards']) and len(more['cards']) == _found(d).get('n_parts'): used.add('gallery')
+    rest = [p for p in pictures if p.get('file', '').removesuffix('.png') not in used] # `gallery` shows the cards' patches again
     says = verdict(run.metrics, bool(run.config.get('multi'))) if run.metrics else ()
     return render_page(run, verdict=says, charts=charts, pictures=rest, tables=_tables(d), facts=facts,
                        words=_score_words,
