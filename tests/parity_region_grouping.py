@@ -300,7 +300,7 @@ def vis(r):
     r.near('att_map', heat, 1e-5)
     r.near('att_overlay_rgb', attention_overlay(rgb, heat, compat=True), 1)
     r.exact('hard', hard_assignment(maps, size)[0])
-    r.exact('assign_overlay_rgb', parts_overlay(rgb, Parts(maps, torch.ones(maps.shape[:2]))))
+    r.exact('assign_overlay_rgb', parts_overlay(rgb, Parts(maps, torch.ones(maps.shape[:2])), alpha=.4, compat=True))
     r.near('part_maps_uint8', (upsample(maps[0], size).numpy()*255).astype(np.uint8), 1)
     r.close('colors', 255*part_colors(maps.shape[1]), 1e-9)
 

@@ -94,7 +94,7 @@ def _response_figure(
     for row,k in zip(axs[1:], filters):
         scale = maps[:,k].abs().max().item() or None
         for ax,im,m in zip(row, images, maps): ax.imshow(_tinted(im, m[k], scale))
-        row[0].set_title(f'filter {k}', fontsize=7, loc='left', pad=1)
+        row[0].text(-.06, .5, f'filter {k}', transform=row[0].transAxes, ha='right', va='center', fontsize=7, rotation=90)
     return fig
 
 # %% ../../nbs/13_activation_diversity/11_pictures.ipynb #d89d3648

@@ -72,7 +72,11 @@ def _take_network(model, init, backbone, compat):
         raise ConfigError('--init', f"{init} has compat {theirs.get('compat', False)}", f'{compat} as here')
     inner = lambda m: m.backbone.net if getattr(m, 'config', {}).get('small') else m.backbone
     try: inner(model).load_state_dict(inner(run.model).state_dict())
-    except RuntimeError: raise CheckpointError(init, 'a network of other layers', 'that of the run') from None
+    except RuntimeError:
+        if (stage := theirs.get('stage', 'final')) != 'final':
+            raise ConfigError('--init', f'{init} has stage={stage}: {backbone} up to a map of stride {theirs["stride"]}',
+                              'all of its layers, stage=final', 'train that run again without --set stage') from None
+        raise CheckpointError(init, f'a {backbone} of other layers', f'those of {backbone} here', 'train that run again') from None
     if run.model.head.weight.shape == model.head.weight.shape: model.head.load_state_dict(run.model.head.state_dict())
 
 # %% ../../nbs/14_classification_specific_parts/08a_learner.ipynb #9aefbb5f

@@ -69,14 +69,16 @@ def explain_prototypes(self:PartLearner,
     p = self.model.parts(x.to(self.dls.device), target).cpu()
     im,c = _seen(self, table.image[item]),p.target[0].item()
     k = p.n_parts
-    fig = Picture(figsize=(1.2*(k+1), 1.25*(n+1)), layout='constrained')
-    axs = fig.subplots(n+1, k+1, squeeze=False)
-    for a in axs.flat: a.set_axis_off()
-    axs[0,0].imshow(im)
-    axs[1,0].text(.5, 1, 'looks like these\ntraining patches\n(nearest to the\nprototype, for\ndisplay only)',
-                  ha='center', va='top', fontsize=7)
+    wide = .7*(n+1)
+    fig = Picture(figsize=(1.2*(k+wide), 1.25*(n+1)), layout='constrained')
+    left,right = fig.subfigures(1, 2, width_ratios=(wide,k))
+    left.subplots().imshow(im)
+    axs = right.subplots(n+1, k, squeeze=False)
+    for a in fig.axes: a.set_axis_off()
     for j in range(k):
-        _prototype_column(self, axs[:,j+1], im, p, j, near[(near['class'] == c) & (near.prototype == j)][:n])
+        _prototype_column(self, axs[:,j], im, p, j, near[(near['class'] == c) & (near.prototype == j)][:n])
+    for ax,text in zip(axs[:,0], ('in the image', *['nearest in\ntraining images']*n)):
+        ax.text(-.06, .5, text, transform=ax.transAxes, ha='right', va='center', ma='center', fontsize=7, rotation=90)
     fig.suptitle(f'{self.dls.vocab[c]}: logit {p.logits[0,c]:.2f}, the sum of all {k}', fontsize=8)
     return fig
 

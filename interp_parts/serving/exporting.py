@@ -118,7 +118,9 @@ def _write_onnx(program, about, file, opset):
 def _write_program(program, about, file):
     "The program of torch.export, by way of memory: on a full disk its writer ends the process"
     made,program = io.BytesIO(),program.run_decompositions({}) # blocks of autocast, which torch cannot read back, become their operations
-    torch.export.save(program, made, extra_files={'interp_parts':about['made_by'], 'about.json':json.dumps(about)})
+    with warnings.catch_warnings(): # of torch about maps that share their memory
+        warnings.filterwarnings('ignore', 'No complete tensor found')
+        torch.export.save(program, made, extra_files={'interp_parts':about['made_by'], 'about.json':json.dumps(about)})
     with atomic_path(file) as tmp: tmp.write_bytes(made.getbuffer())
 
 # %% ../../nbs/22_serving/03_export.ipynb #38842ca3

@@ -61,21 +61,21 @@ def _column(ax, r, row, sim, source, images, k=1):
     ax[2].text(.5, -.04, Picture.clipped(text), transform=ax[2].transAxes, ha='center', va='top', fontsize=7, wrap=True)
 
 def _explain(learn, row, parts, images, n=4):
-    "An image, and for each of the words that counted most: where it is in the image, and the patch it is"
+    "For each of the words that counted most: its place in the image, a map of where it is, and the patch it is"
     t = _word_table(learn.model, parts, learn.dls.vocab, n)
-    fig = Picture(figsize=(1.7*(len(t)+1), 5.6))
-    axs = fig.subplots(3, len(t)+1, gridspec_kw=dict(left=.01, right=.99, top=.86, bottom=.09, wspace=.06, hspace=.08))
+    fig = Picture(figsize=(1.7*len(t)+.6, 5.6))
+    grid = dict(left=.5/fig.get_figwidth(), right=.99, top=.85, bottom=.09, wspace=.06, hspace=.08)
+    axs = fig.subplots(3, len(t), squeeze=False, gridspec_kw=grid)
     for a in axs.flat: a.set_axis_off()
-    axs[0,0].imshow(images[row])
-    for ax,r in zip(axs[:,1:].T, t.itertuples()):
+    for ax,r in zip(axs.T, t.itertuples()):
         _column(ax, r, row, parts.maps[0,r.word]*MOST_SIMILAR, learn.model.sources[r.word].tolist(), images,
                 learn.model.kernel)
-    for ax,text in zip(axs[1:,0], ('where the word\nis in this image', 'the patch\nthat the word is')):
-        ax.text(.95, .5, text, transform=ax.transAxes, ha='right', va='center', fontsize=8)
+    for ax,text in zip(axs[:,0], ('this image', 'where the word\nis in this image', 'the patch\nthat the word is')):
+        ax.text(-.05, .5, text, transform=ax.transAxes, ha='right', va='center', ma='center', fontsize=8, rotation=90)
     k,here = parts.target[0].item(),t.contribution.sum()
     rest = parts.contribution[0].sum().item() - here
     said = f'{learn.dls.vocab[k]}: logit {parts.logits[0,k]:.2f}'
-    fig.suptitle(f'{said}, of which the words here {here:+.2f}, all others {rest:+.2f}', fontsize=9)
+    fig.suptitle(f'{said}\nthe words here {here:+.2f}, all others {rest:+.2f}', fontsize=9)
     return fig
 
 # %% ../../nbs/12_visual_words/18_explanations.ipynb #930433f9

@@ -51,9 +51,10 @@ def _rows(near, images, patches, words, side):
 def _sheet(rows, names, labels):
     "A figure of rows of pictures with names above the columns and labels beside the rows"
     top,wide = .25,rows[0]
-    width,height = 2.4+sum(v.shape[1] for v in wide)/100,.78*len(rows)+.05+top
+    margin = .2 + .06*max(len(l) for text in labels for l in text.split('\n'))
+    width,height = margin+.1+sum(v.shape[1] for v in wide)/100,.78*len(rows)+.05+top
     fig = Picture(figsize=(width,height))
-    grid = dict(left=2.3/width, right=1-.1/width, top=1-top/height, bottom=.01, hspace=.05)
+    grid = dict(left=margin/width, right=1-.1/width, top=1-top/height, bottom=.01, hspace=.05)
     axs = fig.subplots(len(rows), 1, squeeze=False, gridspec_kw=grid)[:,0]
     for ax,row,label in zip(axs, rows, labels):
         ax.imshow(np.concatenate(row, 1))

@@ -77,8 +77,10 @@ def _bars(parts, n):
     "Parts to show, largest bar first, their values, and the sum of the others (None: none, or it means nothing)"
     v = parts.presence[0] if parts.contribution is None else parts.contribution[0]
     order = v.abs().argsort(descending=True, stable=True)
+    adds_up = parts.contribution_kind in ('logit','attention')
+    n += adds_up and len(order) == n+1 # a single other part has its own name
     shown = sorted(order[:n].tolist(), key=lambda k: -v[k].item())
-    rest = v[order[n:]].sum().item() if len(order) > n and parts.contribution_kind in ('logit','attention') else None
+    rest = v[order[n:]].sum().item() if len(order) > n and adds_up else None
     return shown,[v[k].item() for k in shown],rest
 
 def _image(ax, im, title=None, color='black', size=9):
@@ -176,8 +178,9 @@ def _legend(parts, ncols, most=16):
     if parts is None or parts.n_parts > most: return [],1,0.
     colors = part_colors(parts.n_parts, parts.background)
     keys = [Patch(color=colors[k], label=_part_name(parts, k)) for k in range(parts.n_parts)]
-    width = min(len(keys), max(1, int(1.7*ncols)))
-    return keys,width,.2 - .2*(-len(keys)//width)
+    rows = -(-len(keys)//max(1, int(1.7*ncols)))
+    width = -(-len(keys)//rows)
+    return [k for c in range(width) for k in keys[c::width]],width,.2+.2*rows # matplotlib fills columns first
 
 # %% ../../nbs/21_visualization/02_figures.ipynb #c9068960
 def _counted_grid(items, classes, ncols, compat):

@@ -150,8 +150,7 @@ def _settings(run):
 
 def _data(run):
     "What the data set is; what only programs need stays in config.json"
-    named = {'protocol':'split', 'keypoint_norm':'unit of the keypoint error'}
-    return [(named.get(k, k), v) for k,v in run.section('data').items() if k not in ('pairs','fingerprint','drawn') and v]
+    return list(run.about_data().items())
 
 # %% ../../nbs/21_visualization/06_model_card.ipynb #f6234d49
 _LOAD = '''```python

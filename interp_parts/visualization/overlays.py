@@ -67,15 +67,17 @@ def hard_assignment(
 # %% ../../nbs/21_visualization/01_overlays.ipynb #4db9fab6
 _nothing = .02 # A pixel at which no map is above this has no part
 
-def _assignment_overlay(image, maps, alpha=0.4, background=None, presence=None, soft=False):
-    "(H,W,3) uint8: the image, tinted by the part that owns each pixel"
+def _assignment_overlay(image, maps, alpha=0.5, background=None, presence=None, soft=False, compat=False):
+    "(H,W,3) uint8: the image in grey, tinted by the part that owns each pixel; its own colours where there is none"
     rgb,k = to_rgb(image),maps.shape[-3]
     hard,val = (t.numpy() for t in hard_assignment(maps, rgb.shape[:2]))
-    opacity = np.full(k, alpha)
-    if soft and presence is not None: opacity = opacity*presence.reshape(-1).numpy()
-    if background is not None: opacity[background] = 0
-    a = (opacity[hard]*(val if soft else val > _nothing))[...,None]
-    return ((1-a)*rgb + a*(part_colors(k, background)*255)[hard]).astype(np.uint8)
+    shown = np.ones(k)
+    if soft and presence is not None: shown = shown*presence.reshape(-1).numpy()
+    if background is not None: shown[background] = 0
+    w = (shown[hard]*(val if soft else val > _nothing))[...,None]
+    under = rgb if compat else rgb.mean(-1, keepdims=True)
+    tint = (1-alpha)*under + alpha*(part_colors(k, background)*255)[hard]
+    return (w*tint + (1-w)*rgb).astype(np.uint8)
 
 # %% ../../nbs/21_visualization/01_overlays.ipynb #5ba9cb6e
 def draw_boxes(
@@ -99,10 +101,11 @@ def parts_overlay(
     image, # Image, anything `to_rgb` takes
     parts:Parts, # Parts of one image
     soft:bool=False, # Fade by presence and by the map's value?
-    alpha:float=0.4, # Opacity of the colour
+    alpha:float=0.5, # Opacity of the colour; the original's is 0.4
+    compat:bool=False, # Tint the image in its own colours, as the original did?
 )->np.ndarray:
     "(H,W,3) uint8: the image with its parts, and their boxes if they have any"
-    out = _assignment_overlay(image, parts.maps, alpha, parts.background, parts.presence, soft)
+    out = _assignment_overlay(image, parts.maps, alpha, parts.background, parts.presence, soft, compat)
     if parts.boxes is None: return out
     on = [k for k in range(parts.n_parts) if k != parts.background and parts.presence[0,k] >= .5]
     return draw_boxes(out, parts.boxes[0,on], part_colors(parts.n_parts, parts.background)[on])

@@ -10,6 +10,7 @@ from base64 import b64encode
 from hashlib import sha256
 
 from jinja2 import Environment, StrictUndefined
+from markupsafe import Markup, escape
 
 # %% ../../nbs/21_visualization/04c_page.ipynb #2ca1fcb0
 _STYLE = '''
@@ -25,7 +26,7 @@ nav ul{display:flex;flex-wrap:wrap;gap:.2rem 1.1rem;list-style:none;padding:0;ma
 th,td{text-align:left;vertical-align:top;padding:.35rem .8rem .35rem 0;border-bottom:1px solid var(--rule)}
 th{font-weight:600;overflow-wrap:normal}.card th[scope=row],td{overflow-wrap:anywhere}th button{all:unset;cursor:pointer;text-decoration:underline dotted}
 th button:focus-visible{outline:3px solid var(--mark)}th[aria-sort=ascending] button:after{content:" ▲"}th[aria-sort=descending] button:after{content:" ▼"}
-td.num{font-variant-numeric:tabular-nums;white-space:nowrap;font-weight:600}td.no{color:var(--soft)}
+td.names{min-width:9rem}td.num{font-variant-numeric:tabular-nums;white-space:nowrap;font-weight:600}td.no{color:var(--soft)}
 .base{display:inline-block;white-space:nowrap;margin-right:.9rem;font-variant-numeric:tabular-nums}
 .verdict{background:var(--card);border-left:5px solid var(--mark);border-radius:6px;padding:.6rem 1rem;margin:.8rem 0}
 .verdict p{margin:.2rem 0}.answer{font-size:1.15rem;font-weight:700}
@@ -34,14 +35,15 @@ td.num{font-variant-numeric:tabular-nums;white-space:nowrap;font-weight:600}td.n
 .card{background:var(--card);border:1px solid var(--rule);border-radius:8px;padding:.8rem}.card h3{margin:0 0 .4rem}.card p{margin:.4rem 0}
 .card .place{float:right;width:84px;margin:0 0 .4rem .6rem}.card table{font-size:.9rem;clear:both}
 img{max-width:100%;height:auto;background:#fff;border-radius:8px;border:1px solid var(--rule)}
+.pairs{table-layout:fixed}.pairs th{width:45%;overflow-wrap:anywhere}@media(min-width:48rem){.inside{display:none}.pairs th{width:30%}}
 figure{margin:0 0 1.4rem}details{margin:.6rem 0}td details{margin:0}summary{cursor:pointer;font-weight:600}
 button.zoom{all:unset;cursor:zoom-in;display:block}button.zoom:focus-visible{outline:3px solid var(--mark)}
 dialog{max-width:98vw;max-height:98vh;padding:.6rem;border:0;border-radius:8px;background:var(--page);color:var(--ink)}
 dialog img{display:block;max-width:none;width:max(92vw,1000px)}dialog div{overflow:auto;max-height:84vh}
 .matrix td,.matrix th{padding:.3rem .5rem;text-align:right;border:1px solid var(--rule)}.matrix th[scope=row]{text-align:left}
-.matrix td{color:#1c2430;background:#fff}.matrix .on{outline:2px solid var(--mark)}tr:hover>th,tr:hover>td.plain{background:var(--card)}
+.matrix td{white-space:nowrap;color:#1c2430;background:#fff}.matrix .on{outline:2px solid var(--mark)}tr:hover>th,tr:hover>td.plain{background:var(--card)}
 input{font:inherit;padding:.2rem .5rem;max-width:100%}
-@media print{nav,.skip,[data-filter]{display:none}body{max-width:none;font-size:11px;padding:0}figure,.card,tr{break-inside:avoid}
+@media print{nav,.skip,.inside,[data-filter]{display:none}body{max-width:none;font-size:11px;padding:0}figure,.card,tr{break-inside:avoid}
 h2{break-after:avoid}.wide{overflow:visible}details::details-content{content-visibility:visible;block-size:auto}}
 '''
 
@@ -92,7 +94,7 @@ def _policy(script):
 _TABLES = '''
 {%- macro wide(name) %}<div class="wide" role="region" tabindex="0" aria-label="{{ name }}">{{ caller() }}</div>{% endmacro %}
 {%- macro pairs(name, values) %}
-{% call wide(name) %}<table>
+{% call wide(name) %}<table class="pairs">
 {% for k,v in values.items() %}
 <tr><th scope="row">{{ k|replace('_', ' ') }}</th><td>{{ v }}</td></tr>
 {% endfor %}
@@ -130,7 +132,7 @@ _FOUND = '''
 {%- macro picture(p) %}
 {% if 'note' in p %}<p class="note">{{ p.note }}</p>{% else %}
 <figure{% if p.id %} id="{{ p.id }}"{% endif %}><img alt="{{ p.title }}. {{ p.text }}" width="{{ p.width }}" height="{{ p.height }}" src="{{ p.src }}">
-<figcaption><b>{{ p.title }}</b> {{ p.text }}
+<figcaption>{% if p.get('name') %}<b>{{ p.name }}</b><span class="inside"> {{ p.text }}</span>{% else %}<b>{{ p.title }}</b> {{ p.text }}{% endif %}
 {%- if p.answer %}<br>{{ p.answer }}{% endif %}
 {% if p.reasons %}<ul>{% for r in p.reasons %}<li>{{ r }}</li>{% endfor %}</ul>{% endif %}</figcaption></figure>
 {% endif %}
@@ -143,7 +145,7 @@ _FOUND = '''
 {% if c.patches %}<figure><img alt="The regions in which {{ c.name }} is most present" width="{{ c.width }}" height="{{ c.height }}" src="{{ c.patches }}"></figure>{% endif %}
 {% if c.by_class %}<table><thead><tr><th scope="col">{{ c.counted }}</th><th scope="col">mean</th><th scope="col">images</th></tr></thead><tbody>
 {% for name,v,n,anchor in c.by_class %}
-<tr><th scope="row">{% if anchor %}<a href="#{{ anchor }}">{{ name }}</a>{% else %}{{ name }}{% endif %}</th><td class="num">{{ v }}</td><td>{{ n }}</td></tr>
+<tr><th scope="row">{% if anchor %}<a href="#{{ anchor }}">{{ name|breaks }}</a>{% else %}{{ name|breaks }}{% endif %}</th><td class="num">{{ v }}</td><td>{{ n }}</td></tr>
 {% endfor %}
 </tbody></table>{% endif %}
 </section>
@@ -153,7 +155,7 @@ _FOUND = '''
 {% call wide('Classes') %}<table id="classes" data-sort><thead><tr><th scope="col">class</th><th scope="col">images</th><th scope="col">right</th>
 <th scope="col">taken for</th><th scope="col">what counts for it</th></tr></thead><tbody>
 {% for r in rows %}
-<tr id="{{ r.id }}"><th scope="row">{{ r.name }}</th><td class="plain">{{ r.n }}</td><td class="plain num" data-v="{{ r.share }}">{{ r.right }}</td><td class="plain">{{ r.taken }}</td>
+<tr id="{{ r.id }}"><th scope="row">{{ r.name|breaks }}</th><td class="plain">{{ r.n }}</td><td class="plain num" data-v="{{ r.share }}">{{ r.right }}</td><td class="plain names">{{ r.taken|breaks }}</td>
 <td class="plain" data-v="{{ r.parts|length }}"><details><summary>show<span class="only-read"> what counts for {{ r.name }}</span></summary>
 {% if r.parts %}<p>Parts by what they count for it:</p><ul>{% for p in r.parts %}<li>{{ p }}</li>{% endfor %}</ul>{% endif %}
 {% if r.pictures %}<p>Explained: {% for id,name in r.pictures %}<a href="#{{ id }}">{{ name }}</a> {% endfor %}</p>{% endif %}
@@ -165,7 +167,7 @@ _FOUND = '''
 {%- macro matrix(m) %}
 {% call wide('Most confused classes') %}<table class="matrix"><thead><tr><td></td>{% for n in m.names %}<th scope="col"><abbr title="{{ n }}">{{ loop.index }}</abbr></th>{% endfor %}</tr></thead><tbody>
 {% for n,row in m.rows %}
-<tr><th scope="row">{{ loop.index }} {{ n }}</th>{% for v,shade,said in row %}<td title="{{ said }}" style="background:{{ shade }}">{{ v }}</td>{% endfor %}</tr>
+<tr><th scope="row">{{ loop.index }} {{ n|breaks }}</th>{% for v,shade,said in row %}<td title="{{ said }}" style="background:{{ shade }}">{{ v }}</td>{% endfor %}</tr>
 {% endfor %}
 </tbody></table>{% endcall %}
 {% endmacro %}
@@ -234,7 +236,8 @@ sample of training images.{% endif %}</p></section>
 {% if 'note' in t %}<p class="note">{{ t.note }}</p>{% else %}{{ table(t) }}{% endif %}
 {% endfor %}</section>
 {% endif %}
-{% for name,values in facts.items() if values %}<section id="{{ name|lower }}"><h2>{{ name }}</h2>{{ pairs(name, values) }}</section>{% endfor %}
+{% for name,values in facts.items() if values %}<section id="{{ name|lower }}"><h2>{{ name }}</h2>
+{% if values|length > 12 %}<details><summary>All {{ values|length }}</summary>{{ pairs(name, values) }}</details>{% else %}{{ pairs(name, values) }}{% endif %}</section>{% endfor %}
 {% if run.config.citation %}<section id="citation"><h2>Citation</h2><p>{{ run.config.citation }}</p></section>{% endif %}
 </main>
 <script>{{ script|safe }}</script></body></html>
@@ -244,6 +247,10 @@ sample of training images.{% endif %}</p></section>
 _NOTHING = dict(verdict=(), groups=(), cards=(), cards_said='', removed=(), without=None, matrix_of=None, class_rows=(),
                 classes_said='',
                 charts={}, pictures=(), tables=(), facts={}, words=lambda name: '')
+
+def _breaks(name):
+    "A name that may go on in a new line after each underscore"
+    return escape(name).replace('_', Markup('_<wbr>'))
 
 def _sections(v):
     "Names of the sections that are there, by id"
@@ -263,5 +270,6 @@ def render_page(
     "The page as a string"
     v = dict(_NOTHING, run=run) | values
     env = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined)
+    env.filters['breaks'] = _breaks
     return env.from_string(_TABLES + _FOUND + _PAGE).render(v, sections=_sections(v), style=_STYLE, script=_SCRIPT,
                                                             policy=_policy(_SCRIPT)).lstrip()

@@ -78,7 +78,7 @@ def _picture(path):
             info,(w,h) = dict(im.info),im.size
         if data[:4] != b'\x89PNG': raise OSError('not a PNG')
     except (OSError,ValueError,SyntaxError): return dict(note=f'{path.name} is damaged and not shown.')
-    return dict(file=path.name, id='', answer='', reasons=(), title=str(info.get('Title', path.stem)),
+    return dict(file=path.name, id='', name='', answer='', reasons=(), title=str(info.get('Title', path.stem)),
                 text=str(info.get('Description', '')), width=w, height=h,
                 src=_data_uri(data))
 
@@ -134,7 +134,7 @@ def _grouped(found, pictures, names):
     by,out = {p.get('file'):p for p in pictures},[]
     for g,(name,said) in _GROUPS.items():
         mine = [o for o in found['images'] if o['group'] == g]
-        shown = [dict(by[o['picture']], id=o['picture'].removesuffix('.png'), answer=_answer_line(o),
+        shown = [dict(by[o['picture']], id=o['picture'].removesuffix('.png'), name=o.get('image', ''), answer=_answer_line(o),
                       reasons=_reason_lines(o, found['kind'], names)) for o in mine if o['picture'] in by]
         if shown:
             out.append(dict(id=g, name=name, said=said.format(n=len(shown), of=found['n_images']), pictures=shown))
@@ -178,7 +178,7 @@ def _cards(found, run, names, anchors):
                    height=strip.get('height'),
                    said=f"Present in {c['present']} of {found['n_images']} images. In the {frame}, {where}.",
                    counted=_COUNTED.get(found['kind'], ''),
-                   by_class=[(n, f'{v:+.2f}', m, anchors.get(n)) for n,v,m in _ends(c['by_class'])])
+                   by_class=[(n, f'{v:+.2f}', m, anchors.get(n)) for n,v,m in _ends(c['by_class']) if any(abs(o[1]) >= 5e-3 for o in c['by_class'])])
 
 # %% ../../nbs/21_visualization/05_report.ipynb #7c201316
 def _answers(run, found):
@@ -252,14 +252,15 @@ def _html(run_dir):
     "The page as a string"
     run,d = RunSummary(run_dir),Path(run_dir)
     charts = {name: _data_uri(_chart(name, lines).png(dpi=150)) for name,lines in _read_curves(d/'history.csv').items()}
-    facts = dict(Settings=run.settings(), Data=run.section('data'), Licences=run.licences,
+    facts = dict(Settings=run.settings(), Data=run.about_data(), Licences=run.licences,
                  Versions=run.section('versions'))
     pictures,without = _pictures(d),run.metrics.get('without_parts')
     with reading(d/'visualization'/'findings.json', 'what `interp-parts visualize` wrote', 'visualize again',
                  CheckpointError):
         more = _from_findings(d, pictures)
     used = {p['id'] for g in more['groups'] for p in g['pictures']}
-    rest = [p for p in pictures if p.get('file', '').removesuffix('.png') not in used]
+    if all(c['patches'] for c in more['cards']) and len(more['cards']) == _found(d).get('n_parts'): used.add('gallery')
+    rest = [p for p in pictures if p.get('file', '').removesuffix('.png') not in used] # `gallery` shows the cards' patches again
     says = verdict(run.metrics, bool(run.config.get('multi'))) if run.metrics else ()
     return render_page(run, verdict=says, charts=charts, pictures=rest, tables=_tables(d), facts=facts,
                        words=_score_words,

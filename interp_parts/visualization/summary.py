@@ -145,3 +145,8 @@ class RunSummary:
     )->dict:
         "What the configuration says under a name, without licences"
         return _flat({k:v for k,v in (self.config.get(name) or {}).items() if k != 'licence'})
+
+    def about_data(self)->dict:
+        "What the data set is; what only programs need stays in config.json"
+        named = {'protocol':'split', 'keypoint_norm':'unit of the keypoint error'}
+        return {named.get(k, k):v for k,v in self.section('data').items() if k not in ('pairs','fingerprint','drawn') and v}

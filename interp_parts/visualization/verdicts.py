@@ -130,9 +130,9 @@ def _parts(metrics):
                                             'before you believe in the parts.')
     won,lost = [r for r in rows if r[4]],[r for r in rows if not r[4]]
     answer = 'Yes' if not lost else f'Only in {len(won)} of {len(rows)} scores' if won else 'No'
-    words = f'They beat every rival in {len(won)} of {len(rows)} scores.'
-    for name,some in (('Better',won), ('Not better',lost)):
-        if some: words += f" {name}: {'; '.join(_said(*r[:4]) for r in some[:3])}{' and others' if some[3:] else ''}."
+    words = '' if won and lost else f'They beat every rival in {len(won)} of {len(rows)} scores. '
+    said = lambda some: f"{'; '.join(_said(*r[:4]) for r in some[:3])}{' and others' if some[3:] else ''}."
+    words += ' '.join(f'{name}: {said(some)}' for name,some in (('Better',won), ('Not better',lost)) if some)
     if lost: words += ' Where a rival wins, do not read the parts as parts of the object.'
     return _Verdict(ask, answer, words)
 

@@ -7,6 +7,7 @@ __all__ = ['readers', 'read_list', 'DataFolder', 'save_png']
 
 # %% ../../../nbs/01_data/readers/01_files.ipynb #92989f86
 import hashlib, os
+from functools import lru_cache
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -223,9 +224,13 @@ def folders(self:DataFolder)->list:
 @patch
 def warn_unread(self:DataFolder):
     "Say which files below the folder are images that cannot be read"
-    left = [p.name for p in _walk(self.path) if p.name.lower().endswith(_unread_suffixes)]
-    if left: warn_user(f'{self.path}: {len(left)} images of formats that cannot be read are left out: '
-                           f'{first_few(left)}; convert them to JPEG or PNG')
+    left = tuple(p.name for p in _walk(self.path) if p.name.lower().endswith(_unread_suffixes))
+    if left: _say_unread(self.path, left)
+
+@lru_cache
+def _say_unread(path, left):
+    "Say it once, however often a command reads the folder"
+    warn_user(f'{path}: left out, because their format cannot be read: {first_few(left)}; convert them to JPEG or PNG')
 
 # %% ../../../nbs/01_data/readers/01_files.ipynb #70800150
 @patch
