@@ -26,7 +26,7 @@ from ..models.backbones import backbone_stats
 from ..replace import remove_unfinished, replaceable, start_folder
 from ..serving.hub import pretrained_folder
 from ..training.cached import frozen_backbone
-from ..training.distributed import joined, on_first, this_process
+from ..training.distributed import any_process, joined, on_first, this_process
 from ..training.fit import fit_run
 from ..training.optim import seed_everything
 from ..training.runs import data_changed, run_config, save_run
@@ -172,10 +172,18 @@ def _weights_about(name, pretrained=False, weights=None):
     about = dict(file=cfg.hf_hub_id or cfg.url or name, licence=cfg.license or 'not stated by timm')
     return about | (dict(revision=_commit(cfg.hf_hub_id)) if cfg.hf_hub_id else {})
 
+def _read_in_turn(s, method, run):
+    "The table; the first process reads it and makes its masks, then the others read, and all wait for each other"
+    own = []
+    on_first(lambda: own.append(read_rows(s, method, run)))
+    df = own[0] if own else read_rows(s, method, run)
+    any_process(False)
+    return df
+
 def _start(method, run, s, say):
     "The learner and its configuration, and the files that a training begins with"
     with KnownFiles(s['path']): # the reader and the fingerprint look at each file once
-        learn = make_learner(method, s, read_rows(s, method, run))
+        learn = make_learner(method, s, _read_in_turn(s, method, run))
         _say_start(method, learn, s, say)
         used = {**s, 'path':os.path.realpath(s['path']), 'bs':learn.dls.train.bs}
         used.pop('typed_bs', None)

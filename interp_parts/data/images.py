@@ -123,7 +123,8 @@ def find_broken(
 )->list:
     "`(path, what is wrong)` of every file that is not a complete image"
     known,question = KnownFiles.active(),'decodes' if decode else 'whole'
-    new,alone = [p for p in paths if not known.get(p, question)],Lock() # eight large images at once would fill the memory
+    paths,alone = list(paths),Lock()
+    new = [p for p,a in zip(paths, known.get_all(paths, question)) if not a] # eight large images at once would fill the memory
     with ThreadPoolExecutor(8) as pool:
         whys = list(pool.map(lambda p: _why_undecodable(p, alone), new) if decode else map(broken, new))
     for p,why in zip(new, whys):

@@ -37,16 +37,13 @@ def _columns(d):
     return (files,states,answers,which) if whole else ([],[],[],[])
 
 class _Index:
-    "What was known of files: size, two times, number and answers of each; its columns stay as they were read"
+    "What was known of files: size, two times, number and answers of each"
     def __init__(self, files, states, answers, which):
-        self.at = dict(zip(files, range(len(files))))
-        self.states,self.answers,self.which = states,answers,which
+        each = iter(states)
+        self.of = dict(zip(files, zip(each, each, each, each, map(answers.__getitem__, which))))
 
-    def get(self, path):
-        i = self.at.get(path)
-        return None if i is None else (*self.states[4*i:4*i+4], self.answers[self.which[i]])
-
-    def all(self): return {f:self.get(f) for f in self.at}
+    def get(self, path): return self.of.get(path)
+    def all(self): return dict(self.of)
 
 def _read_index(folder):
     "What is known of the files of a folder; nothing if the index is not whole"
@@ -105,21 +102,46 @@ class KnownFiles:
 class _Nothing:
     "Knows no file, and keeps no answer"
     def get(self, path, question): return None
+    def get_all(self, paths, question): return [None]*len(paths)
+    def size(self, path): return os.stat(path).st_size
     def put(self, path, question, answer): pass
 
 # %% ../../nbs/01_data/02a_known.ipynb #6416c002
 @patch
 def _entry(self:KnownFiles, path):
     "State and answers of a file; those of the index if its state is the same"
-    path = os.fspath(path)
-    if (found := self.seen.get(path)) is not None: return found
+    return self.seen.get(path := os.fspath(path)) or self._look([path])
+
+@patch
+def _look(self:KnownFiles, paths):
+    "Look up files that were not looked up yet; the entry of the last one"
     if self.known is None: self.known = _read_index(self.folder)
-    try: s = os.stat(path)
-    except OSError: return (0,0,0,0,{})
-    state = (s.st_size, s.st_mtime_ns, s.st_ctime_ns, s.st_ino)
-    old = self.known.get(path.removeprefix(self.folder))
-    self.seen[path] = old if old and old[:4] == state else (*state, {})
-    return self.seen[path]
+    old,seen,n,stat,entry = self.known.of.get,self.seen,len(self.folder),os.stat,(0,0,0,0,{})
+    for path in paths:
+        try: s = stat(path)
+        except OSError: continue
+        state = s.st_size,s.st_mtime_ns,s.st_ctime_ns,s.st_ino
+        was = old(path[n:] if path.startswith(self.folder) else path)
+        seen[path] = entry = was if was and was[:4] == state else (*state, {})
+    return entry
+
+@patch
+def get_all(self:KnownFiles,
+    paths, # Files (N,)
+    question:str, # Such as 'whole'
+)->list:
+    "The answers (N,) of an earlier time, None where there is none"
+    paths = list(map(os.fspath, paths))
+    self._look([p for p in paths if p not in self.seen])
+    none = (0,0,0,0,{})
+    return [self.seen.get(p, none)[4].get(question) for p in paths]
+
+@patch
+def size(self:KnownFiles,
+    path, # File
+)->int:
+    "Bytes of the file; 0 if there is none"
+    return self._entry(path)[0]
 
 @patch
 def get(self:KnownFiles,

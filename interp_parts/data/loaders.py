@@ -77,8 +77,13 @@ def __getitem__(self:PartDataset, i):
     where = (chance.random(),chance.random()) if self.train else (.5,.5)
     place = self.view.place(*getattr(im, 'full_size', im.size), where, chance.random() < self.flip)
     x = self._tensor(im, place)
-    y = torch.as_subclass(torch.tensor(self.cols[self.target][i] if self.target else -1), self.kind)
-    return (x, y, *self._points(i, place), *self._mask(i, place), *self._index(i, place))
+    return (x, self._target(i), *self._points(i, place), *self._mask(i, place), *self._index(i, place))
+
+@patch
+def _target(self:PartDataset, i):
+    "The target of item `i`; in a batch a whole number stays one, and all become one tensor"
+    y = self.cols[self.target][i] if self.target else -1
+    return y if self.room is not None and type(y) is int else torch.as_subclass(torch.tensor(y), self.kind)
 
 
 # %% ../../nbs/01_data/04_loaders.ipynb #1aa75285
@@ -108,12 +113,11 @@ _levels,_white = np.arange(256, dtype='float32'),np.float32(255)
 
 @patch
 def _tensor(self:PartDataset, im, place):
-    "The image on the canvas (3,H,W), 0 to 255, or normalised"
-    (pixels,own),b = _pixels(place.image(im)),self.brightness
-    x = np.empty((3,*pixels.shape[:2]), 'uint8') if self.room is None else self.room.take((3,*pixels.shape[:2]))
+    "The image on the canvas (3,H,W), 0 to 255; in a batch an array of its memory, perhaps normalised"
+    (pixels,own),b,room = _pixels(place.image(im)),self.brightness,self.room
     levels = _brighter(self.chance.uniform(1-b, 1+b)) if b else None
-    if x.dtype == np.uint8: _planes(pixels, x, levels)
-    else: self.room.norm.one(_planes(pixels, np.empty(x.shape, 'uint8')), x, levels)
+    if room is not None: return room.put(pixels, levels)
+    x = _planes(pixels, np.empty((3,*pixels.shape[:2]), 'uint8'), levels)
     return torch.as_subclass(torch.from_numpy(x), TensorImage)
 
 def _planes(pixels, out, levels=None):
@@ -127,18 +131,23 @@ class _Room:
     "Memory for the images of a batch, taken one by one; of floats if they are normalised at once"
     def __init__(self, n, norm=None): self.n,self.norm,self.images = n,norm,None
 
-    def take(self, shape):
-        "The next image (3,H,W)"
-        if self.images is None:
-            self.images = torch.empty((self.n,*shape), dtype=torch.float32 if self.norm else torch.uint8)
-            self.free = iter(self.images.numpy())
-        return next(self.free)
+    def put(self, pixels, levels):
+        "Make pixels (H,W,3 or 4) the next image (3,H,W)"
+        if self.images is None: self._begin(pixels.shape[:2])
+        x = next(self.free)
+        if self.norm: self.norm.one(_planes(pixels, self.bytes), x, levels)
+        else: _planes(pixels, x, levels)
+        return x
+
+    def _begin(self, size):
+        self.images = torch.empty((self.n,3,*size), dtype=torch.float32 if self.norm else torch.uint8)
+        self.free,self.bytes = iter(self.images.numpy()),np.empty((3,*size), 'uint8')
 
     def stack(self, items):
-        "Items stacked; images that lie here need no copy"
-        items = [torch.as_subclass(o, torch.Tensor) for o in items]
-        here = self.images is not None and items[0].data_ptr() == self.images.data_ptr()
-        return self.images if here else torch.stack(items)
+        "Items stacked: images lie here already, and numbers become one tensor"
+        if type(items[0]) is np.ndarray: return self.images
+        if type(items[0]) is int: return torch.tensor(items)
+        return torch.stack([torch.as_subclass(o, torch.Tensor) for o in items])
 
 @patch
 def batch(self:PartDataset,
@@ -149,7 +158,8 @@ def batch(self:PartDataset,
     self.room = room = _Room(len(items), norm)
     try: items = [self[i] for i in items]
     finally: self.room = None
-    return tuple(torch.as_subclass(room.stack(col), type(col[0])) for col in zip(*items))
+    kinds = {np.ndarray:TensorImage, int:self.kind}
+    return tuple(torch.as_subclass(room.stack(col), kinds.get(type(col[0]), type(col[0]))) for col in zip(*items))
 
 
 # %% ../../nbs/01_data/04_loaders.ipynb #88c0399d

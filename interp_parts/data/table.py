@@ -166,12 +166,14 @@ def match_classes(
 
 # %% ../../nbs/01_data/01_table.ipynb #ef6d4bcd
 def _size(file):
-    try: return os.stat(file).st_size
+    try: return KnownFiles.active().size(file)
     except OSError: return 0 # `find_broken` names it
 
 def _hash(file):
+    return KnownFiles.active().get(file, 'hash') or _new_hash(file)
+
+def _new_hash(file):
     known = KnownFiles.active()
-    if (h := known.get(file, 'hash')) is not None: return h
     with open(file, 'rb') as f: h = hashlib.file_digest(f, 'blake2b').hexdigest()[:40]
     known.put(file, 'hash', h)
     return h
@@ -182,13 +184,18 @@ def _by(key, files):
     for f in files: out.setdefault(key(f), []).append(f)
     return out
 
+def _by_hash(files):
+    "Files by hash; many are asked about at once"
+    known = dict(zip(files, KnownFiles.active().get_all(files, 'hash')))
+    return _by(lambda f: known[f] or _new_hash(f), files)
+
 # %% ../../nbs/01_data/01_table.ipynb #20e5a8a5
 def _same_files(files, others):
     "Pairs of a path of `files` and one of `others` with the same content, empty files left out"
     a,b = (_by(_size, dict.fromkeys(fs)) for fs in (files, others))
     pairs = []
     for n in a.keys() & b.keys() - {0}:
-        known = _by(_hash, b[n])
+        known = _by_hash(b[n])
         pairs += [(f, known[h][0]) for f in a[n] if (h := _hash(f)) in known]
     return sorted(pairs)
 
@@ -200,7 +207,7 @@ def content_groups(
     files = list(map(str, files))
     first,group = {f:i for i,f in reversed(list(enumerate(files)))},{}
     for size,same in _by(_size, first).items():
-        for fs in (_by(_hash, same).values() if size and len(same) > 1 else ([f] for f in same)):
+        for fs in (_by_hash(same).values() if size and len(same) > 1 else ([f] for f in same)):
             group.update(dict.fromkeys(fs, min(first[f] for f in fs)))
     return [group[f] for f in files]
 

@@ -203,12 +203,15 @@ def _fit(learn, epochs, lrs, cbs, run, save_every, resume, keep_best):
         if this_process()[0] == 0: block.enter_context(locked(claim(run, 'run')))
         _fit_into(learn, epochs, lrs, cbs, run, save_every, resume, keep_best)
 
+def _keep_split(learn, run):
+    try: learn.keep_split(run)
+    except OSError as e: SaveState.say_unsaved(Path(run)/'split.txt', e)
+
 def _fit_into(learn, epochs, lrs, cbs, run, save_every, resume, keep_best=None):
     "Fit with a history and a state in the run"
     save = SaveState(run, save_every, resume)
     state = save.state
-    try: learn.keep_split(run)
-    except OSError as e: SaveState.say_unsaved(Path(run)/'split.txt', e)
+    if this_process()[0] == 0: _keep_split(learn, run)
     if state: print(f"resumed at epoch {save.start} step {state['step']}")
     keep = [_History(run, save.start), *([_KeepBest(run, keep_best, save.start)] if keep_best else [])]
     if save.start < epochs:

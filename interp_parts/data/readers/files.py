@@ -9,6 +9,7 @@ __all__ = ['readers', 'read_list', 'DataFolder', 'save_png']
 import hashlib, os
 from functools import lru_cache
 from concurrent.futures import ThreadPoolExecutor
+from operator import attrgetter
 from pathlib import Path
 
 import numpy as np, pandas as pd
@@ -181,7 +182,7 @@ def _is_your_picture(p):
 def _entries(folder):
     "What a folder holds, in order"
     with os.scandir(folder) as found:
-        return [Path(e) if e.is_symlink() else e for e in sorted(found, key=lambda e: e.name)]
+        return [Path(e) if e.is_symlink() else e for e in sorted(found, key=attrgetter('name'))]
 
 def _walk(folder, seen=()):
     "Files below a folder, in order; through links, but into no folder within itself"
@@ -217,7 +218,8 @@ def image_names(self:DataFolder)->list:
 @patch
 def folders(self:DataFolder)->list:
     "Its visible sub-folders, in order"
-    return [Path(p) for p in _entries(self.path) if p.is_dir() and _is_yours(p)]
+    with os.scandir(self.path) as found: subs = sorted((e for e in found if e.is_dir()), key=attrgetter('name'))
+    return [p for p in map(Path, subs) if _is_yours(p)]
 
 
 # %% ../../../nbs/01_data/readers/01_files.ipynb #6740662e
