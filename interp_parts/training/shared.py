@@ -32,18 +32,18 @@ def _every(order, bs, i, n):
 
 @contextmanager
 def _read_share(dl, cut, i, n, bs):
-    "Let a DataLoader read what `cut` leaves of its order, in batches of `bs`, inside the block"
+    "Let a DataLoader read what `cut` leaves of its order, in batches of `bs`, inside the block; `whole_bs` is that of all processes"
     was,whole = (dl.n,dl.bs),dl.get_idxs
     def share():
         dl.n,dl.bs = was
         try: return cut(whole(), was[1], i, n)
         finally: dl.n,dl.bs = mine,bs
     mine = len(cut(list(range(was[0])), was[1], i, n))
-    dl.get_idxs,dl.n,dl.bs = share,mine,bs
+    dl.get_idxs,dl.n,dl.bs,dl.whole_bs = share,mine,bs,was[1]
     try: yield
     finally:
         dl.n,dl.bs = was
-        del dl.get_idxs
+        del dl.get_idxs,dl.whole_bs
 
 # %% ../../nbs/04_training/07a_shared.ipynb #c2226a8d
 class _Buckets:

@@ -15,6 +15,7 @@ from fastcore.basics import patch
 from ..core import ConfigError
 import interp_parts.visual_words.pruning # gives `VisualWords` its methods for fewer words
 from ..errors import warn_user
+from ..training.distributed import gather_rows, together
 from .last_layer import fit_last
 from .layer import weight_norm
 from .projection import project_words
@@ -125,7 +126,12 @@ def after_train(self:WordPhases):
 def images(self:WordPhases):
     "The training images as they are, in order"
     d = self.dls
-    return self.learn.batches(d.table.loc[d.train.dataset.rows], whole=False)
+    return self.learn.batches(d.table.loc[d.train.dataset.rows], whole=False, bs=self._bs())
+
+@patch
+def _bs(self:WordPhases):
+    "Images of a batch, of several processes that of all: the order of activations depends on it"
+    return getattr(self.dls.train, 'whole_bs', self.dls.bs)
 
 @patch
 def push_images(self:WordPhases):
@@ -156,7 +162,7 @@ def fit_last(self:WordPhases):
 def _on_table(self:WordPhases, opt, seed):
     l,m = self.learn.word_loss,self.learn.model
     a,y = m.activations(self.images(), getattr(self.dls.train.dataset, 'flip', 0) > 0)
-    fit_last(m.last.weight, a, y, opt, self.learn.loss_func, self.settings.last_epochs, 2*self.dls.bs,
+    fit_last(m.last.weight, a, y, opt, self.learn.loss_func, self.settings.last_epochs, 2*self._bs(),
              l.weights['l1'], l.classes, seed)
 
 # %% ../../nbs/12_visual_words/13_training.ipynb #2f5dbf14
@@ -168,8 +174,14 @@ def _through_network(self:WordPhases):
         for b in self.dls.train:
             self.opt.zero_grad()
             self.last_loss(*(t.as_subclass(torch.Tensor) for t in b[:2])).backward()
+            _average(self.learn.model.last.weight)
             self.opt.step()
     self.opt.zero_grad()
+
+@torch.no_grad()
+def _average(w):
+    "The mean gradient of all processes"
+    with together(): w.grad = gather_rows(w.grad[None]).mean(0)
 
 @patch
 def last_loss(self:WordPhases,
