@@ -99,11 +99,15 @@ class KnownFiles:
         folder = os.path.join(os.path.commonpath(folders), '')
         return KnownFiles(_last[0] if folder.startswith(_last[0]) else folder)
 
+def _size(path):
+    try: return os.stat(path).st_size
+    except OSError: return 0
+
 class _Nothing:
     "Knows no file, and keeps no answer"
     def get(self, path, question): return None
     def get_all(self, paths, question): return [None]*len(paths)
-    def size(self, path): return os.stat(path).st_size
+    def sizes(self, paths): return list(map(_size, paths))
     def put(self, path, question, answer): pass
 
 # %% ../../nbs/01_data/02a_known.ipynb #6416c002
@@ -126,22 +130,27 @@ def _look(self:KnownFiles, paths):
     return entry
 
 @patch
+def _all(self:KnownFiles, paths):
+    "The entries of files"
+    paths = list(map(os.fspath, paths))
+    self._look([p for p in paths if p not in self.seen])
+    none = (0,0,0,0,{})
+    return [self.seen.get(p, none) for p in paths]
+
+@patch
 def get_all(self:KnownFiles,
     paths, # Files (N,)
     question:str, # Such as 'whole'
 )->list:
     "The answers (N,) of an earlier time, None where there is none"
-    paths = list(map(os.fspath, paths))
-    self._look([p for p in paths if p not in self.seen])
-    none = (0,0,0,0,{})
-    return [self.seen.get(p, none)[4].get(question) for p in paths]
+    return [e[4].get(question) for e in self._all(paths)]
 
 @patch
-def size(self:KnownFiles,
-    path, # File
-)->int:
-    "Bytes of the file; 0 if there is none"
-    return self._entry(path)[0]
+def sizes(self:KnownFiles,
+    paths, # Files (N,)
+)->list:
+    "Their bytes (N,); 0 where there is no file"
+    return [e[0] for e in self._all(paths)]
 
 @patch
 def get(self:KnownFiles,

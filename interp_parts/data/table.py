@@ -165,10 +165,6 @@ def match_classes(
     return out
 
 # %% ../../nbs/01_data/01_table.ipynb #ef6d4bcd
-def _size(file):
-    try: return KnownFiles.active().size(file)
-    except OSError: return 0 # `find_broken` names it
-
 def _hash(file):
     return KnownFiles.active().get(file, 'hash') or _new_hash(file)
 
@@ -178,21 +174,23 @@ def _new_hash(file):
     known.put(file, 'hash', h)
     return h
 
-def _by(key, files):
-    "Files by key"
+def _by(keys, files):
+    "Files by their keys"
     out = {}
-    for f in files: out.setdefault(key(f), []).append(f)
+    for k,f in zip(keys, files): out.setdefault(k, []).append(f)
     return out
+
+def _by_size(files): return _by(KnownFiles.active().sizes(files), files) # 0 for a lost one, which `find_broken` names
 
 def _by_hash(files):
     "Files by hash; many are asked about at once"
-    known = dict(zip(files, KnownFiles.active().get_all(files, 'hash')))
-    return _by(lambda f: known[f] or _new_hash(f), files)
+    known = KnownFiles.active().get_all(files, 'hash')
+    return _by((h or _new_hash(f) for h,f in zip(known, files)), files)
 
 # %% ../../nbs/01_data/01_table.ipynb #20e5a8a5
 def _same_files(files, others):
     "Pairs of a path of `files` and one of `others` with the same content, empty files left out"
-    a,b = (_by(_size, dict.fromkeys(fs)) for fs in (files, others))
+    a,b = (_by_size(list(dict.fromkeys(fs))) for fs in (files, others))
     pairs = []
     for n in a.keys() & b.keys() - {0}:
         known = _by_hash(b[n])
@@ -205,10 +203,11 @@ def content_groups(
 )->list:
     "For each file the position of the first one with the same content"
     files = list(map(str, files))
-    first,group = {f:i for i,f in reversed(list(enumerate(files)))},{}
-    for size,same in _by(_size, first).items():
+    first,group = {},{}
+    for i,f in enumerate(files): first.setdefault(f, i)
+    for size,same in _by_size(list(first)).items():
         for fs in (_by_hash(same).values() if size and len(same) > 1 else ([f] for f in same)):
-            group.update(dict.fromkeys(fs, min(first[f] for f in fs)))
+            group.update(dict.fromkeys(fs, first[fs[0]]))
     return [group[f] for f in files]
 
 # %% ../../nbs/01_data/01_table.ipynb #a0457340

@@ -7,8 +7,10 @@ __all__ = ['readers', 'read_list', 'DataFolder', 'save_png']
 
 # %% ../../../nbs/01_data/readers/01_files.ipynb #92989f86
 import hashlib, os
-from functools import lru_cache
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from contextvars import ContextVar
+from functools import lru_cache
 from operator import attrgetter
 from pathlib import Path
 
@@ -165,10 +167,25 @@ _unread_suffixes = tuple({'.avif', '.heic', '.heif', '.jxl', '.jp2', '.j2k', '.t
                     '.cr3', '.nef', '.arw', '.raf', '.orf', '.rw2'} - {*IMAGE_SUFFIXES})
 
 # %% ../../../nbs/01_data/readers/01_files.ipynb #3339ead5
+_answers = ContextVar('answers', default=None)
+
+def _once(f):
+    "Decorate a function of a folder: within `DataFolder.listed` it is asked once"
+    def asked(folder):
+        kept = _answers.get()
+        if kept is None: return f(folder)
+        key = f.__name__,os.fspath(folder)
+        if key not in kept: kept[key] = f(folder)
+        return kept[key]
+    return asked
+
+@_once
+def _is_theirs(folder): return made(folder) is None
+
 def _is_yours(p):
     "Is it neither hidden, nor of a system, nor made by this library?"
     if p.name.startswith(('.','__','@')): return False
-    if not p.is_file(): return made(p) is None
+    if not p.is_file(): return _is_theirs(p)
     return not p.name.endswith('.png') or _is_your_picture(p)
 
 def _is_your_picture(p):
@@ -179,19 +196,20 @@ def _is_your_picture(p):
     known.put(p, 'yours', 1)
     return True
 
+@_once
 def _entries(folder):
     "What a folder holds, in order"
     with os.scandir(folder) as found:
         return [Path(e) if e.is_symlink() else e for e in sorted(found, key=attrgetter('name'))]
 
-def _walk(folder, seen=()):
-    "Files below a folder, in order; through links, but into no folder within itself"
+def _walk(folder, suffixes, seen=()):
+    "Files with these suffixes below a folder, in order; through links, but into no folder within itself"
     here = os.path.realpath(folder)
     if here in seen: return
     for p in _entries(folder):
-        if not _is_yours(p): continue
-        if p.is_file(): yield p
-        elif p.is_dir(): yield from _walk(p, {here, *seen})
+        if p.is_dir():
+            if _is_yours(p): yield from _walk(p, suffixes, {here, *seen})
+        elif p.name.lower().endswith(suffixes) and _is_yours(p) and p.is_file(): yield p
 
 
 # %% ../../../nbs/01_data/readers/01_files.ipynb #66b19f1a
@@ -200,8 +218,7 @@ def each_image(self:DataFolder,
     *within:str, # Sub-folder; default all of it
 ):
     "Yield all images below a folder, in order; nothing but the names of one folder is kept"
-    for p in _walk(self.path.joinpath(*within)):
-        if p.name.lower().endswith(IMAGE_SUFFIXES): yield Path(p)
+    return map(Path, _walk(self.path.joinpath(*within), IMAGE_SUFFIXES))
 
 @patch
 def images(self:DataFolder,
@@ -213,20 +230,27 @@ def images(self:DataFolder,
 @patch
 def image_names(self:DataFolder)->list:
     "The same as words, which are made sooner than paths"
-    return [os.fspath(p) for p in _walk(self.path) if p.name.lower().endswith(IMAGE_SUFFIXES)]
+    return list(map(os.fspath, _walk(self.path, IMAGE_SUFFIXES)))
 
 @patch
 def folders(self:DataFolder)->list:
     "Its visible sub-folders, in order"
-    with os.scandir(self.path) as found: subs = sorted((e for e in found if e.is_dir()), key=attrgetter('name'))
-    return [p for p in map(Path, subs) if _is_yours(p)]
+    return [Path(p) for p in _entries(self.path) if p.is_dir() and _is_yours(p)]
+
+@patch
+@contextmanager
+def listed(self:DataFolder):
+    "Inside the block each folder is listed once: nothing may be written below it meanwhile"
+    token = _answers.set({})
+    try: yield self
+    finally: _answers.reset(token)
 
 
 # %% ../../../nbs/01_data/readers/01_files.ipynb #6740662e
 @patch
 def warn_unread(self:DataFolder):
     "Say which files below the folder are images that cannot be read"
-    left = tuple(p.name for p in _walk(self.path) if p.name.lower().endswith(_unread_suffixes))
+    left = tuple(p.name for p in _walk(self.path, _unread_suffixes))
     if left: _say_unread(self.path, left)
 
 @lru_cache

@@ -76,8 +76,9 @@ def new_split(
     seed:int=0, # Random seed of the split
 )->tuple:
     "A random split (N,) with copies on one side, and the words for the table's protocol"
-    groups = content_groups(images)
-    n = len(set(map(str, images))) - len(set(groups))
+    files = list(map(str, np.asarray(images, dtype=object).tolist())) # sooner than from a column
+    groups = content_groups(files)
+    n = len(set(files)) - len(set(groups))
     said = f'random split, {test:.0%} of each class are test images, seed {seed} (no split was given)'
     return random_split(labels, test, seed, groups), said + f', {n} copies stay with their originals'*(n > 0)
 
@@ -149,14 +150,16 @@ def read_folder(
     if not top.is_dir(): raise DataError(top, 'no such folder', 'a folder of class folders', 'check --path')
     with KnownFiles(top): return _folder_table(top, test, seed, copies)
 
-def _folder_table(top, test, seed, copies):
-    "The table of a folder that is there"
-    root = _opened(top)
+def _rows(root):
+    "Rows (image, class, split) of a folder"
     DataFolder(root).warn_unread()
     splits = _labelled(_split_layout(root))
     rows = _inner_splits(root) if splits is None else []
-    if rows: splits = dict.fromkeys(r[2] for r in rows)
-    else: rows = [r for f,s in (splits or {root:None}).items() for r in _class_rows(_opened(f) if s else f, s)]
+    return rows or [r for f,s in (splits or {root:None}).items() for r in _class_rows(_opened(f) if s else f, s)]
+
+def _folder_table(top, test, seed, copies):
+    "The table of a folder that is there"
+    with DataFolder(top).listed(): rows = _rows(root := _opened(top))
     df,said = pd.DataFrame(rows, columns=['image','class','split']),'split given by folders'
     drawn = set(df['split'].tolist()) in ({None}, {'train'})
     if drawn: df['split'],said = new_split(df.image, df['class'], test, seed)
