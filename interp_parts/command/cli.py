@@ -6,7 +6,7 @@
 __all__ = ['main']
 
 # %% ../../nbs/30_command/01_cli.ipynb #04f9d199
-import io, json, os, sys
+import io, json, os, shlex, sys
 from contextlib import redirect_stdout
 
 import typer
@@ -26,6 +26,11 @@ def _split_reader(options):
     "Options of the reader, which start with `data.`, and all others"
     reader = {k[5:]:v for k,v in options.items() if k.startswith('data.')}
     return reader, {k:v for k,v in options.items() if not k.startswith('data.')}
+
+def _next(run):
+    "Commands that you can type, or paste"
+    run = shlex.quote(str(run))
+    return f'interp-parts evaluate {run}; interp-parts visualize {run}'
 
 # %% ../../nbs/30_command/01_cli.ipynb #7b3be1c5
 @command()
@@ -95,7 +100,7 @@ def _train(
     run = train_run(method, out, settings, resume, overwrite)
     if report and os.environ.get('WORLD_SIZE', '1') in ('','0','1'): return _look_at(out, device, workers)
     if os.environ.get('RANK', '0') == '0': # of several processes, the first one
-        print(f'{run}: next, interp-parts evaluate {run}; interp-parts visualize {run}')
+        print(f'{run}: next, {_next(run)}')
 
 # %% ../../nbs/30_command/01_cli.ipynb #91567d7e
 def _say_without(scores):
@@ -242,7 +247,7 @@ def _foreground(
     reader,more = _split_reader(parse_set(set_))
     settings = dict(data=data, path=path, protocol=protocol, reader=reader)
     n = len(foreground_run(out, settings, **options, **more))
-    print(f'{out}: masks of {n} images; next, interp-parts evaluate RUN --masks {out}')
+    print(f'{out}: masks of {n} images; next, interp-parts evaluate RUN --masks {shlex.quote(str(out))}')
 
 # %% ../../nbs/30_command/01_cli.ipynb #f65e8472
 @command()
@@ -277,7 +282,7 @@ def _prune(
     from interp_parts.command.settings import pick_device
     from interp_parts.visual_words.prune import prune_run
     out = prune_run(run, out, rule, k, least, epochs, lr, path, pick_device(device), workers)
-    print(f'{out}: next, interp-parts evaluate {out}; interp-parts visualize {out}')
+    print(f'{out}: next, {_next(out)}')
 
 # %% ../../nbs/30_command/01_cli.ipynb #e8c2b44d
 @command()

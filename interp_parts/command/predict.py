@@ -82,7 +82,8 @@ def visualize_run(
     save_visualization(run, items, learn.dls.vocab, n, learn.dls.multi, chosen=found.explained)
     remove_unfinished(Path(run)/'visualization')
     found.save(run, n, learn.model, learn.dls.stats, learn.dls.device)
-    if own: own(learn, df, some, Path(run)/'visualization', **more)
+    shown = df.loc[[b.index.item() for _,_,b in found.explained(n)]] # in the order of the explanations
+    if own: own(learn, df, shown, Path(run)/'visualization', **more)
     return write_report(run)
 
 # %% ../../nbs/30_command/02d_predict.ipynb #6053f9b8
@@ -143,6 +144,10 @@ def _masked(ask, e, mask):
     return replace(e, parts=p, names=[p.name(k) for k in range(p.n_parts)], details=None)
 
 # %% ../../nbs/30_command/02d_predict.ipynb #da3637fe
+def _say_unread(images):
+    for p in map(Path, images):
+        if p.is_dir(): DataFolder(p).warn_unread()
+
 def _check_images(images, how, masks, folder):
     "Raise an error for broken images, unless they may be skipped, and for none; say how many have no mask"
     (rank,several),bad,lost,n = this_process(),[],[],0
@@ -235,6 +240,7 @@ def predict_run(
     with joined(device):
         ask = Explainer(run, pick_device(device), bs)
         known,own = _mask_files(masks),get_method(ask.learn.config['method']).picture
+        if not this_process()[0]: _say_unread(images)
         _check_images(images, on_bad_image, known, masks)
         files = zip(_each_image(images), _picture_files(images, pictures))
         own = own and pictures and own(ask.learn)

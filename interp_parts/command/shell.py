@@ -117,6 +117,7 @@ def _run(args):
     try: code = app(typed, standalone_mode=False) or 0
     except KeyboardInterrupt: code = 130 # Typer returns this number itself
     except Exception as e:
+        if type(e).__name__ == 'NoArgsIsHelpError': return print(e.format_message()) or 2 # `interp-parts` alone
         if hasattr(e, 'format_message'): return _fail(f'{e.format_message().rstrip(".")}; see interp-parts --help')
         if any(c.__name__ == 'InterpPartsError' for c in type(e).__mro__): return _fail(e)
         if isinstance(e, OSError) and e.strerror: return _fail(f'{e.filename or "system"}: {e.strerror}')

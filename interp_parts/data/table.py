@@ -49,7 +49,7 @@ def _fits(v, ok):
 def _bad_rows(df, col, ok):
     "Complain about the rows of `col` that are not `ok`"
     rows = [i for i,v in enumerate(df[col].tolist()) if not _fits(v, ok)]
-    if rows: raise DataError(f"{df.attrs['name']}: column {col}", f'row {first_few(rows)}: {df[col].iloc[rows[0]]}',
+    if rows: raise DataError(f"{df.attrs.get('name', 'table')}: column {col}", f'row {first_few(rows)}: {df[col].iloc[rows[0]]}',
                              _column_doc[col].format(**{k:len(v) for k,v in df.attrs.items() if isinstance(v, list)}))
 
 # %% ../../nbs/01_data/01_table.ipynb #a55defd1

@@ -18,6 +18,7 @@ from ..core import CheckpointError, ConfigError
 from ..data.images import image_size, normalize
 from ..data.loaders import PartDL
 from ..files import atomic_path, claim, read_json, reading, write_json
+from ..replace import remove_unfinished
 from .distributed import on_first
 from .runs import fingerprint
 
@@ -74,7 +75,8 @@ def _make_room(folder, need, most):
     if need > most:
         raise ConfigError('--cache-gb', f'{most/1e9:.3g}', f'at least {need/1e9:.3g}, which the features need',
                           f'pass --cache-gb {max(1, round(1.1*need/1e9))}, --cache-half, or a smaller --size')
-    files = sorted(folder.glob('*.npy'), key=lambda f: f.stat().st_mtime)
+    remove_unfinished(folder) # of processes that were killed; those of others that write go on
+    files = sorted((f for f in folder.glob('*.npy') if f.name[0] != '.'), key=lambda f: f.stat().st_mtime)
     while files and sum(f.stat().st_size for f in files) + need > most: _remove(files.pop(0))
     free = shutil.disk_usage(folder).free
     if free < need: raise ConfigError(folder, f'{free/1e9:.3g} GB free', f'{need/1e9:.3g} GB for the features', _elsewhere)

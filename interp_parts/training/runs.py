@@ -224,7 +224,10 @@ def load_run(
         config = _read_config(file)
         model = _make_model(config, file, features)
         dls = blank_dls(config, device, bs, workers, file.parent)
-    load_tensors(file.with_name('model.safetensors'), model)
+    weights = file.with_name('model.safetensors')
+    if not weights.exists() and (file.parent/'state').is_dir():
+        raise CheckpointError(weights, 'no such file', 'the weights of a finished training', 'train with --resume first')
+    load_tensors(weights, model)
     model.part_names = given_names(file.parent)
     learn = LoadedLearner(dls, model.to(device).eval(), config)
     learn.run_dir = file.parent

@@ -10,7 +10,6 @@ from base64 import b64encode
 from hashlib import sha256
 
 from jinja2 import Environment, StrictUndefined
-from markupsafe import Markup, escape
 
 # %% ../../nbs/21_visualization/04c_page.ipynb #2ca1fcb0
 _STYLE = '''
@@ -145,7 +144,7 @@ _FOUND = '''
 {% if c.patches %}<figure><img alt="The regions in which {{ c.name }} is most present" width="{{ c.width }}" height="{{ c.height }}" src="{{ c.patches }}"></figure>{% endif %}
 {% if c.by_class %}<table><thead><tr><th scope="col">{{ c.counted }}</th><th scope="col">mean</th><th scope="col">images</th></tr></thead><tbody>
 {% for name,v,n,anchor in c.by_class %}
-<tr><th scope="row">{% if anchor %}<a href="#{{ anchor }}">{{ name|breaks }}</a>{% else %}{{ name|breaks }}{% endif %}</th><td class="num">{{ v }}</td><td>{{ n }}</td></tr>
+<tr><th scope="row">{% if anchor %}<a href="#{{ anchor }}">{{ name|replace('_', '_<wbr>'|safe) }}</a>{% else %}{{ name|replace('_', '_<wbr>'|safe) }}{% endif %}</th><td class="num">{{ v }}</td><td>{{ n }}</td></tr>
 {% endfor %}
 </tbody></table>{% endif %}
 </section>
@@ -155,7 +154,7 @@ _FOUND = '''
 {% call wide('Classes') %}<table id="classes" data-sort><thead><tr><th scope="col">class</th><th scope="col">images</th><th scope="col">right</th>
 <th scope="col">taken for</th><th scope="col">what counts for it</th></tr></thead><tbody>
 {% for r in rows %}
-<tr id="{{ r.id }}"><th scope="row">{{ r.name|breaks }}</th><td class="plain">{{ r.n }}</td><td class="plain num" data-v="{{ r.share }}">{{ r.right }}</td><td class="plain names">{{ r.taken|breaks }}</td>
+<tr id="{{ r.id }}"><th scope="row">{{ r.name|replace('_', '_<wbr>'|safe) }}</th><td class="plain">{{ r.n }}</td><td class="plain num" data-v="{{ r.share }}">{{ r.right }}</td><td class="plain names">{{ r.taken|replace('_', '_<wbr>'|safe) }}</td>
 <td class="plain" data-v="{{ r.parts|length }}"><details><summary>show<span class="only-read"> what counts for {{ r.name }}</span></summary>
 {% if r.parts %}<p>Parts by what they count for it:</p><ul>{% for p in r.parts %}<li>{{ p }}</li>{% endfor %}</ul>{% endif %}
 {% if r.pictures %}<p>Explained: {% for id,name in r.pictures %}<a href="#{{ id }}">{{ name }}</a> {% endfor %}</p>{% endif %}
@@ -167,7 +166,7 @@ _FOUND = '''
 {%- macro matrix(m) %}
 {% call wide('Most confused classes') %}<table class="matrix"><thead><tr><td></td>{% for n in m.names %}<th scope="col"><abbr title="{{ n }}">{{ loop.index }}</abbr></th>{% endfor %}</tr></thead><tbody>
 {% for n,row in m.rows %}
-<tr><th scope="row">{{ loop.index }} {{ n|breaks }}</th>{% for v,shade,said in row %}<td title="{{ said }}" style="background:{{ shade }}">{{ v }}</td>{% endfor %}</tr>
+<tr><th scope="row">{{ loop.index }} {{ n|replace('_', '_<wbr>'|safe) }}</th>{% for v,shade,said in row %}<td title="{{ said }}" style="background:{{ shade }}">{{ v }}</td>{% endfor %}</tr>
 {% endfor %}
 </tbody></table>{% endcall %}
 {% endmacro %}
@@ -248,10 +247,6 @@ _NOTHING = dict(verdict=(), groups=(), cards=(), cards_said='', removed=(), with
                 classes_said='',
                 charts={}, pictures=(), tables=(), facts={}, words=lambda name: '')
 
-def _breaks(name):
-    "A name that may go on in a new line after each underscore"
-    return escape(name).replace('_', Markup('_<wbr>'))
-
 def _sections(v):
     "Names of the sections that are there, by id"
     run = v['run']
@@ -270,6 +265,5 @@ def render_page(
     "The page as a string"
     v = dict(_NOTHING, run=run) | values
     env = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined)
-    env.filters['breaks'] = _breaks
     return env.from_string(_TABLES + _FOUND + _PAGE).render(v, sections=_sections(v), style=_STYLE, script=_SCRIPT,
                                                             policy=_policy(_SCRIPT)).lstrip()

@@ -99,7 +99,7 @@ def _compared(metrics):
 class _Verdict:
     "One question about a run, its answer in a word, and the numbers it rests on"
     question:str # What is asked
-    answer:str # 'Yes', 'No', 'Only in 1 of 2 scores', 'Too few images to say' or 'Not measured'
+    answer:str # 'Yes', 'No', 'More often than by guessing', 'Only in 1 of 2 scores', 'Too few images to say' or 'Not measured'
     words:str # The sentence that names the numbers
 
 def _said(k, v, name, best): return f"{k.replace('_', ' ')} {v:.3f} (best rival: {name} {best:.3f})"
@@ -118,7 +118,7 @@ def _right(metrics, multi):
     if not _is_number(base): return _Verdict(ask, 'Not measured', words)
     by_chance = 2*(base*(1-base)/max(1, metrics.get('n_images') or 10**9))**.5 # two standard errors of guessing
     if 0 < v-base <= by_chance: return _Verdict(ask, 'Too few images to say', words + ' So small a gap may be chance.')
-    return _Verdict(ask, 'Yes' if v > base else 'No', words)
+    return _Verdict(ask, 'No' if v <= base else 'Yes' if multi or v > .5 else 'More often than by guessing', words)
 
 # %% ../../nbs/21_visualization/04a_verdict.ipynb #113fef95
 def _parts(metrics):
