@@ -100,9 +100,14 @@ def _refuse(where, names):
     if names:
         raise CheckpointError(where, f'holds a pickle, {min(names)}, which may run code', 'a model without pickles', do)
 
+def _of_training(folder, f):
+    "Is it in the state of the run, or of a run in it, as a demo has? Nothing there is read for an answer"
+    state = lambda p: p.name == 'state' and (p == Path('state') or (folder/p).with_name('config.json').is_file())
+    return any(map(state, f.relative_to(folder).parents))
+
 def _check_folder(folder):
     "The folder, if it holds no pickle"
-    files = [f for f in Path(folder).rglob('*') if f.is_file() and f.relative_to(folder).parts[0] != 'state']
+    files = [f for f in Path(folder).rglob('*') if f.is_file() and not _of_training(Path(folder), f)]
     _refuse(folder, [str(f.relative_to(folder)) for f in files if _is_pickle(f)])
     return Path(folder)
 
