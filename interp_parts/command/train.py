@@ -6,8 +6,8 @@
 __all__ = ['make_learner', 'train_run']
 
 # %% ../../nbs/30_command/02b_train.ipynb #79224c20
-import json, os, re, shutil, sys, time
-from contextlib import nullcontext
+import gc, json, os, re, shutil, sys, time
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import pandas as pd, timm
@@ -30,7 +30,7 @@ from ..training.distributed import any_process, joined, on_first, this_process
 from ..training.fit import fit_run
 from ..training.optim import seed_everything
 from ..training.runs import data_changed, run_config, save_run
-from ..training.state import read_state
+from ..training.state import SaveState, read_state
 from ..visualization.report import write_model_card
 from ..visualization.tracking import Track
 
@@ -180,14 +180,24 @@ def _read_in_turn(s, method, run):
     any_process(False)
     return df
 
+@contextmanager
+def _no_collection():
+    "A block that makes many objects and no circles, which Python's collector would look through again and again"
+    on = gc.isenabled()
+    gc.disable()
+    try: yield
+    finally:
+        if on: gc.enable()
+
 def _start(method, run, s, say):
     "The learner and its configuration, and the files that a training begins with"
-    with KnownFiles(s['path']): # the reader and the fingerprint look at each file once
+    with KnownFiles(s['path']), _no_collection(): # the reader and the fingerprint look at each file once
         learn = make_learner(method, s, _read_in_turn(s, method, run))
         _say_start(method, learn, s, say)
         used = {**s, 'path':os.path.realpath(s['path']), 'bs':learn.dls.train.bs}
         used.pop('typed_bs', None)
         config = run_config(learn, method, **used)
+        SaveState.note(learn)
     config = dict(config, weights=_weights_about(s['backbone'], s['pretrained'], s['weights']))
     if this_process()[0] == 0 and read_state(run) is None:
         save_tensors(run/'state'/'initial.safetensors', learn.model)

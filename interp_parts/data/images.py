@@ -7,7 +7,7 @@ __all__ = ['MAX_ASPECT', 'FORMATS', 'IMAGE_SUFFIXES', 'imagenet_stats', 'load_im
            'load_mask', 'normalize', 'denormalize', 'NormalizeImages']
 
 # %% ../../nbs/01_data/02_images.ipynb #5b00b037
-import os, stat
+import os, stat, time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from functools import partial
@@ -86,20 +86,21 @@ _magic = {b'\xff\xd8\xff':b'\xff\xd9', b'\x89PNG\r\n\x1a\n':b'IEND', b'GIF8':b'\
           b'II*\x00':b'', b'MM\x00*':b'', **{f'P{i}'.encode():b'' for i in range(1,7)}}
 
 # %% ../../nbs/01_data/02_images.ipynb #fc7aee43
-def _ends(path):
+def _ends(path, size):
     "First and last bytes of a file"
     with open(path, 'rb', buffering=0) as f: # fewer system calls
-        head = f.read(16)
-        f.seek(max(0, f.seek(0, 2)-1024))
-        return head,f.read()
+        head = f.read(1024)
+        if size > 1024: f.seek(size-1024)
+        return head,f.read(1024) if size > 1024 else head
 
 def broken(
     path, # Image file
 )->str|None:
     "What is wrong with the file's size, first bytes or end marker; None if nothing"
     try:
-        if not stat.S_ISREG(os.stat(path).st_mode): return 'a pipe, a device or a folder'
-        head,tail = _ends(path)
+        about = os.stat(path)
+        if not stat.S_ISREG(about.st_mode): return 'a pipe, a device or a folder'
+        head,tail = _ends(path, about.st_size)
     except OSError: return 'no such file'
     if not head: return 'empty file'
     if head[4:12] in (b'ftypavif', b'ftypavis'): return None if 'AVIF' in FORMATS else 'not an image'
@@ -117,6 +118,15 @@ def _why_undecodable(path, alone=nullcontext()):
         with alone if w*h > _big else nullcontext(): load_image(path)
     except DataError as e: return e.got
 
+def _each(f, files, pool, n=100):
+    "`f` of each file: one by one, which is least work, or in threads while a disk or a network keeps it waiting"
+    out,waits = [],False
+    for i in range(0, len(files), n):
+        wall,busy = time.perf_counter(),time.process_time()
+        out += (pool.map if waits else map)(f, files[i:i+n])
+        waits = time.perf_counter()-wall > 4*(time.process_time()-busy)
+    return out
+
 def find_broken(
     paths, # Image files
     decode:bool=False, # Decode them all, rather than look at both ends?
@@ -126,7 +136,7 @@ def find_broken(
     paths,alone = list(paths),Lock()
     new = [p for p,a in zip(paths, known.get_all(paths, question)) if not a] # eight large images at once would fill the memory
     with ThreadPoolExecutor(8) as pool:
-        whys = list(pool.map(lambda p: _why_undecodable(p, alone), new) if decode else map(broken, new))
+        whys = list(pool.map(partial(_why_undecodable, alone=alone), new)) if decode else _each(broken, new, pool)
     for p,why in zip(new, whys):
         if not why: known.put(p, question, 1)
     return [(p,why) for p,why in zip(new, whys) if why]

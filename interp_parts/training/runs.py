@@ -40,50 +40,42 @@ def fingerprint(
     h,rule = hashlib.sha256(),next((r for r in ('3-','2-') if str(like).startswith(r)), '')
     if of: return _of_annotations(df[of], rule)
     label = next((df[c] for c in ('label','labels','identity') if c in df), df.split)
-    with KnownFiles.of(df.image):
-        for p,s,l in zip(df.image, df.split, label): h.update(_about_file(p, contents, rule) + f' {s} {l}\n'.encode())
+    with KnownFiles.of(files := df.image.tolist()): # lists are read sooner than columns
+        about = _about_files(files, contents, rule)
+        for a,s,l in zip(about, df.split.tolist(), label.tolist()): h.update(a + f' {s} {l}\n'.encode())
     return rule + h.hexdigest()[:16]
 
-def _about_file(path, contents, rule):
-    "What a fingerprint knows of a file"
-    if contents: return _bytes_of(path, rule) if rule else _sample(path, whole=8192, between=0)
+def _about_files(files, contents, rule):
+    "What a fingerprint knows of each file"
+    if contents and not rule: return (KnownFiles.sample(f, whole=8192, between=0) for f in files)
+    told = map(_sampler(files, rule), files) if rule else (str(os.stat(f).st_size).encode() for f in files)
+    return told if contents else (_name(f, rule) + b' ' + t for f,t in zip(files, told))
+
+def _name(path, rule):
+    "The last two names of a path"
     parts = os.fspath(path).rsplit('/', 2) if rule == '3-' else Path(path).parts
-    name = os.fsencode('/'.join(parts[-2:]))
-    return name + b' ' + (_bytes_of(path, rule) if rule else str(Path(path).stat().st_size).encode())
+    return os.fsencode('/'.join(parts[-2:]))
 
 # %% ../../nbs/04_training/06_runs.ipynb #022011df
 def _of_annotations(values, rule):
     "Hash of boxes, keypoints, or the contents of mask files"
     files,h = [v for v in values if isinstance(v, (str,Path))],hashlib.sha256()
     with KnownFiles.of(files):
+        sample = _sampler(files, rule)
         for v in values:
-            h.update(_mask_bytes(v, rule) if isinstance(v, (str,Path)) else np.asarray(v, '<f8').round(3).tobytes())
+            h.update(_mask_bytes(v, sample) if isinstance(v, (str,Path)) else np.asarray(v, '<f8').round(3).tobytes())
     return '3-'*(rule == '3-') + h.hexdigest()[:16]
 
-def _mask_bytes(path, rule):
-    try: return _bytes_of(path, rule)
+def _mask_bytes(path, sample):
+    try: return sample(path)
     except OSError: return b'none'
 
 # %% ../../nbs/04_training/06_runs.ipynb #40fc5ea3
-def _bytes_of(path, rule):
-    "The sample of a file, or the hash of it that is kept while the file is unchanged"
-    if rule != '3-': return _sample(path)
-    known = KnownFiles.active()
-    if (h := known.get(path, 'sample')) is None:
-        h = hashlib.sha256(_sample(path)).hexdigest()[:32]
-        known.put(path, 'sample', h)
-    return h.encode()
-
-def _sample(path, whole=65536, n=4096, between=16):
-    "Size and bytes of a file: all of a small one, else both ends and blocks of 512 evenly between"
-    with open(path, 'rb', buffering=0) as f:
-        size = f.seek(0, 2)
-        spots = [(0,n), *((n + (size-2*n-512)*i//between, 512) for i in range(between)), (max(size-n, 0),n)]
-        return f'{size} '.encode() + b''.join(_read_at(f, *at) for at in ([(0,whole)] if size <= whole else spots))
-
-def _read_at(f, at, n):
-    f.seek(at)
-    return f.read(n)
+def _sampler(files, rule):
+    "Function that gives the sample of one of the files, or by today's rule the hash of it"
+    if rule != '3-': return KnownFiles.sample
+    told = KnownFiles.sampler(files)
+    return lambda f: told(f).encode()
 
 # %% ../../nbs/04_training/06_runs.ipynb #9a442b26
 _annotated = dict(box='boxes', keypoints='keypoints', mask='masks', part_mask='part masks')

@@ -35,11 +35,11 @@ def _separator(header):
 def _csv_rows(path):
     "Header and rows of a CSV file; every row has as many fields as the header"
     text = _csv_text(path)
-    lines = [l for l in text.splitlines() if l.strip() and l[0] != '#']
-    if not lines: raise DataError(path, 'unreadable (no line)', 'a CSV file with a header line')
-    source = io.StringIO(text[text.index(lines[0]):], newline='')
-    rows = csv.reader(source, delimiter=_separator(lines[0]), skipinitialspace=True)
-    head,*rows = [[v.strip() for v in r] for r in rows if any(v.strip() for v in r)]
+    first = next((l for l in text.splitlines() if l.strip() and l[0] != '#'), None)
+    if first is None: raise DataError(path, 'unreadable (no line)', 'a CSV file with a header line')
+    source = io.StringIO(text[text.index(first):], newline='')
+    rows = csv.reader(source, delimiter=_separator(first), skipinitialspace=True)
+    head,*rows = filter(any, ([v.strip() for v in r] for r in rows))
     for i,r in enumerate(rows):
         while len(r) > len(head) and not r[-1]: r.pop() # a separator at the end of the line
         if len(r) != len(head):
