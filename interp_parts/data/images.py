@@ -16,6 +16,7 @@ from threading import Lock
 import cv2, numpy as np, torch
 from PIL import Image, ImageOps, features
 from fastai.vision.core import TensorImage
+from fastcore.basics import chunked
 from fasttransform import Transform
 
 from ..core import DataError
@@ -125,8 +126,9 @@ def find_broken(
     known,question = KnownFiles.active(),'decodes' if decode else 'whole'
     paths,alone = list(paths),Lock()
     new = [p for p,a in zip(paths, known.get_all(paths, question)) if not a] # eight large images at once would fill the memory
-    with ThreadPoolExecutor(8) as pool:
-        whys = list(pool.map(lambda p: _why_undecodable(p, alone), new) if decode else map(broken, new))
+    why = partial(_why_undecodable, alone=alone) if decode else broken
+    with ThreadPoolExecutor(8) as pool: # handing over a file takes longer than a look at its ends
+        whys = [w for ws in pool.map(lambda ps: list(map(why, ps)), chunked(new, 1 if decode else 500)) for w in ws]
     for p,why in zip(new, whys):
         if not why: known.put(p, question, 1)
     return [(p,why) for p,why in zip(new, whys) if why]

@@ -170,7 +170,7 @@ def match_classes(
 # %% ../../nbs/01_data/01_table.ipynb #ef6d4bcd
 def _new_hash(file):
     known = KnownFiles.active()
-    with open(file, 'rb') as f: h = hashlib.file_digest(f, 'blake2b').hexdigest()[:40]
+    with open(file, 'rb', buffering=0) as f: h = hashlib.file_digest(f, 'blake2b').hexdigest()[:40]
     known.put(file, 'hash', h)
     return h
 
