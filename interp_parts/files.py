@@ -202,26 +202,34 @@ def _is_run(d):
     c = _json(d/'config.json')
     return isinstance(c.get('method'), str) and isinstance(c.get('versions'), dict) and 'interp_parts' in c['versions']
 
-def _earlier(d):
+def _is_mask(path):
+    "Is it an image of black and white, as GrabCut's masks are?"
+    try:
+        with Image.open(path) as im: return im.mode == 'L' and {v for _,v in im.getcolors(2) or [(0,1)]} <= {0,255}
+    except Exception: return False
+
+def _earlier(d, names=None):
     "Kind of a folder that an earlier version filled, or None"
     if _is_run(d): return 'run'
     if _json(d/'config.json').get('kind') == 'foreground': return 'foreground'
     if _json(d/'.foreground'/'config.json').get('kind') == 'foreground': return 'masks'
-    if any(map(_is_run, (d/'runs').glob('*'))): return 'table'
-    names = os.listdir(d)
+    if (d/'rows').is_dir() and any(map(_is_run, (d/'runs').glob('*'))): return 'table'
+    names = os.listdir(d) if names is None else names
     if any({'schema','key','sha256'} <= _json(d/n).keys() for n in names if n.endswith('.json')): return 'parts'
-    return 'grabcut' if names and all(map(_cut_mask.fullmatch, names)) else None
+    cut = names and all(_cut_mask.fullmatch(os.path.basename(n)) for n in names)
+    return 'grabcut' if cut and _is_mask(d/min(names)) else None # photographs are named by their MD5, too
 
 # %% ../nbs/00a_files.ipynb #822001d2
 def made(
     path, # Any file or folder
+    names=None, # Names or paths of what the folder holds, if you know them
 )->str|None:
     "'file' for a file that the library wrote, the kind of a folder that it fills: 'run', 'masks', 'table' ...; else None"
     p = Path(path)
     if not p.is_dir(): return 'file' if _is_our_file(p) else None
     mark = p/MARK
     kind = None if mark.is_symlink() else _json(mark).get('kind')
-    return kind or _earlier(p)
+    return kind or _earlier(p, names)
 
 def occupied(
     folder, # Any path

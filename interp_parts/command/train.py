@@ -191,7 +191,7 @@ def _no_collection():
 
 def _start(method, run, s, say):
     "The learner and its configuration, and the files that a training begins with"
-    with KnownFiles(s['path']), _no_collection(): # the reader and the fingerprint look at each file once
+    with _no_collection(), KnownFiles(s['path']): # the reader and the fingerprint look at each file once
         learn = make_learner(method, s, _read_in_turn(s, method, run))
         _say_start(method, learn, s, say)
         used = {**s, 'path':os.path.realpath(s['path']), 'bs':learn.dls.train.bs}

@@ -119,12 +119,12 @@ def _why_undecodable(path, alone=nullcontext()):
     except DataError as e: return e.got
 
 def _each(f, files, pool, n=100):
-    "`f` of each file: one by one, which is least work, or in threads while a disk or a network keeps it waiting"
+    "`f` of each file: one by one, which is least work, or in threads once a disk or a network keeps it waiting"
     out,waits = [],False
     for i in range(0, len(files), n):
-        wall,busy = time.perf_counter(),time.process_time()
+        start,busy = time.perf_counter(),time.process_time()
         out += (pool.map if waits else map)(f, files[i:i+n])
-        waits = time.perf_counter()-wall > 4*(time.process_time()-busy)
+        waits = waits or time.perf_counter()-start - (time.process_time()-busy) > 2e-4*n
     return out
 
 def find_broken(

@@ -6,14 +6,17 @@
 __all__ = ['KnownFiles']
 
 # %% ../../nbs/01_data/02a_known.ipynb #2780377d
-import hashlib, json, os, time
+import hashlib, json, os, time, zipfile
 from contextvars import ContextVar
+from functools import cached_property
+from itertools import compress, repeat
 from pathlib import Path
+
+import numpy as np
 
 from fastcore.basics import patch
 
-from ..core import CheckpointError
-from ..files import atomic_path, read_json
+from ..files import atomic_path
 
 # %% ../../nbs/01_data/02a_known.ipynb #8768ffe8
 _kept,_most = 64,1_000_000 # Indexes in the cache; files in an index
@@ -24,53 +27,55 @@ def _cache():
     base = Path(own) if own else (Path(home) if home else Path.home()/'.cache')/'interp_parts'
     return base/'known_files'
 
-def _index_of(folder): return _cache()/f'{hashlib.sha256(os.fsencode(folder)).hexdigest()[:16]}.json'
+def _index_of(folder): return _cache()/f'{hashlib.sha256(os.fsencode(folder)).hexdigest()[:16]}.npz'
 
 # %% ../../nbs/01_data/02a_known.ipynb #05bed039
-def _columns(d):
-    "Paths, states, answers, and which of these each file has, of an index that is whole; else none"
-    files,states,answers,which = (d.get(k) for k in ('files','states','answers','which'))
-    if not all(isinstance(v, list) for v in (files, states, answers, which)): return [],[],[],[]
-    kinds = [set(map(type, v)) <= {k} for v,k in ((files,str), (states,int), (answers,dict), (which,int))]
-    plain = kinds == [True]*4 and {type(v) for a in answers for v in a.values()} <= {str,int}
-    whole = plain and len(states) == 4*len(files) == 4*len(which) and set(which) <= set(range(len(answers)))
-    return (files,states,answers,which) if whole else ([],[],[],[])
-
 class _Index:
-    "What was known of files: size, two times, number and answers of each"
-    def __init__(self, files, states, answers, which):
-        each = iter(states)
-        self.of = dict(zip(files, zip(each, each, each, each, map(answers.__getitem__, which))))
+    "What was known of files (N,): names, states (N,4), and which of the answers each has; the last answer is of no file"
+    def __init__(self, names=(), states=(), which=(), answers=()):
+        self.names,self.states,self.which = list(names),np.reshape(states, (-1,4)).astype(np.int64, copy=False),np.array(which, dtype=int)
+        self.answers = [*answers, {}]
 
-    def get(self, path): return self.of.get(path)
-    def all(self): return dict(self.of)
+    @cached_property
+    def at(self): return {n:i for i,n in enumerate(self.names)}
+
+    def of(self, names, states):
+        "Answers about files (N,); none about those in another state"
+        if not self.names: return [{}]*len(names)
+        if names == self.names: rows = np.arange(len(names)) # nothing came or went
+        else: rows = np.fromiter((self.at.get(n, -1) for n in names), int)
+        same = (rows >= 0) & (self.states[rows] == states).all(1)
+        return [self.answers[w] for w in np.where(same, self.which[rows], -1).tolist()]
 
 def _read_index(folder):
     "What is known of the files of a folder; nothing if the index is not whole"
-    try: d = read_json(_index_of(folder))
-    except (CheckpointError, OSError, RuntimeError, RecursionError): d = {}
-    return _Index(*(_columns(d) if isinstance(d, dict) and d.get('of') == [2,folder] else ([],[],[],[])))
-
-def _as_columns(files):
-    "What is known of files in few long lists, which are read sooner than many short ones"
-    told = {}
-    which = [told.setdefault(tuple(e[4].items()), len(told)) for e in files.values()]
-    return dict(files=list(files), states=[v for e in files.values() for v in e[:4]], answers=list(map(dict, told)),
-                which=which)
-
+    try:
+        with np.load(_index_of(folder), allow_pickle=False) as d: states,which,text = d['states'],d['which'],d['text']
+        of,names,answers = json.loads(text.tobytes())
+        kinds = {type(a) for a in answers} <= {dict} and set(which.tolist()) <= {*range(len(answers))}
+        index = _Index(names, states, which, answers)
+        return index if of == folder and kinds and len(names) == len(index.states) == len(which) else _Index()
+    except (OSError, ValueError, TypeError, KeyError, EOFError, RuntimeError, zipfile.BadZipFile): return _Index()
 
 # %% ../../nbs/01_data/02a_known.ipynb #c93293d3
+def _save_index(file, folder, files):
+    "Write names, states and answers (N,) of files; answers that many share are written once"
+    told = {}
+    which = [told.setdefault(tuple(a.items()), len(told)) for _,_,a in files]
+    text = json.dumps([folder, [n for n,_,_ in files], list(map(dict, told))], separators=(',',':')).encode()
+    with open(file, 'wb') as f:
+        np.savez(f, states=np.array([s for _,s,_ in files], np.int64), which=np.array(which, np.int32),
+                 text=np.frombuffer(text, np.uint8))
+
 def _write_index(folder, files):
     "Keep an index, and the newest of the others; nothing if the cache cannot be written"
     try:
         file = _index_of(folder)
         file.parent.mkdir(parents=True, exist_ok=True)
-        with atomic_path(file) as tmp:
-            tmp.write_text(json.dumps(dict(of=[2, folder], **_as_columns(files)), separators=(',',':')))
-        old = sorted(file.parent.glob('*.json'), key=lambda f: f.stat().st_mtime_ns)[:-_kept]
-        for f in old: f.unlink(missing_ok=True)
+        with atomic_path(file) as tmp: _save_index(tmp, folder, files)
+        old = sorted(file.parent.glob('*.npz'), key=lambda f: f.stat().st_mtime_ns)[:-_kept]
+        for f in [*old, *file.parent.glob('*.json')]: f.unlink(missing_ok=True) # those of earlier versions were JSON
     except (OSError, RuntimeError): pass
-
 
 # %% ../../nbs/01_data/02a_known.ipynb #d6bdabb6
 _active,_settled = ContextVar('known_files', default=None),2_000_000_000 # Nanoseconds
@@ -83,7 +88,8 @@ class KnownFiles:
     ):
         path = os.path.abspath(folder)
         self.folder = os.path.join(path if os.path.isdir(path) else os.path.dirname(path), '')
-        self.known,self.seen,self.token,self.new = None,{},None,False
+        self.known,self.token,self.new = None,None,False
+        self.at,self.states,self.answers = {},[np.zeros((1,4), np.int64)],[{}] # Rows of files; row 0 is of no file
 
     @staticmethod
     def active():
@@ -111,31 +117,33 @@ class _Nothing:
     def put(self, path, question, answer): pass
 
 # %% ../../nbs/01_data/02a_known.ipynb #6416c002
-@patch
-def _entry(self:KnownFiles, path):
-    "State and answers of a file; those of the index if its state is the same"
-    return self.seen.get(path := os.fspath(path)) or self._look([path])
+def _states(paths):
+    "Size, time of the content, time of the entry and number on the disk of each file; zeros where there is none"
+    stat,most = os.stat,2**63-1
+    for p in paths:
+        try: s = stat(p)
+        except OSError: yield 0,0,0,0
+        else: yield s.st_size,s.st_mtime_ns & most,s.st_ctime_ns & most,s.st_ino & most
 
 @patch
 def _look(self:KnownFiles, paths):
-    "Look up files that were not looked up yet; the entry of the last one"
+    "Look up files that were not looked up yet, and compare them with the index"
     if self.known is None: self.known = _read_index(self.folder)
-    old,seen,n,stat,entry = self.known.of.get,self.seen,len(self.folder),os.stat,(0,0,0,0,{})
-    for path in paths:
-        try: s = stat(path)
-        except OSError: continue
-        state = s.st_size,s.st_mtime_ns,s.st_ctime_ns,s.st_ino
-        was = old(path[n:] if path.startswith(self.folder) else path)
-        seen[path] = entry = was if was and was[:4] == state else (*state, {})
-    return entry
+    new = [p for p in paths if p not in self.at] if self.at else paths
+    states = np.fromiter(_states(new), np.dtype((np.int64, 4)), len(new))
+    there = states.any(1)
+    if not there.all(): new,states = list(compress(new, there)),states[there]
+    self.at.update(zip(new, range(len(self.answers), len(self.answers) + len(new))))
+    self.answers += self.known.of([p.removeprefix(self.folder) for p in new], states)
+    self.states.append(states)
 
 @patch
-def _all(self:KnownFiles, paths):
-    "The entries of files"
+def _rows(self:KnownFiles, paths):
+    "The row of each file, 0 where there is no file"
     paths = list(map(os.fspath, paths))
-    self._look([p for p in paths if p not in self.seen])
-    none = (0,0,0,0,{})
-    return [self.seen.get(p, none) for p in paths]
+    try: return list(map(self.at.__getitem__, paths))
+    except KeyError: self._look(paths)
+    return list(map(self.at.get, paths, repeat(0)))
 
 @patch
 def get_all(self:KnownFiles,
@@ -143,14 +151,15 @@ def get_all(self:KnownFiles,
     question:str, # Such as 'whole'
 )->list:
     "The answers (N,) of an earlier time, None where there is none"
-    return [e[4].get(question) for e in self._all(paths)]
+    return [self.answers[r].get(question) for r in self._rows(paths)]
 
 @patch
 def sizes(self:KnownFiles,
     paths, # Files (N,)
 )->list:
     "Their bytes (N,); 0 where there is no file"
-    return [e[0] for e in self._all(paths)]
+    rows = self._rows(paths)
+    return np.concatenate(self.states)[rows,0].tolist()
 
 @patch
 def get(self:KnownFiles,
@@ -158,7 +167,7 @@ def get(self:KnownFiles,
     question:str, # Such as 'whole'
 ):
     "The answer of an earlier time; None if there is none for the file as it is"
-    return self._entry(path)[4].get(question)
+    return self.get_all([path], question)[0]
 
 @patch
 def put(self:KnownFiles,
@@ -167,8 +176,8 @@ def put(self:KnownFiles,
     answer, # Anything that JSON holds
 ):
     "Keep an answer"
-    *state,answers = self._entry(path)
-    if os.fspath(path) in self.seen: self.seen[os.fspath(path)] = (*state, {**answers, question:answer})
+    row, = self._rows([path])
+    if row: self.answers[row] = {**self.answers[row], question:answer}
     self.new = True
 
 # %% ../../nbs/01_data/02a_known.ipynb #8f5b364e
@@ -187,8 +196,11 @@ def __exit__(self:KnownFiles, *error):
 @patch
 def _save(self:KnownFiles):
     "Keep what is known of files that have not changed for a moment"
-    last = time.time_ns() - _settled
-    seen = {p.removeprefix(self.folder):e for p,e in self.seen.items() if max(e[1], e[2]) < last and e[4]}
-    files = {**self.known.all(), **seen}
+    last,old = time.time_ns() - _settled,self.known
+    states = np.concatenate(self.states).tolist()
+    seen = [(p.removeprefix(self.folder),states[r],self.answers[r]) for p,r in self.at.items()]
+    seen = [(n,s,a) for n,s,a in seen if max(s[1:3]) < last and a]
+    again = {n for n,_,_ in seen}
+    files = [(n,s,old.answers[w]) for n,s,w in zip(old.names, old.states.tolist(), old.which) if n not in again] + seen
     if len(files) > _most: files = seen
     if seen and len(files) <= _most: _write_index(self.folder, files)

@@ -49,7 +49,10 @@ def _fits(v, ok):
 
 def _bad_rows(df, col, ok):
     "Complain about the rows of `col` that are not `ok`"
-    rows = [i for i,v in enumerate(df[col].tolist()) if not _fits(v, ok)]
+    values = df[col].tolist()
+    try: bad = {v for v in {*values} if not _fits(v, ok)}
+    except TypeError: rows = [i for i,v in enumerate(values) if not _fits(v, ok)] # lists are in no set
+    else: rows = [i for i,v in enumerate(values) if v in bad] if bad else []
     if rows: raise DataError(f"{df.attrs.get('name', 'table')}: column {col}", f'row {first_few(rows)}: {df[col].iloc[rows[0]]}',
                              _column_doc[col].format(**{k:len(v) for k,v in df.attrs.items() if isinstance(v, list)}))
 
@@ -84,10 +87,13 @@ def _column_checks(a):
                 keypoints=lambda v: np.shape(v) == (n['keypoints'],3) and np.isfinite(v).all())
 
 # %% ../../nbs/01_data/01_table.ipynb #20fd79f8
-def _check_labels(df, name):
-    "Complain about whole images, listed several times, that belong to several classes"
-    if 'label' not in df or 'box' in df or df.image.is_unique: return
-    n = df.groupby('image').label.nunique()
+def _check_again(df, name):
+    "Complain about images listed several times, if they are in training and test, or belong to several classes as a whole"
+    train,test = (set(df.image[df.split.isin(s)].tolist()) for s in (['train'], ['test','eval']))
+    both = sorted(train & test)
+    if both:
+        raise DataError(name, f'{len(both)} test images are training images too: {first_few(both)}', 'disjoint splits')
+    n = df.groupby('image').label.nunique() if 'label' in df and 'box' not in df else pd.Series(dtype=int)
     if (n > 1).any():
         raise DataError(name, f'{first_few(list(n.index[n > 1]))} has several labels', 'one label an image')
 
@@ -107,12 +113,9 @@ def check_table(
     _check_names(df)
     for col,ok in _column_checks(df.attrs).items():
         if col in df: _bad_rows(df, col, ok)
-    train,test = (set(df.image[df.split.isin(s)].tolist()) for s in (['train'], ['test','eval']))
-    both = sorted(train & test)
-    if both:
-        raise DataError(name, f'{len(both)} test images are training images too: {first_few(both)}', 'disjoint splits')
-    _check_labels(df, name)
-    bad = find_broken(dict.fromkeys(df.image.tolist())) if files and not _files_later.get() else []
+    images = dict.fromkeys(df.image.tolist())
+    if len(images) < len(df): _check_again(df, name)
+    bad = find_broken(images) if files and not _files_later.get() else []
     broken = [f'{p} ({why})' for p,why in bad]
     if bad:
         raise DataError(name, f"{len(bad)} unusable file{'s'*(len(bad) != 1)}: {first_few(broken)}", 'complete images',
@@ -200,38 +203,33 @@ def sampler(cls:KnownFiles,
     return told
 
 # %% ../../nbs/01_data/01_table.ipynb #ef6d4bcd
-def _hash(file):
-    return KnownFiles.active().get(file, 'hash') or _new_hash(file)
-
 def _new_hash(file):
     known = KnownFiles.active()
-    with open(file, 'rb') as f: h = hashlib.file_digest(f, 'blake2b').hexdigest()[:40]
+    with open(file, 'rb', buffering=0) as f: h = hashlib.file_digest(f, 'blake2b').hexdigest()[:40]
     known.put(file, 'hash', h)
     return h
 
-def _by(keys, files):
-    "Files by their keys"
-    out = {}
-    for k,f in zip(keys, files): out.setdefault(k, []).append(f)
-    return out
-
-def _by_size(files): return _by(KnownFiles.active().sizes(files), files) # 0 for a lost one, which `find_broken` names
-
-def _by_hash(files):
-    "Files by hash; many are asked about at once"
+def _hashes(files):
+    "Hash of each file (N,)"
     known = KnownFiles.active().get_all(files, 'hash')
-    return _by((h or _new_hash(f) for h,f in zip(known, files)), files)
+    return [h or _new_hash(f) for h,f in zip(known, files)]
+
+
 
 # %% ../../nbs/01_data/01_table.ipynb #20e5a8a5
+def _in_both(a, b, keys):
+    "The files of two lists whose keys occur in both; 0 is the size of a lost or an empty file"
+    of_a,of_b = keys(a),keys(b)
+    both = {*of_a} & {*of_b} - {0}
+    return [f for f,k in zip(a, of_a) if k in both],[f for f,k in zip(b, of_b) if k in both]
+
 def _same_files(files, others):
     "Pairs of a path of `files` and one of `others` with the same content, empty files left out"
-    sized = [_by_size(list(dict.fromkeys(fs))) for fs in (files, others)]
-    sizes = set.intersection(*map(set, sized)) - {0}
-    a,b = ([f for n in sizes for f in by[n]] for by in sized)
+    a,b = _in_both(*(list(dict.fromkeys(fs)) for fs in (files, others)), KnownFiles.active().sizes)
     sample = KnownFiles.sampler([*a, *b])
-    alike = _by(map(sample, b), b)
-    copied = lambda f: next((o for o in alike.get(sample(f), ()) if _hash(o) == _hash(f)), None)
-    return sorted((f,o) for f in a if (o := copied(f)))
+    a,b = _in_both(a, b, lambda fs: list(map(sample, fs)))
+    known = dict(zip(reversed(_hashes(b)), reversed(b))) # the first of copies
+    return sorted((f, known[h]) for f,h in zip(a, _hashes(a)) if h in known)
 
 # %% ../../nbs/01_data/01_table.ipynb #5c649755
 def content_groups(
@@ -239,12 +237,12 @@ def content_groups(
 )->list:
     "For each file the position of the first one with the same content"
     files = list(map(str, files))
-    first,group = {},{}
-    for i,f in enumerate(files): first.setdefault(f, i)
-    for size,same in _by_size(list(first)).items():
-        for fs in (_by_hash(same).values() if size and len(same) > 1 else ([f] for f in same)):
-            group.update(dict.fromkeys(fs, first[fs[0]]))
-    return [group[f] for f in files]
+    sizes = np.array(KnownFiles.active().sizes(files))
+    _,same,n = np.unique(sizes, return_inverse=True, return_counts=True)
+    asked = np.flatnonzero((n[same] > 1) & (sizes > 0)).tolist()
+    content,first = files.copy(),{}
+    for i,h in zip(asked, _hashes([files[i] for i in asked])): content[i] = h
+    return [first.setdefault(c, i) for i,c in enumerate(content)]
 
 # %% ../../nbs/01_data/01_table.ipynb #a0457340
 def check_copies(

@@ -162,9 +162,8 @@ def mat(self:DataFolder,
     return read_mat(self/name, *variables)
 
 # %% ../../../nbs/01_data/readers/01_files.ipynb #e98950ea
-_unread_suffixes = tuple({'.avif', '.heic', '.heif', '.jxl', '.jp2', '.j2k', '.tga', '.psd', '.svg', '.eps',
-                          '.dng', '.cr2',
-                    '.cr3', '.nef', '.arw', '.raf', '.orf', '.rw2'} - {*IMAGE_SUFFIXES})
+_unread_suffixes = {'.avif', '.heic', '.heif', '.jxl', '.jp2', '.j2k', '.tga', '.psd', '.svg', '.eps', '.dng', '.cr2',
+                    '.cr3', '.nef', '.arw', '.raf', '.orf', '.rw2'} - {*IMAGE_SUFFIXES}
 
 # %% ../../../nbs/01_data/readers/01_files.ipynb #3339ead5
 _answers = ContextVar('answers', default=None)
@@ -179,38 +178,41 @@ def _once(f):
         return kept[key]
     return asked
 
-@_once
-def _is_theirs(folder): return made(folder) is None
-
-def _is_yours(p):
-    "Is it neither hidden, nor of a system, nor made by this library?"
-    if p.name.startswith(('.','__','@')): return False
-    if not p.is_file(): return _is_theirs(p)
-    return not p.name.endswith('.png') or _is_your_picture(p)
-
-def _is_your_picture(p):
+def _is_your_picture(file):
     "Did somebody else make this PNG file?"
     known = KnownFiles.active()
-    if known.get(p, 'yours'): return True
-    if made(p): return False
-    known.put(p, 'yours', 1)
+    if known.get(file, 'yours'): return True
+    if made(file): return False
+    known.put(file, 'yours', 1)
     return True
+
+def _kind(entry):
+    "The suffix of a file, '/' for a folder, '' for what is neither; links are what they lead to"
+    name,at = entry.name,Path(entry) if entry.is_symlink() else entry
+    return name[name.rfind('.'):].lower() if at.is_file() else '/' if at.is_dir() else ''
 
 @_once
 def _entries(folder):
-    "What a folder holds, in order"
-    with os.scandir(folder) as found:
-        return [Path(e) if e.is_symlink() else e for e in sorted(found, key=attrgetter('name'))]
+    "Kind of everything that a folder holds by path, in order; what is hidden or of a system left out"
+    with os.scandir(folder) as found: entries = sorted(found, key=attrgetter('name'))
+    return {e.path:_kind(e) for e in entries if not e.name.startswith(('.','__','@'))}
+
+@_once
+def _is_yours(folder):
+    "Did somebody else fill this folder?"
+    return made(folder, _entries(folder)) is None
 
 def _walk(folder, suffixes, seen=()):
     "Files with these suffixes below a folder, in order; through links, but into no folder within itself"
     here = os.path.realpath(folder)
     if here in seen: return
-    for p in _entries(folder):
-        if p.is_dir():
+    found = _entries(folder)
+    kinds = {*found.values()} & {*suffixes, '/'}
+    if '.png' in kinds: KnownFiles.active().get_all([p for p,k in found.items() if k == '.png'], 'yours') # all at once
+    for p,kind in found.items() if kinds else ():
+        if kind == '/':
             if _is_yours(p): yield from _walk(p, suffixes, {here, *seen})
-        elif p.name.lower().endswith(suffixes) and _is_yours(p) and p.is_file(): yield p
-
+        elif kind in kinds and (kind != '.png' or _is_your_picture(p)): yield p
 
 # %% ../../../nbs/01_data/readers/01_files.ipynb #66b19f1a
 @patch
@@ -230,12 +232,12 @@ def images(self:DataFolder,
 @patch
 def image_names(self:DataFolder)->list:
     "The same as words, which are made sooner than paths"
-    return list(map(os.fspath, _walk(self.path, IMAGE_SUFFIXES)))
+    return list(_walk(self.path, IMAGE_SUFFIXES))
 
 @patch
 def folders(self:DataFolder)->list:
     "Its visible sub-folders, in order"
-    return [Path(p) for p in _entries(self.path) if p.is_dir() and _is_yours(p)]
+    return [Path(p) for p,kind in _entries(self.path).items() if kind == '/' and _is_yours(p)]
 
 @patch
 @contextmanager
@@ -250,7 +252,7 @@ def listed(self:DataFolder):
 @patch
 def warn_unread(self:DataFolder):
     "Say which files below the folder are images that cannot be read"
-    left = tuple(p.name for p in _walk(self.path, _unread_suffixes))
+    left = tuple(map(os.path.basename, _walk(self.path, _unread_suffixes)))
     if left: _say_unread(self.path, left)
 
 @lru_cache

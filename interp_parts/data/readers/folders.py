@@ -7,6 +7,7 @@ __all__ = ['left_right_pairs', 'folder_split', 'random_split', 'new_split', 'rea
 
 # %% ../../../nbs/01_data/readers/02_folders.ipynb #85f00dc3
 import os, re, zlib
+from collections import Counter
 from pathlib import Path
 
 import numpy as np, pandas as pd
@@ -41,13 +42,12 @@ def folder_split(
 # %% ../../../nbs/01_data/readers/02_folders.ipynb #d50616aa
 def _add_test(order, groups, side, n):
     "Send groups of rows, in `order`, to the test set until it has `n` rows of these, never all; the rest to training"
-    rows = {}
-    for r in order.tolist(): rows.setdefault(groups[r], []).append(r)
-    have = sum(len(v) for g,v in rows.items() if side.get(g) == 'test')
-    for g,same in rows.items():
+    rows = Counter(map(groups.__getitem__, order.tolist()))
+    have = sum(k for g,k in rows.items() if side.get(g) == 'test')
+    for g,k in rows.items():
         if g in side: continue # with a copy in another class
-        side[g] = 'test' if have < n and have + len(same) < len(order) else 'train'
-        have += len(same)*(side[g] == 'test')
+        side[g] = 'test' if have < n and have + k < len(order) else 'train'
+        have += k*(side[g] == 'test')
 
 # %% ../../../nbs/01_data/readers/02_folders.ipynb #6a5154c9
 def random_split(
@@ -57,12 +57,12 @@ def random_split(
     groups=None, # (N,) rows of one group stay on one side, see `content_groups`; None: each row for itself
 )->np.ndarray:
     "'train' or 'test' for each row, class by class"
-    labels = np.asarray(labels).astype(str)
-    groups = list(range(len(labels)) if groups is None else groups)
+    numbers,names = pd.factorize(np.asarray(labels).astype(str), sort=True)
+    groups = list(range(len(numbers)) if groups is None else groups)
     side = {}
     if not 0 <= test < 1: raise ConfigError('test', test, 'a part from 0 to 1')
-    for c in np.unique(labels):
-        rows = np.flatnonzero(labels == c)
+    each = np.split(np.argsort(numbers, kind='stable'), np.cumsum(np.bincount(numbers))[:-1])
+    for c,rows in zip(names, each):
         n = min(max(round(test*len(rows)), test > 0), len(rows)-1)
         order = np.random.default_rng([seed, zlib.crc32(c.encode('utf-8', 'surrogateescape'))]).permutation(rows)
         _add_test(order, groups, side, n)
@@ -76,9 +76,8 @@ def new_split(
     seed:int=0, # Random seed of the split
 )->tuple:
     "A random split (N,) with copies on one side, and the words for the table's protocol"
-    files = list(map(str, np.asarray(images, dtype=object).tolist())) # sooner than from a column
-    groups = content_groups(files)
-    n = len(set(files)) - len(set(groups))
+    groups = content_groups(images)
+    n = len(set(images)) - len(set(groups))
     said = f'random split, {test:.0%} of each class are test images, seed {seed} (no split was given)'
     return random_split(labels, test, seed, groups), said + f', {n} copies stay with their originals'*(n > 0)
 
@@ -109,7 +108,7 @@ def _opened(root):
 
 # %% ../../../nbs/01_data/readers/02_folders.ipynb #347d4ad0
 def _class_rows(folder, split):
-    "Rows (image, class, split) of the class folders in `folder`"
+    "Images, class and split of the class folders in `folder`"
     found = {c.name:DataFolder(c).image_names() for c in DataFolder(folder).folders()}
     empty = [c for c,ims in found.items() if not ims]
     if not found:
@@ -118,15 +117,15 @@ def _class_rows(folder, split):
     if empty:
         raise DataError(folder/empty[0], 'no image in this class folder', f'files {", ".join(IMAGE_SUFFIXES)}',
                         'fill it or remove it')
-    return [(p,c,split) for c,ims in found.items() for p in ims]
+    return [(ims,c,split) for c,ims in found.items()]
 
 # %% ../../../nbs/01_data/readers/02_folders.ipynb #83d90488
 def _inner_splits(root):
-    "Rows (image, class, split) if all class folders hold folders of splits alone, with one for training; else none"
+    "Images, class and split if all class folders hold folders of splits alone, with one for training; else none"
     found = {c:{p:folder_split(p.name) for p in DataFolder(c).folders()} for c in DataFolder(root).folders()}
     named = lambda c,splits: 'train' in splits.values() and all(splits.values()) and not _images_in(c)
     if not found or not all(named(c, s) for c,s in found.items()): return []
-    return [(im,c.name,s) for c,splits in found.items() for p,s in splits.items() for im in DataFolder(p).image_names()]
+    return [(DataFolder(p).image_names(),c.name,s) for c,splits in found.items() for p,s in splits.items()]
 
 # %% ../../../nbs/01_data/readers/02_folders.ipynb #e199dc4b
 def _labelled(splits):
@@ -151,24 +150,25 @@ def read_folder(
     with KnownFiles(top): return _folder_table(top, test, seed, copies)
 
 def _rows(root):
-    "Rows (image, class, split) of a folder"
+    "Columns image, class and split of a folder"
     DataFolder(root).warn_unread()
     splits = _labelled(_split_layout(root))
-    rows = _inner_splits(root) if splits is None else []
-    return rows or [r for f,s in (splits or {root:None}).items() for r in _class_rows(_opened(f) if s else f, s)]
+    found = _inner_splits(root) if splits is None else []
+    found = found or [r for f,s in (splits or {root:None}).items() for r in _class_rows(_opened(f) if s else f, s)]
+    n = [len(ims) for ims,_,_ in found]
+    repeat = lambda i: np.repeat(np.array([r[i] for r in found], dtype=object), n)
+    return {'image':[p for ims,_,_ in found for p in ims], 'class':repeat(1), 'split':repeat(2)}
 
 def _folder_table(top, test, seed, copies):
     "The table of a folder that is there"
     with DataFolder(top).listed(): rows = _rows(root := _opened(top))
-    df,said = pd.DataFrame(rows, columns=['image','class','split']),'split given by folders'
+    df,said = pd.DataFrame(rows),'split given by folders'
     drawn = set(df['split'].tolist()) in ({None}, {'train'})
-    if drawn: df['split'],said = new_split(df.image, df['class'], test, seed)
-    classes = sorted(set(df['class'][df.split=='train'].tolist()))
-    unseen = sorted(set(df['class'].tolist()) - set(classes))
-    if unseen: raise DataError(root, f'no training image of {first_few(unseen)}', 'the same classes in every split')
-    number = {c:i for i,c in enumerate(classes)}
-    df = df.assign(label=[number[c] for c in df.pop('class').tolist()])
-    df = check_table(part_table(df, top.name, classes=classes, keypoints=[], pairs=[], protocol=said,
+    if drawn: df['split'],said = new_split(rows['image'], rows['class'], test, seed)
+    df['label'],classes = pd.factorize(df.pop('class'), sort=True)
+    unseen = np.delete(classes, df.label[df.split=='train'].unique())
+    if len(unseen): raise DataError(root, f'no training image of {first_few(unseen)}', 'the same classes in every split')
+    df = check_table(part_table(df, top.name, classes=classes.tolist(), keypoints=[], pairs=[], protocol=said,
                                 licence='not stated', citation='', **(dict(drawn=True) if drawn else {})))
     return df if drawn or copies else check_copies(df)
 
