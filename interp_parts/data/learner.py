@@ -26,7 +26,8 @@ def batches(self:PartLearner,
     "Batches of `data` as this learner's model was trained to see them"
     if not isinstance(data, pd.DataFrame): return data
     d = self.dls
-    own = dict(size=d.view.size, resize=d.view.resize, bs=d.bs, stats=d.stats, workers=d.num_workers)
+    bs = getattr(d.train, 'whole_bs', d.bs) # while processes share batches, those of all
+    own = dict(size=d.view.size, resize=d.view.resize, bs=bs, stats=d.stats, workers=d.num_workers)
     return PartBatches(data, **{**own, **view})
 
 # %% ../../nbs/01_data/04a_learner.ipynb #0222d89c

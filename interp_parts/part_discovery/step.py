@@ -17,7 +17,7 @@ from ..core import ConfigError, pick
 from .equivariance import RandomMove, Recolour, published_back, second_look_loss
 from .losses import (background_loss, concentration_loss, entropy_loss, orthogonality_loss,
                                                 presence_loss, strongest, total_variation)
-from ..training.distributed import gather_rows
+from ..training.distributed import gather_rows, n_processes
 from ..training.losses import LossTerms
 
 # %% ../../nbs/15_part_discovery/06_step.ipynb #26469227
@@ -139,7 +139,8 @@ class DiscoveryTerms(LossTerms):
 
     def terms(self):
         out,growth = self._first(),self._growth()
-        cells = self.dls.bs*out.maps[0,0].numel() if self.compat else None
+        bs = getattr(self.dls.train, 'whole_bs', self.dls.bs)//n_processes() # the share of this process in training
+        cells = bs*out.maps[0,0].numel() if self.compat else None
         fs = dict(map_terms(out, self.prior, self.compat, cells), equivariance=self._equivariance, cells=self._cells)
         return {k:self.weights[k]*(growth if k in _late else 1.)*fs[k]() for k in self.names}
 
