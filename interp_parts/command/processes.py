@@ -65,13 +65,20 @@ def _why(i, code, text, resumes=True):
     return f'process {i} was ended by {name}, and the others with it; the same command{" with --resume"*resumes} {"goes on" if resumes else "starts again"}'
 
 # %% ../../nbs/30_command/02h_processes.ipynb #bdcff57a
+def _check_number(n, each=.35):
+    "Complain about no process, and about more than the memory holds: each takes 0.35 GB before it reads an image"
+    if n < 1: raise ConfigError('--num-processes', n, 'at least 1')
+    if not hasattr(os, 'sysconf'): return # Windows
+    most = int(os.sysconf('SC_PHYS_PAGES')*os.sysconf('SC_PAGE_SIZE')/(each*1e9))
+    if n > most: raise ConfigError('--num-processes', n, f'at most {most}, for which this machine has memory')
+
 def run_processes(
     n:int, # Processes
     words, # Words of the command, such as `['train', 'classifier', ...]`
     resumes:bool=True, # Does the command go on with `--resume`?
 ):
     "Run a command in `n` processes of this machine; raise an error when one of them fails"
-    if n < 1: raise ConfigError('--num-processes', n, 'at least 1')
+    _check_number(n)
     others = os.environ.get('WORLD_SIZE', '1')
     if others not in ('','0','1'):
         raise ConfigError('--num-processes', n, f'none: {others} processes were started already')
