@@ -58,9 +58,10 @@ def check_kind(
     "Raise for a value of another kind than `like`, or out of range"
     kind = type(like)
     fits = {bool:bool, int:int, float:(int,float), str:(str,Path), dict:dict}[kind]
-    if not isinstance(v, fits) or isinstance(v, bool) and kind is not bool or v != v:
+    if not isinstance(v, fits) or isinstance(v, bool) and kind is not bool:
         raise ConfigError(where, repr(v), _words[kind])
-    if kind in (int,float) and not v >= least: raise ConfigError(where, v, f'at least {least}')
+    if kind in (int,float) and not v >= least:
+        raise ConfigError(where, v, f'at least {least}' if least > -math.inf else _words[kind])
     if kind in (int,float) and not v <= most: raise ConfigError(where, v, f'at most {most}')
 
 # %% ../../nbs/30_command/02a_settings.ipynb #80a182a4

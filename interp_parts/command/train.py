@@ -6,8 +6,8 @@
 __all__ = ['make_learner', 'train_run']
 
 # %% ../../nbs/30_command/02b_train.ipynb #79224c20
-import gc, json, os, re, shutil, sys, time
-from contextlib import contextmanager, nullcontext
+import json, os, re, shutil, sys, time
+from contextlib import nullcontext
 from pathlib import Path
 
 import pandas as pd, timm
@@ -180,18 +180,9 @@ def _read_in_turn(s, method, run):
     any_process(False)
     return df
 
-@contextmanager
-def _no_collection():
-    "A block that makes many objects and no circles, which Python's collector would look through again and again"
-    on = gc.isenabled()
-    gc.disable()
-    try: yield
-    finally:
-        if on: gc.enable()
-
 def _start(method, run, s, say):
     "The learner and its configuration, and the files that a training begins with"
-    with _no_collection(), KnownFiles(s['path']): # the reader and the fingerprint look at each file once
+    with KnownFiles(s['path']): # the reader and the fingerprint look at each file once
         learn = make_learner(method, s, _read_in_turn(s, method, run))
         _say_start(method, learn, s, say)
         used = {**s, 'path':os.path.realpath(s['path']), 'bs':learn.dls.train.bs}

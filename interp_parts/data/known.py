@@ -6,7 +6,7 @@
 __all__ = ['KnownFiles']
 
 # %% ../../nbs/01_data/02a_known.ipynb #2780377d
-import hashlib, json, os, time, zipfile
+import gc, hashlib, json, os, time, zipfile
 from contextvars import ContextVar
 from functools import cached_property
 from itertools import compress, repeat
@@ -183,7 +183,10 @@ def put(self:KnownFiles,
 # %% ../../nbs/01_data/02a_known.ipynb #8f5b364e
 @patch
 def __enter__(self:KnownFiles):
-    if _active.get() is None: self.token,_last[0] = _active.set(self),self.folder
+    if _active.get() is not None: return self
+    self.token,_last[0] = _active.set(self),self.folder
+    self.collects = gc.isenabled()
+    gc.disable() # many objects and no circles: the collector would look through them again and again
     return self
 
 @patch
@@ -191,7 +194,10 @@ def __exit__(self:KnownFiles, *error):
     if self.token is None: return
     _active.reset(self.token)
     self.token = None
-    if self.new: self._save()
+    try:
+        if self.new: self._save()
+    finally:
+        if self.collects: gc.enable()
 
 @patch
 def _save(self:KnownFiles):

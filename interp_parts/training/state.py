@@ -123,12 +123,6 @@ def _annotations(learn, was={}):
     table,known = vars(learn.dls).get('table'),getattr(learn.dls.train.dataset, 'extra', ())
     return {} if table is None else {c:fingerprint(table, of=c, like=was.get(c, '3-')) for c in known if c in table}
 
-def _by_rule_of(old, learn):
-    "The hashes by the rules of those of an older version; none where the rule is today's"
-    data,others = old.get('data'),old.get('annotations') or {}
-    if all(str(h).startswith('3-') for h in (data, *others.values())): return {}
-    return dict(data=_data(learn, data), annotations=_annotations(learn, others))
-
 def _facts(learn):
     "What a training depends on outside of its state"
     return dict(data=_data(learn), annotations=_annotations(learn), versions=versions(), processes=this_process()[1], threads=torch.get_num_threads())
@@ -161,16 +155,15 @@ class SaveState(Callback):
         self.asked,self.looping,self.begin = False,False,None
 
     @staticmethod
-    def note(
-        learn, # A `PartLearner` that is about to be trained
-    ):
-        "Look at the files of the training now, while they are known, rather than when it begins"
+    def note(learn): # A `PartLearner` that is about to be trained
+        "Look at its files now, while they are known, rather than when the training begins"
         learn.facts = _facts(learn)
 
     def before_fit(self):
         self.facts = vars(self.learn).pop('facts', None) or _facts(self.learn)
         if not (old := self.state): return
-        _compare(self.dir.parent, old, self.facts | _by_rule_of(old, self.learn))
+        same = dict(self.facts, data=_data(self.learn, old.get('data')), annotations=_annotations(self.learn, old.get('annotations') or {}))
+        _compare(self.dir.parent, old, same)
 
     @staticmethod
     def say_unsaved(path, e):
