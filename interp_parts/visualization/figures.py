@@ -143,7 +143,7 @@ def _contact_sheet(images, headings, ncols=5, foot=0.0):
     rows = -(-len(images)//ncols)
     headings = [(Picture.fitted(t, side-.05),ok) for t,ok in headings]
     lines = max(1+t.count('\n') for t,_ in headings)
-    fig = Picture(figsize=(side*ncols, (side+.03+.14*lines)*rows+foot+.12), layout='constrained')
+    fig = Picture(figsize=(side*ncols, (side+.03+.14*lines)*rows+foot+.02), layout='constrained')
     axs = list(fig.subplots(rows, ncols, squeeze=False).flat)
     for ax in axs:
         ax.set_axis_off()
