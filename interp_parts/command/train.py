@@ -111,9 +111,8 @@ def _changed(run, method, s):
     "Settings that differ from those of the run: the value there and the value now"
     old,new = _flat(_old_settings(run/'settings.json')),_flat(_identity(method, _absolute(s)))
     real = lambda k,v: os.path.realpath(v) if k in _paths and v else v
-    keys = sorted(new.keys() | old.keys() - _no_matter)
-    values = {k:(old.get(k, 'its default'), new.get(k, 'its default')) for k in keys}
-    return {k:v for k,v in values.items() if real(k, v[0]) != real(k, v[1])}
+    both = {k:(old.get(k, 'its default'), new.get(k, 'its default')) for k in sorted(new.keys() | old.keys() - _no_matter)}
+    return {k:v for k,v in both.items() if real(k, v[0]) != real(k, v[1])}
 
 def _same_data(run, method, s):
     "Does the path hold the data that the run was started with?"
@@ -124,13 +123,11 @@ def _difference(run, method, s):
     config = read_json(run/'config.json', dict(data=dict(fingerprint=str)))
     return data_changed(config, read_rows(s, method, run), get_method(method).extra)
 
-def _value(v): return v if isinstance(v, str) else json.dumps(v)
-
 def _check_same(run, method, s, again):
     "An error for settings other than those of the run"
     diff = _changed(run, method, s)
     if list(diff) == ['path'] and _same_data(run, method, s): return write_json(run/'settings.json', _identity(method, s))
-    said = ', '.join(f'{k} {_value(was)} (now {_value(now)})' for k,(was,now) in diff.items())
+    said = ', '.join(f'{k} {was} (now {now})' for k,(was,now) in diff.items())
     if diff: raise ConfigError(run, f'was trained with {said}', 'the same settings',
                                'pass the values that it was trained with, or use another --out' + again*('path' not in diff))
 
