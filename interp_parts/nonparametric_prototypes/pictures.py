@@ -136,7 +136,7 @@ def _picture(learn):
     def picture(file, p):
         c = p.target[0].item()
         columns = [crops(o) for o in known[c]] if known else [[]]*p.n_parts
-        return _why(_seen(learn, file, whole=True), p, learn.dls.vocab[c], columns, 1)
+        return _why(_seen(learn, file, whole=True), p, learn.dls.vocab[c], columns, int(known is not None))
     return picture
 
 # %% ../../nbs/16_nonparametric_prototypes/11_pictures.ipynb #b2b6b3d1
