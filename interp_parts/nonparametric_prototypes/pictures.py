@@ -67,12 +67,14 @@ def _peak(m):
 # %% ../../nbs/16_nonparametric_prototypes/11_pictures.ipynb #c4016096
 def _why(im, p, name, columns, n):
     "The image with a box for each prototype of class `name`, and a column for each: its patch, and `n` training patches"
-    k,colors,wide = p.n_parts,part_colors(p.n_parts),.7*(n+1)
-    fig = Picture(figsize=(1.2*(k+wide), 1.25*(n+1)+.3), layout='constrained')
+    k,colors,rows = p.n_parts,part_colors(p.n_parts),max(n, 1)+1
+    wide = .7*rows
+    fig = Picture(figsize=(1.2*(k+wide), 1.25*rows+.3), layout='constrained')
     left,right = fig.subfigures(1, 2, width_ratios=(wide,k))
-    ax,size = left.subplots(),im.size[::-1]
-    ax.imshow(draw_boxes(im, p.boxes[0], colors, max(1, round(min(size)/112))))
-    Picture.name_boxes(ax, size, p.boxes[0], map(str, range(k)), colors)
+    ax,by = left.subplots(),-(-224//min(im.size)) # lines of 2 pixels have room in an image of 224
+    large,boxes = im.resize([by*v for v in im.size], Image.Resampling.NEAREST),p.boxes[0]*by
+    ax.imshow(draw_boxes(large, boxes, colors))
+    Picture.name_boxes(ax, large.size[::-1], boxes, map(str, range(k)), colors)
     axs = right.subplots(n+1, k, squeeze=False)
     for a in fig.axes: a.set_axis_off()
     for j,crops in enumerate(columns):

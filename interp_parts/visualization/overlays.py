@@ -91,7 +91,7 @@ def _outline(size, box, width, inset=0):
 
 def _free_outline(taken, box, width, share=.15):
     "The first outline of a box, further and further in, of which at most a `share` lies on other lines, or the freest"
-    lines = [_outline(taken.shape, box, width, i) for i in range(0, 1+int(min(box[2:])/6), width+1)]
+    lines = [_outline(taken.shape, box, width, i) for i in range(0, 1+int(min(box[2:])/3), width+1)]
     on = [(line & taken).sum()/max(1, line.sum()) for line in lines]
     return next((line for line,v in zip(lines, on) if v <= share), lines[np.argmin(on)])
 
