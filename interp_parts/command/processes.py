@@ -24,13 +24,20 @@ def _without(words, name='--num-processes'):
         skip = w == name and not skip
     return out
 
+_child = '''import os, signal, threading
+def follow():
+    os.read(0, 1) # empty as soon as the process that started this one is gone
+    os.kill(os.getpid(), signal.SIGTERM)
+threading.Thread(target=follow, daemon=True).start()
+from interp_parts.command.cli import main
+main()'''
+
 def _start(words, i, n, port, said):
-    "Process `i` of `n`, in a session of its own: Ctrl-C reaches it through us, once"
+    "Process `i` of `n`, in a session of its own: Ctrl-C reaches it through us, once; it ends when we do"
     threads = os.environ.get('OMP_NUM_THREADS') or str(max(1, (os.cpu_count() or 1)//n))
     env = dict(os.environ, RANK=str(i), LOCAL_RANK=str(i), WORLD_SIZE=str(n), MASTER_ADDR='127.0.0.1', MASTER_PORT=port,
                OMP_NUM_THREADS=threads)
-    program = [sys.executable, '-c', 'from interp_parts.command.cli import main; main()', *words]
-    return subprocess.Popen(program, env=env, stderr=said, stdout=subprocess.DEVNULL if i else None,
+    return subprocess.Popen([sys.executable, '-c', _child, *words], env=env, stdin=subprocess.PIPE, stderr=said, stdout=subprocess.DEVNULL if i else None,
                             start_new_session=True)
 
 # %% ../../nbs/30_command/02h_processes.ipynb #780ccb2d

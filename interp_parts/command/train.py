@@ -102,11 +102,17 @@ def _old_settings(file):
     check_kind(f'{file}: reader', old['reader'], {})
     return _absolute(old)
 
+def _flat(settings, within=''):
+    "Each setting by the name that `--set` takes"
+    flat = lambda k,v: _flat(v, 'data.'*(k == 'reader')) if isinstance(v, dict) else {within+k:v}
+    return {name:v for k,o in settings.items() for name,v in flat(k, o).items()}
+
 def _changed(run, method, s):
-    "Names of the settings that differ from those of the run"
-    old,new = _old_settings(run/'settings.json'),_identity(method, _absolute(s))
+    "Settings that differ from those of the run: the value there and the value now"
+    old,new = _flat(_old_settings(run/'settings.json')),_flat(_identity(method, _absolute(s)))
     real = lambda k,v: os.path.realpath(v) if k in _paths and v else v
-    return sorted(k for k in new.keys() | old.keys() - _no_matter if real(k, old.get(k)) != real(k, new.get(k)))
+    both = {k:(old.get(k, 'its default'), new.get(k, 'its default')) for k in sorted(new.keys() | old.keys() - _no_matter)}
+    return {k:v for k,v in both.items() if real(k, v[0]) != real(k, v[1])}
 
 def _same_data(run, method, s):
     "Does the path hold the data that the run was started with?"
@@ -120,9 +126,10 @@ def _difference(run, method, s):
 def _check_same(run, method, s, again):
     "An error for settings other than those of the run"
     diff = _changed(run, method, s)
-    if diff == ['path'] and _same_data(run, method, s): return write_json(run/'settings.json', _identity(method, s))
-    if diff: raise ConfigError(run, f'was trained with another {", ".join(diff)}', 'the same settings',
-                               'use another --out' + again*('path' not in diff))
+    if list(diff) == ['path'] and _same_data(run, method, s): return write_json(run/'settings.json', _identity(method, s))
+    said = ', '.join(f'{k} {was} (now {now})' for k,(was,now) in diff.items())
+    if diff: raise ConfigError(run, f'was trained with {said}', 'the same settings',
+                               'pass the values that it was trained with, or use another --out' + again*('path' not in diff))
 
 # %% ../../nbs/30_command/02b_train.ipynb #2cc6b9c1
 def _check_data(run, method, s, again):

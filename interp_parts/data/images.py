@@ -85,6 +85,32 @@ def image_size(
 _magic = {b'\xff\xd8\xff':b'\xff\xd9', b'\x89PNG\r\n\x1a\n':b'IEND', b'GIF8':b'\x3b', b'BM':b'', b'RIFF':b'',
           b'II*\x00':b'', b'MM\x00*':b'', **{f'P{i}'.encode():b'' for i in range(1,7)}}
 
+def _pixels_end(path):
+    "Bytes of a TIFF or a PPM up to its last pixel"
+    with Image.open(path, formats=('TIFF','PPM')) as im:
+        if im.format == 'PPM': return im.tile[0].offset + im.width*im.height*len(im.getbands())//(8 if im.mode == '1' else 1)
+        at,n = next((im.tag_v2[a], im.tag_v2[b]) for a,b in ((273,279),(324,325)) if a in im.tag_v2) # strips, or tiles
+        return max(map(sum, zip(at, n)))
+
+def _boxes_end(path, size):
+    "Bytes of a file of boxes, each of which begins with its length"
+    at = 0
+    with open(path, 'rb') as f:
+        while at < size:
+            f.seek(at)
+            head = f.read(16)
+            n = int.from_bytes(head[:4], 'big')
+            n = int.from_bytes(head[8:], 'big') if n == 1 else n or size-at # 1: the length is a long one; 0: up to the end
+            at += max(n, 8)
+    return at
+
+def _promised(path, head, size):
+    "Bytes that the header promises, at least; infinite if it does not say, 0 for a format that never does"
+    if head[4:8] == b'ftyp': return _boxes_end(path, size)
+    if head[:2] == b'BM': return int.from_bytes(head[2:6], 'little') or np.inf # some writers leave 0
+    if head[:4] == b'RIFF': return int.from_bytes(head[4:8], 'little') + 8
+    return _pixels_end(path) if head[:2] in (b'II',b'MM',b'P4',b'P5',b'P6') else 0
+
 # %% ../../nbs/01_data/02_images.ipynb #fc7aee43
 def _ends(path, size):
     "First and last bytes of a file"
@@ -93,20 +119,26 @@ def _ends(path, size):
         if size > 1024: f.seek(size-1024)
         return head,f.read(1024) if size > 1024 else head
 
+def _ends_early(path, head, tail, size, marker):
+    "Does the file lack its end marker, or bytes that its header promises?"
+    if head[:4] == b'GIF8': return not tail.rstrip(b'\0').endswith(marker) # one byte, which may be anywhere before
+    try: return marker not in tail or _promised(path, head, size) > size
+    except Exception: return True # a header that Pillow does not understand
+
 def broken(
     path, # Image file
 )->str|None:
-    "What is wrong with the file's size, first bytes or end marker; None if nothing"
+    "What is wrong with the file's size, first bytes or end; None if nothing"
     try:
         about = os.stat(path)
         if not stat.S_ISREG(about.st_mode): return 'a pipe, a device or a folder'
         head,tail = _ends(path, about.st_size)
     except OSError: return 'no such file'
     if not head: return 'empty file'
-    if head[4:12] in (b'ftypavif', b'ftypavis'): return None if 'AVIF' in FORMATS else 'not an image'
-    end = next((e for m,e in _magic.items() if head.startswith(m)), None)
+    avif = b'' if 'AVIF' in FORMATS and head[4:12] in (b'ftypavif', b'ftypavis') else None
+    end = next((e for m,e in _magic.items() if head.startswith(m)), avif)
     if end is None: return 'not an image'
-    return 'truncated image' if end not in tail and _why_undecodable(path) else None
+    return 'truncated image' if _ends_early(path, head, tail, about.st_size, end) and _why_undecodable(path) else None
 
 # %% ../../nbs/01_data/02_images.ipynb #b9f262e4
 _big = 20_000_000 # Pixels of an image that is decoded alone
@@ -132,7 +164,7 @@ def find_broken(
     decode:bool=False, # Decode them all, rather than look at both ends?
 )->list:
     "`(path, what is wrong)` of every file that is not a complete image"
-    known,question = KnownFiles.active(),'decodes' if decode else 'whole'
+    known,question = KnownFiles.active(),'decodes' if decode else 'complete'
     paths,alone = list(paths),Lock()
     new = [p for p,a in zip(paths, known.get_all(paths, question)) if not a] # eight large images at once would fill the memory
     with ThreadPoolExecutor(8) as pool:

@@ -13,7 +13,6 @@ from fastcore.foundation import L
 from ..core import ConfigError, PartLearner, register
 from .cache import token_dls
 from .model import NonparametricPrototypes
-from .pictures import prototype_details, prototype_pictures
 from .scores import prototype_scores
 from .training import PrototypeStages
 from ..training.losses import part_learner
@@ -79,5 +78,5 @@ nonparametric_prototypes_recipes = dict(
                      note='ours, not published; measured on CUB classes 1 to 40'))
 _method = register(nonparametric_prototypes_learner, NonparametricPrototypes, nonparametric_prototypes_recipes,
                    'class prototypes that are means of patches, on a frozen network (Zhu et al., CVPR 2025)',
-                   scores=prototype_scores, pictures=prototype_pictures)
-_method.details,_method.compared = prototype_details,partial(prototype_scores, ridge=True)
+                   scores=prototype_scores)
+_method.compared = partial(prototype_scores, ridge=True)

@@ -6,16 +6,18 @@
 __all__ = ['nearest_tokens', 'prototype_details', 'prototype_pictures']
 
 # %% ../../nbs/16_nonparametric_prototypes/11_pictures.ipynb #49378aab
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np, pandas as pd, torch
+from PIL import Image
 from fastcore.basics import patch
 
-from ..core import PartLearner, eval_mode
+from ..core import PartLearner, eval_mode, get_method
 from ..data.images import image_size, load_image
 from ..errors import warn_user
 from ..files import keep_theirs, read_json, write_csv, write_json
-from ..visualization.overlays import Picture
+from ..visualization.overlays import Picture, draw_boxes, part_colors
 
 # %% ../../nbs/16_nonparametric_prototypes/11_pictures.ipynb #18a4e0e6
 def nearest_tokens(
@@ -39,15 +41,22 @@ def nearest_tokens(
     return t.groupby(['class','prototype']).head(n).reset_index(drop=True)
 
 # %% ../../nbs/16_nonparametric_prototypes/11_pictures.ipynb #d8606e45
-def _seen(learn, file):
+def _seen(learn, file, **options):
     "The image as the network sees it"
     im = load_image(file)
-    return learn.dls.view.place(*im.size).image(im)
+    return replace(learn.dls.view, **options).place(*im.size).image(im)
+
+def _crop(im, box):
+    "What is in a box x, y, w, h of an image, white where that is outside of it"
+    x,y,w,h = box
+    out = Image.new('RGB', (max(1, round(w)),max(1, round(h))), 'white')
+    out.paste(im, (-round(x),-round(y)))
+    return out
 
 def _around(im, y, x, share=72/224):
     "The square around a position"
-    side,(w,h) = share/2,im.size
-    return im.crop([int(v) for v in ((x-side)*w, (y-side)*h, (x+side)*w, (y+side)*h)])
+    w,h = im.size
+    return _crop(im, ((x-share/2)*w, (y-share/2)*h, share*w, share*h))
 
 def _peak(m):
     "Position of a map's (h,w) highest cell, as shares"
@@ -56,6 +65,27 @@ def _peak(m):
     return (i//w + .5)/h,(i%w + .5)/w
 
 # %% ../../nbs/16_nonparametric_prototypes/11_pictures.ipynb #c4016096
+def _why(im, p, name, columns, n):
+    "The image with a box for each prototype of class `name`, and a column for each: its patch, and `n` training patches"
+    k,colors,rows = p.n_parts,part_colors(p.n_parts),max(n, 1)+1
+    wide = .7*rows
+    fig = Picture(figsize=(1.2*(k+wide), 1.25*rows+.3), layout='constrained')
+    left,right = fig.subfigures(1, 2, width_ratios=(wide,k))
+    ax,by = left.subplots(),-(-224//min(im.size)) # lines of 2 pixels have room in an image of 224
+    large,boxes = im.resize([by*v for v in im.size], Image.Resampling.NEAREST),p.boxes[0]*by
+    ax.imshow(draw_boxes(large, boxes, colors))
+    Picture.name_boxes(ax, large.size[::-1], boxes, map(str, range(k)), colors)
+    axs = right.subplots(n+1, k, squeeze=False)
+    for a in fig.axes: a.set_axis_off()
+    for j,crops in enumerate(columns):
+        for a,crop in zip(axs[:,j], [_around(im, *_peak(p.maps[0,j])), *crops]): a.imshow(crop)
+        axs[0,j].set_title(Picture.fitted(f'{name}\nprototype {j}: {p.contribution[0,j]:+.2f}', 1.15, 7), fontsize=7)
+    for ax,text in zip(axs[:,0], ('in the image', *['nearest in\ntraining images']*n)):
+        ax.text(-.06, .5, text, transform=ax.transAxes, ha='right', va='center', ma='center', fontsize=7, rotation=90)
+    fig.suptitle(f'{name}: logit {p.logits[0,p.target[0]]:.2f}, the sum of its {k} prototypes', fontsize=8)
+    return fig
+
+# %% ../../nbs/16_nonparametric_prototypes/11_pictures.ipynb #2ac0ff01
 @patch
 def explain_prototypes(self:PartLearner,
     item, # Row of the learner's table
@@ -67,27 +97,10 @@ def explain_prototypes(self:PartLearner,
     table = self.dls.table
     x,_ = next(iter(self.batches(table.loc[[item]], whole=False)))
     p = self.model.parts(x.to(self.dls.device), target).cpu()
-    im,c = _seen(self, table.image[item]),p.target[0].item()
-    k = p.n_parts
-    wide = .7*(n+1)
-    fig = Picture(figsize=(1.2*(k+wide), 1.25*(n+1)), layout='constrained')
-    left,right = fig.subfigures(1, 2, width_ratios=(wide,k))
-    left.subplots().imshow(im)
-    axs = right.subplots(n+1, k, squeeze=False)
-    for a in fig.axes: a.set_axis_off()
-    for j in range(k):
-        _prototype_column(self, axs[:,j], im, p, j, near[(near['class'] == c) & (near.prototype == j)][:n])
-    for ax,text in zip(axs[:,0], ('in the image', *['nearest in\ntraining images']*n)):
-        ax.text(-.06, .5, text, transform=ax.transAxes, ha='right', va='center', ma='center', fontsize=7, rotation=90)
-    fig.suptitle(f'{self.dls.vocab[c]}: logit {p.logits[0,c]:.2f}, the sum of all {k}', fontsize=8)
-    return fig
-
-def _prototype_column(learn, axs, im, p, j, rows):
-    "The patch of one prototype in the image, and its nearest training patches"
-    axs[0].imshow(_around(im, *_peak(p.maps[0,j])))
-    axs[0].set_title(f'{p.contribution[0,j]:+.2f}', fontsize=8)
-    for ax,r in zip(axs[1:], rows.itertuples()):
-        ax.imshow(_around(_seen(learn, learn.dls.table.image[r.row]), r.y, r.x))
+    c = p.target[0].item()
+    of = lambda j: near[(near['class'] == c) & (near.prototype == j)][:n].itertuples()
+    columns = [[_around(_seen(self, table.image[r.row]), r.y, r.x) for r in of(j)] for j in range(p.n_parts)]
+    return _why(_seen(self, table.image[item]), p, self.dls.vocab[c], columns, n)
 
 # %% ../../nbs/16_nonparametric_prototypes/11_pictures.ipynb #97456bc8
 def _source(learn, table, r, share=72/224):
@@ -105,17 +118,28 @@ def _sources(learn, table, near):
     return out
 
 # %% ../../nbs/16_nonparametric_prototypes/11_pictures.ipynb #f156d17c
+def _known(run):
+    "The nearest training patches that a run keeps; None, and a warning, if they are not those of its weights"
+    kept,weights = run/'visualization'/'prototypes.json',run/'model.safetensors'
+    if kept.is_file() and kept.stat().st_mtime >= weights.stat().st_mtime: return read_json(kept, list)
+    warn_user(f'prototypes without their training patches: run interp-parts visualize {run} once')
+
 def prototype_details(
     learn, # Of a run
 ):
     "A function of `Parts` of one image and numbers of prototypes that says which training patch each is nearest to"
-    run = Path(learn.run_dir)
-    kept,weights = run/'visualization'/'prototypes.json',run/'model.safetensors'
-    if kept.is_file() and kept.stat().st_mtime >= weights.stat().st_mtime: known = read_json(kept, list)
-    else:
-        known = None
-        warn_user(f'prototypes without their training patches: run interp-parts visualize {run} once')
+    known = _known(Path(learn.run_dir))
     return lambda parts, which: [dict(source=known and known[parts.target[0]][k]) for k in which]
+
+def _picture(learn):
+    "A function of a file and its `Parts` that draws each prototype beside the training patch nearest to it"
+    known = _known(Path(learn.run_dir))
+    def crops(source): return [_crop(load_image(source['image']), source['box'])] if source and Path(source['image']).is_file() else []
+    def picture(file, p):
+        c = p.target[0].item()
+        columns = [crops(o) for o in known[c]] if known else [[]]*p.n_parts
+        return _why(_seen(learn, file, whole=True), p, learn.dls.vocab[c], columns, int(known is not None))
+    return picture
 
 # %% ../../nbs/16_nonparametric_prototypes/11_pictures.ipynb #b2b6b3d1
 def prototype_pictures(
@@ -139,3 +163,6 @@ def prototype_pictures(
         said = 'Top: the patch of each prototype and what it adds to the logit; below: the training patches nearest to the prototype, for display only.'
         files.append(learn.explain_prototypes(row, near).save(out/f'explanation_{i:03}_prototypes.png', title, said))
     return files
+
+_method = get_method('nonparametric_prototypes')
+_method.pictures,_method.details,_method.picture = prototype_pictures,prototype_details,_picture

@@ -162,8 +162,8 @@ class SaveState(Callback):
     def before_fit(self):
         self.facts = vars(self.learn).pop('facts', None) or _facts(self.learn)
         if not (old := self.state): return
-        same = dict(self.facts, data=_data(self.learn, old.get('data')), annotations=_annotations(self.learn, old.get('annotations') or {}))
-        _compare(self.dir.parent, old, same)
+        data,more = _data(self.learn, old.get('data')),_annotations(self.learn, old.get('annotations') or {})
+        _compare(self.dir.parent, old, dict(self.facts, data=data, annotations=more))
 
     @staticmethod
     def say_unsaved(path, e):

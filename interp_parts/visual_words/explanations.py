@@ -58,7 +58,7 @@ def _column(ax, r, row, sim, source, images, k=1):
     ax[0].set_title(f'word {r.word}\n{r.similarity:.1f} x {r.weight:+.2f} = {r.contribution:+.2f}', fontsize=8)
     if at in images.df.index: ax[2].imshow(images.boxed(at, _cell_box(y, x, sim.shape, size, k), 112))
     text = f'from {r.source}' + (f'\nalso {r.also}' if r.also else '')
-    ax[2].text(.5, -.04, Picture.clipped(text), transform=ax[2].transAxes, ha='center', va='top', fontsize=7, wrap=True)
+    ax[2].text(.5, -.04, Picture.fitted(text, 1.6, 7), transform=ax[2].transAxes, ha='center', va='top', fontsize=7, wrap=True)
 
 def _explain(learn, row, parts, images, n=4):
     "For each of the words that counted most: its place in the image, a map of where it is, and the patch it is"

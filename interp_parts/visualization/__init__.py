@@ -6,15 +6,16 @@
 __all__ = []
 
 # %% ../../nbs/21_visualization/00_visualization.ipynb #5c8a092d
-from . import overlays, figures, learner, summary, verdicts, findings, page, report, model_card, tracking
+from . import overlays, titles, figures, learner, summary, verdicts, findings, page, report, model_card, tracking
 
 # %% ../../nbs/21_visualization/00_visualization.ipynb #c6dd529d
-__all__ = [*overlays.__all__, *figures.__all__, *learner.__all__,
+__all__ = [*overlays.__all__, *titles.__all__, *figures.__all__, *learner.__all__,
            *summary.__all__, *verdicts.__all__, *findings.__all__, *page.__all__, *report.__all__, *model_card.__all__,
            *tracking.__all__]
 
 # %% ../../nbs/21_visualization/00_visualization.ipynb #c6db02c3
 from .overlays import *
+from .titles import *
 from .figures import *
 from .learner import *
 from .summary import *

@@ -10,7 +10,6 @@ import math, textwrap
 from pathlib import Path
 
 import cv2, numpy as np, torch
-from matplotlib import patheffects
 from matplotlib.patches import Patch
 
 from ..core import Batch, ConfigError, Parts
@@ -89,16 +88,6 @@ def _image(ax, im, title=None, color='black', size=9):
     ax.set_axis_off()
     ax.set_title(title or '', fontsize=size, color=color, y=1)       # or matplotlib measures all ticks to place it
 
-def _number_parts(ax, parts, size, which):
-    "Write the number of each part where it owns most pixels"
-    hard = hard_assignment(parts.maps, size)[0]
-    for k in which:
-        if k == parts.background or not (hard == k).any(): continue
-        own = cv2.distanceTransform(np.pad((hard == k).numpy().astype(np.uint8), 1), cv2.DIST_L2, 3)[1:-1,1:-1]
-        y,x = np.unravel_index(own.argmax(), own.shape)
-        ax.text(x, y, _part_name(parts, k).removeprefix('part '), ha='center', va='center', fontsize=9, weight='bold', color='white',
-                path_effects=[patheffects.withStroke(linewidth=2, foreground='black')])
-
 # %% ../../nbs/21_visualization/02_figures.ipynb #b37e2168
 def _draw_bars(ax, vals, colors, n):
     "Horizontal bars with their values, in `n` rows"
@@ -141,9 +130,9 @@ def explain(
     left = fig.add_gridspec(1, 2, left=.01, right=.58, top=.84, bottom=.17, wspace=.04).subplots()
     _image(left[0], image, 'input')
     _image(left[1], parts_overlay(image, parts, soft), 'parts')
-    _number_parts(left[1], parts, to_rgb(image).shape[:2], which)
+    Picture.number_parts(left[1], parts, to_rgb(image).shape[:2], which)
     _draw_rows(fig, image, parts, which, vals, rest)
-    fig.suptitle(_explain_title(parts, name, target, classes, multi), fontsize=13, weight='bold')
+    fig.headline(_explain_title(parts, name, target, classes, multi))
     fig.text(.5, .03, textwrap.fill(_explain_words(parts, name), 125), fontsize=9, ha='center', va='bottom')
     return fig
 
@@ -152,12 +141,15 @@ def _contact_sheet(images, headings, ncols=5, foot=0.0):
     "Images in a grid with their headings"
     side,ncols = 1.5,min(ncols, len(images))
     rows = -(-len(images)//ncols)
+    headings = [(Picture.fitted(t, side-.05),ok) for t,ok in headings]
     lines = max(1+t.count('\n') for t,_ in headings)
-    fig = Picture(figsize=(side*ncols, (side+.03+.14*lines)*rows+foot+.12), layout='constrained')
+    fig = Picture(figsize=(side*ncols, (side+.03+.14*lines)*rows+foot+.02), layout='constrained')
     axs = list(fig.subplots(rows, ncols, squeeze=False).flat)
-    for ax in axs: ax.set_axis_off()
+    for ax in axs:
+        ax.set_axis_off()
+        ax.set_anchor('S') # what is too high is above the image, where the heading is
     for ax,im,(text,ok) in zip(axs, images, headings):
-        _image(ax, im, Picture.clipped(text), 'crimson' if ok is False else 'black', 8)
+        _image(ax, im, text, 'crimson' if ok is False else 'black', 8)
     return fig
 
 # %% ../../nbs/21_visualization/02_figures.ipynb #9e8d0ce9
@@ -278,9 +270,10 @@ def _overviews(first, g, classes, soft):
 def _explanations(first, classes, multi, soft):
     "Name, figure, title and caption of the explanation of each image"
     for i,(x,p,b) in enumerate(first):
-        fig = explain(x, p, classes, multi=multi, soft=soft)
-        words = _explain_words(p, _name(classes, _target(p, None)))
-        yield f'explanation_{i:03}',fig,f'{Path(b.path[0]).name}: {fig.get_suptitle()}',words
+        fig,target = explain(x, p, classes, multi=multi, soft=soft),_target(p, None)
+        name = _name(classes, target)
+        title = _explain_title(p, name, target, classes, multi)
+        yield f'explanation_{i:03}',fig,f'{Path(b.path[0]).name}: {title}',_explain_words(p, name)
 
 # %% ../../nbs/21_visualization/02_figures.ipynb #a59bcaf0
 def save_visualization(

@@ -80,20 +80,34 @@ def _assignment_overlay(image, maps, alpha=0.5, background=None, presence=None, 
     return (w*tint + (1-w)*rgb).astype(np.uint8)
 
 # %% ../../nbs/21_visualization/01_overlays.ipynb #5ba9cb6e
+def _outline(size, box, width, inset=0):
+    "(H,W) bool: the lines of a box, `inset` pixels inside of it"
+    x,y,w,h = box
+    y0,x0 = (max(0, round(v)) + inset for v in (y,x))
+    y1,x1 = (min(n, round(v)) - inset for n,v in zip(size, (y+h,x+w)))
+    line = np.zeros(size, bool)
+    for i,on in ((0,True),(width,False)): line[y0+i:max(0,y1-i),x0+i:max(0,x1-i)] = on
+    return line
+
+def _free_outline(taken, box, width, share=.15):
+    "The first outline of a box, further and further in, of which at most a `share` lies on other lines, or the freest"
+    lines = [_outline(taken.shape, box, width, i) for i in range(0, 1+int(min(box[2:])/3), width+1)]
+    on = [(line & taken).sum()/max(1, line.sum()) for line in lines]
+    return next((line for line,v in zip(lines, on) if v <= share), lines[np.argmin(on)])
+
 def draw_boxes(
     image, # Image, anything `to_rgb` takes
     boxes, # (K,4) x, y, width, height in pixels
     colors, # (K,3) in 0..1
     width:int=2, # Of the lines, in pixels
 )->np.ndarray:
-    "(H,W,3) uint8: the image with rectangles"
+    "(H,W,3) uint8: the image with rectangles, the largest first, beside each other where they would cover each other"
     out = to_rgb(image).astype(np.uint8)
-    for (x,y,w,h),color in zip(np.asarray(boxes, dtype=float), np.asarray(colors)):
-        x0,y0,x1,y1 = (max(0, round(v)) for v in (x,y,x+w,y+h))
-        line = np.zeros(out.shape[:2], bool)
-        line[y0:y1,x0:x1] = True
-        line[y0+width:max(0,y1-width),x0+width:max(0,x1-width)] = False
-        out[line] = color*255
+    boxes,taken = np.asarray(boxes, dtype=float).reshape(-1,4),np.zeros(out.shape[:2], bool)
+    for k in np.argsort(-boxes[:,2]*boxes[:,3], kind='stable'):
+        line = _free_outline(taken, boxes[k], width)
+        out[line] = np.asarray(colors)[k]*255
+        taken |= line
     return out
 
 # %% ../../nbs/21_visualization/01_overlays.ipynb #19070084
@@ -108,7 +122,8 @@ def parts_overlay(
     out = _assignment_overlay(image, parts.maps, alpha, parts.background, parts.presence, soft, compat)
     if parts.boxes is None: return out
     on = [k for k in range(parts.n_parts) if k != parts.background and parts.presence[0,k] >= .5]
-    return draw_boxes(out, parts.boxes[0,on], part_colors(parts.n_parts, parts.background)[on])
+    width = max(1, round(min(out.shape[:2])/112)) # 2 pixels at 224
+    return draw_boxes(out, parts.boxes[0,on], part_colors(parts.n_parts, parts.background)[on], width)
 
 # %% ../../nbs/21_visualization/01_overlays.ipynb #be1fd08b
 def attention_map(
@@ -273,12 +288,3 @@ def save(self:Picture,
     with atomic_path(claim_file(path)) as tmp: tmp.write_bytes(self.png(title, text))
     return Path(path)
 
-
-# %% ../../nbs/21_visualization/01_overlays.ipynb #39449f43
-@patch(cls_method=True)
-def clipped(cls:Picture,
-    text:str, # One line or several
-    n:int=22, # Characters a line, at most
-)->str:
-    "The text with an ellipsis at the end of each line that was longer"
-    return '\n'.join(t if len(t) <= n else f'{t[:n-1]}…' for t in text.split('\n'))

@@ -56,10 +56,10 @@ def _chart(name, lines):
     ax = fig.subplots()
     for part,values in lines.items():
         color,style = _LINES[part]
-        ax.plot(np.arange(len(values))+1, np.array(values, float), style, color=color, marker='.', ms=4,
+        ax.plot(np.arange(len(values)), np.array(values, float), style, color=color, marker='.', ms=4,
                 label=_last(part, values))
     ax.set_title(name.replace('_', ' '), loc='left', fontsize=9, weight='bold')
-    ax.set_xlabel('epoch', fontsize=8)
+    ax.set_xlabel('epoch, counted from 0', fontsize=8)
     ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     ax.tick_params(labelsize=8)
     ax.spines[['top','right']].set_visible(False)
