@@ -169,10 +169,12 @@ def match_classes(
     return out
 
 # %% ../../nbs/01_data/01_table.ipynb #e92d0371
+_small = 65536 # Bytes
+
 @patch(cls_method=True)
 def sample(cls:KnownFiles,
     path, # File
-    whole:int=65536, # Bytes of a small file, at most
+    whole:int=_small, # Bytes of a small file, at most
     n:int=4096, # Bytes of each end of a larger one
     between:int=16, # Blocks of 512 bytes between the ends
 )->bytes:
@@ -203,33 +205,34 @@ def sampler(cls:KnownFiles,
     return told
 
 # %% ../../nbs/01_data/01_table.ipynb #ef6d4bcd
-def _new_hash(file):
+def _hash(file):
+    "Hash of all of a file"
     known = KnownFiles.active()
+    if h := known.get(file, 'hash'): return h
     with open(file, 'rb', buffering=0) as f: h = hashlib.file_digest(f, 'blake2b').hexdigest()[:40]
     known.put(file, 'hash', h)
     return h
 
-def _hashes(files):
-    "Hash of each file (N,)"
-    known = KnownFiles.active().get_all(files, 'hash')
-    return [h or _new_hash(f) for h,f in zip(known, files)]
-
-
+def _contents(files, sizes):
+    "Equal words (N,) for equal contents: samples, and hashes of large files whose samples are equal"
+    words = [w or KnownFiles.sampler([f])(f) for f,w in zip(files, KnownFiles.active().get_all(files, 'sample'))]
+    large = Counter(w for w,n in zip(words, sizes) if n > _small)
+    return [_hash(f) if large.get(w, 0) > 1 else w for f,w in zip(files, words)] if large else words
 
 # %% ../../nbs/01_data/01_table.ipynb #20e5a8a5
-def _in_both(a, b, keys):
-    "The files of two lists whose keys occur in both; 0 is the size of a lost or an empty file"
-    of_a,of_b = keys(a),keys(b)
-    both = {*of_a} & {*of_b} - {0}
-    return [f for f,k in zip(a, of_a) if k in both],[f for f,k in zip(b, of_b) if k in both]
+def _sizes(files):
+    "Bytes of each file by path; a lost one, which `find_broken` names, is left out like an empty one"
+    files = list(dict.fromkeys(files))
+    return {f:n for f,n in zip(files, KnownFiles.active().sizes(files)) if n}
 
 def _same_files(files, others):
     "Pairs of a path of `files` and one of `others` with the same content, empty files left out"
-    a,b = _in_both(*(list(dict.fromkeys(fs)) for fs in (files, others)), KnownFiles.active().sizes)
-    sample = KnownFiles.sampler([*a, *b])
-    a,b = _in_both(a, b, lambda fs: list(map(sample, fs)))
-    known = dict(zip(reversed(_hashes(b)), reversed(b))) # the first of copies
-    return sorted((f, known[h]) for f,h in zip(a, _hashes(a)) if h in known)
+    a,b = _sizes(files),_sizes(others)
+    both = {*a.values()} & {*b.values()}
+    size = {f:n for f,n in {**a, **b}.items() if n in both}
+    content = dict(zip(size, _contents(list(size), size.values())))
+    first = {content[f]:f for f in reversed(b) if f in size}
+    return sorted((f, first[content[f]]) for f in a if content.get(f) in first)
 
 # %% ../../nbs/01_data/01_table.ipynb #5c649755
 def content_groups(
@@ -239,9 +242,10 @@ def content_groups(
     files = list(map(str, files))
     sizes = np.array(KnownFiles.active().sizes(files))
     _,same,n = np.unique(sizes, return_inverse=True, return_counts=True)
-    asked = np.flatnonzero((n[same] > 1) & (sizes > 0)).tolist()
+    asked = np.flatnonzero((n[same] > 1) & (sizes > 0))
     content,first = files.copy(),{}
-    for i,h in zip(asked, _hashes([files[i] for i in asked])): content[i] = h
+    words = _contents([files[i] for i in asked.tolist()], sizes[asked].tolist())
+    for i,w in zip(asked.tolist(), words): content[i] = w
     return [first.setdefault(c, i) for i,c in enumerate(content)]
 
 # %% ../../nbs/01_data/01_table.ipynb #a0457340
