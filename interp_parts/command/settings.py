@@ -242,6 +242,9 @@ def check_settings(
     if s['views'] > 1 and not (s['frozen'] or s['cache_features']):
         raise ConfigError('--views', s['views'], 'a backbone that stays as it is',
                           'pass --frozen or --cache-features too')
+    for k in ('cache_gb','cache_half'):
+        if s[k] != settings_defaults[k] and not s['cache_features']:
+            raise ConfigError(f"--{k.replace('_','-')}", s[k], 'a file of features', 'pass --cache-features too')
     if s['track']: Track.check(s['track'])
     _check_fit(**s['fit'])
     _check_files(s)
