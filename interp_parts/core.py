@@ -51,6 +51,12 @@ class _Batched:
         rows = [i] if isinstance(i, int) else list(range(len(self)))[i] if isinstance(i, slice) else list(i)
         return self._map(lambda v: v[rows] if isinstance(v, torch.Tensor) else [v[j] for j in rows])
 
+    def __repr__(self):
+        "What there is, tensors and lists by their shape"
+        word = lambda v: f'Tensor{list(v.shape)}' if isinstance(v, torch.Tensor) else f'list[{len(v)}]' if isinstance(v, list) else repr(v)
+        said = {o.name:getattr(self, o.name) for o in fields(self)}
+        return f"{type(self).__name__}({', '.join(f'{k}={word(v)}' for k,v in said.items() if v is not None)})"
+
     @classmethod
     def cat(cls,
         items, # Of this class; maps of `Parts` have one size
@@ -66,7 +72,7 @@ class _Batched:
 # %% ../nbs/00_core.ipynb #410ee49a
 KINDS = ('logit', 'attention', 'similarity')
 
-@dataclass
+@dataclass(repr=False)
 class Parts(_Batched):
     "What a part-based model says about a batch: where its parts are, and what each counted"
     maps:torch.Tensor # (B,K,h,w), in [0,1]
@@ -125,7 +131,7 @@ def check_parts(
     return p
 
 # %% ../nbs/00_core.ipynb #159b8695
-@dataclass
+@dataclass(repr=False)
 class Batch(_Batched):
     "What is known about the images of a batch, in network-input pixels"
     index:torch.Tensor # (B,) row numbers in the table
