@@ -11,7 +11,6 @@ from contextlib import nullcontext
 from pathlib import Path
 
 import pandas as pd, timm
-from fastcore.imports import in_notebook
 from huggingface_hub import try_to_load_from_cache
 
 from .settings import check_kind, check_settings, option_kinds, pick_device, settings_defaults
@@ -242,15 +241,11 @@ def _backbone(learn, s):
     if not (s['frozen'] or s['cache_features']): return nullcontext()
     return frozen_backbone(learn, s['cache_features'], s['views'], s['cache_gb'], s['cache_half'])
 
-def _rows_in_files(learn):
-    "A block that prints rows instead of a progress bar, if what is printed goes to a file or a pipe"
-    return nullcontext() if in_notebook() or sys.stdout.isatty() else learn.no_bar()
-
 _clocks = time.time,time.process_time
 
 def _train(learn, run, s, config, resume, began):
     cbs = [Track(run, s['track'])] if s['track'] else ()
-    with _backbone(learn, s), _rows_in_files(learn):
+    with _backbone(learn, s), learn.rows_in_files():
         fit_run(learn, s['epochs'], run, resume, cbs=cbs, save_every=s['save_every'], **s['fit'])
     if this_process()[0]: return
     seconds,cpu = (round(now()-then, 1) for now,then in zip(_clocks, began))

@@ -86,6 +86,8 @@ def _foreground_iou(logits, mask):
     a,b = logits > 0,mask > 0
     return (((a & b).sum((1,2)) + 1e-6)/((a | b).sum((1,2)) + 1e-6)).mean()
 
+_foreground_iou.__name__ = 'foreground_iou' # the name of its column
+
 # %% ../../nbs/03_models/03_foreground.ipynb #e9ff77a4
 class _MaskTarget(Callback):
     "Make the mask the target of the training"
@@ -198,6 +200,6 @@ def supervised_labels(
     dls = part_dls(df, size, resize, bs, ('mask',), stats=backbone_stats(backbone), workers=workers, seed=seed,
                    device=device)
     learn = foreground_learner(dls, backbone, weights, pretrained)
-    fit_run(learn, epochs)
+    with learn.rows_in_files(): fit_run(learn, epochs)
     _save_foreground(learn, Path(folder)/'.foreground')
     return predict_masks(learn, df, folder, splits, **predict)

@@ -6,10 +6,12 @@
 __all__ = []
 
 # %% ../../nbs/04_training/05a_printed.ipynb #bda88430
-from contextlib import contextmanager
+import sys
+from contextlib import contextmanager, nullcontext
 
 from fastai.learner import Learner
 from fastcore.basics import patch
+from fastcore.imports import in_notebook
 
 from ..core import PartLearner
 
@@ -37,3 +39,8 @@ def no_bar(self:PartLearner):
     try:
         with Learner.no_bar(self): yield self
     finally: self.logger = was
+
+@patch
+def rows_in_files(self:PartLearner):
+    "A block that prints rows instead of a progress bar, if what is printed goes to a file or a pipe"
+    return nullcontext() if in_notebook() or sys.stdout.isatty() else self.no_bar()
