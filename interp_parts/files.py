@@ -189,7 +189,6 @@ def _is_our_file(p):
 
 # %% ../nbs/00a_files.ipynb #a5054ef6
 MARK = '.interp_parts.json' # File of a folder that the library fills
-_cut_mask = re.compile(r'[0-9a-f]{32}\.png')
 
 def _json(path):
     "The dictionary of a JSON file; an empty one if there is none"
@@ -202,12 +201,6 @@ def _is_run(d):
     c = _json(d/'config.json')
     return isinstance(c.get('method'), str) and isinstance(c.get('versions'), dict) and 'interp_parts' in c['versions']
 
-def _is_mask(path):
-    "Is it an image of black and white, as GrabCut's masks are?"
-    try:
-        with Image.open(path) as im: return im.mode == 'L' and {v for _,v in im.getcolors(2) or [(0,1)]} <= {0,255}
-    except Exception: return False
-
 def _earlier(d, names=None):
     "Kind of a folder that an earlier version filled, or None"
     if _is_run(d): return 'run'
@@ -216,8 +209,6 @@ def _earlier(d, names=None):
     if (d/'rows').is_dir() and any(map(_is_run, (d/'runs').glob('*'))): return 'table'
     names = os.listdir(d) if names is None else names
     if any({'schema','key','sha256'} <= _json(d/n).keys() for n in names if n.endswith('.json')): return 'parts'
-    cut = names and all(_cut_mask.fullmatch(os.path.basename(n)) for n in names)
-    return 'grabcut' if cut and _is_mask(d/min(names)) else None # photographs are named by their MD5, too
 
 # %% ../nbs/00a_files.ipynb #822001d2
 def made(

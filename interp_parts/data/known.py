@@ -52,7 +52,7 @@ def _read_index(folder):
     try:
         with np.load(_index_of(folder), allow_pickle=False) as d: states,which,text = d['states'],d['which'],d['text']
         of,names,answers = json.loads(text.tobytes())
-        kinds = {type(a) for a in answers} <= {dict} and set(which.tolist()) <= {*range(len(answers))}
+        kinds = {type(a) for a in answers} <= {dict} and {type(n) for n in names} <= {str} and set(which.tolist()) <= {*range(len(answers))}
         index = _Index(names, states, which, answers)
         return index if of == folder and kinds and len(names) == len(index.states) == len(which) else _Index()
     except (OSError, ValueError, TypeError, KeyError, EOFError, RuntimeError, zipfile.BadZipFile): return _Index()

@@ -43,4 +43,5 @@ def no_bar(self:PartLearner):
 @patch
 def rows_in_files(self:PartLearner):
     "A block that prints rows instead of a progress bar, if what is printed goes to a file or a pipe"
-    return nullcontext() if in_notebook() or sys.stdout.isatty() else self.no_bar()
+    seen = in_notebook() or sys.stdout and sys.stdout.isatty() # there is none after `>&-`
+    return nullcontext() if seen else self.no_bar()

@@ -106,7 +106,7 @@ class ShareBatches(Callback):
         self.blocks = []
         self._shares()
         self.learn.to_detach = partial(to_detach, gather=False) # each process may have another number of batches
-        self.learn.add_cb(_Average())
+        self.learn.add_cbs([_Average(), _FirstNorms()])
         with torch.no_grad():
             for t in self.learn.model.state_dict().values(): _from_first(t)
         torch.manual_seed((torch.initial_seed() + self.i) % 2**63) # colours and dropout of its own
@@ -119,7 +119,7 @@ class ShareBatches(Callback):
     def after_fit(self):
         if self.n == 1: return
         while self.blocks: self.blocks.pop().__exit__(None, None, None)
-        self.learn.remove_cb(_Average)
+        self.learn.remove_cbs([_Average, _FirstNorms])
         del self.learn.to_detach
 
 def _from_first(t):
@@ -195,6 +195,13 @@ class _Average(Callback):
 
     def after_train(self):
         if self.buckets: self.buckets.remove()
+
+class _FirstNorms(Callback):
+    "Validates with the statistics of the first process, which are saved"
+    order = 60 # after averaged weights are put in
+    def before_validate(self):
+        with torch.no_grad():
+            for t in self.learn.model.buffers(): _from_first(t)
 
 # %% ../../nbs/04_training/07a_shared.ipynb #4ce3b135
 def _joint_norm(m, x):
