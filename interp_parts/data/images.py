@@ -83,12 +83,19 @@ def image_size(
 
 # %% ../../nbs/01_data/02_images.ipynb #574e7f97
 _magic = {b'\xff\xd8\xff':b'\xff\xd9', b'\x89PNG\r\n\x1a\n':b'IEND', b'GIF8':b'\x3b', b'BM':b'', b'RIFF':b'',
-          b'II*\x00':b'', b'MM\x00*':b'', **{f'P{i}'.encode():b'' for i in range(1,7)}}
+          b'II*\x00':b'', b'MM\x00*':b'', b'II+\x00':b'', b'MM\x00+':b'', **{f'P{i}'.encode():b'' for i in range(1,7)}}
+
+def _row_bytes(im):
+    "Bytes of a row of an opened PPM: bits are padded, and values above 255 take two"
+    if im.mode == '1': return -(-im.width//8)
+    args = im.tile[0].args
+    wide = '16' in str(args) or isinstance(args, tuple) and args[-1] > 255
+    return im.width*len(im.getbands())*(1 + wide)
 
 def _pixels_end(path):
     "Bytes of a TIFF or a PPM up to its last pixel"
     with Image.open(path, formats=('TIFF','PPM')) as im:
-        if im.format == 'PPM': return im.tile[0].offset + im.width*im.height*len(im.getbands())//(8 if im.mode == '1' else 1)
+        if im.format == 'PPM': return im.tile[0].offset + _row_bytes(im)*im.height
         at,n = next((im.tag_v2[a], im.tag_v2[b]) for a,b in ((273,279),(324,325)) if a in im.tag_v2) # strips, or tiles
         return max(map(sum, zip(at, n)))
 

@@ -35,10 +35,11 @@ def _separator(header):
 def _csv_rows(path):
     "Header and rows of a CSV file; every row has as many fields as the header"
     text = _csv_text(path)
-    first = next((l for l in text.splitlines() if l.strip() and l[0] != '#'), None)
-    if first is None: raise DataError(path, 'unreadable (no line)', 'a CSV file with a header line')
-    source = io.StringIO(text[text.index(first):], newline='')
-    rows = csv.reader(source, delimiter=_separator(first), skipinitialspace=True)
+    lines = text.splitlines(keepends=True)
+    at = next((i for i,l in enumerate(lines) if l.strip() and l[0] != '#'), None)
+    if at is None: raise DataError(path, 'unreadable (no line)', 'a CSV file with a header line')
+    source = io.StringIO(''.join(lines[at:]), newline='')
+    rows = csv.reader(source, delimiter=_separator(lines[at].rstrip()), skipinitialspace=True)
     head,*rows = filter(any, ([v.strip() for v in r] for r in rows))
     for i,r in enumerate(rows):
         while len(r) > len(head) and not r[-1]: r.pop() # a separator at the end of the line
