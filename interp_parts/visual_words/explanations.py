@@ -61,6 +61,7 @@ def _column(ax, r, row, sim, source, images, k=1):
     size,(at,y,x,_) = images[row].shape[:2],source
     ax[0].imshow(images.boxed(row, activation_boxes(sim[None], size)[0], 112))
     ax[1].imshow(heat(resize_maps(sim[None], size, 'bicubic')[0], images[row]))
+    ax[1].set_box_aspect(1)                                               # a square, as the pictures above and below
     ax[0].set_title(f'word {r.word}\n{_product(r.similarity, r.weight, r.contribution)}', fontsize=8)
     if at in images.df.index: ax[2].imshow(images.boxed(at, _cell_box(y, x, sim.shape, size, k), 112))
     text = f'from {r.source}' + (f'\nalso {r.also}' if r.also else '')
