@@ -160,7 +160,7 @@ def _source(source, classes):
     "Where a word comes from, in words"
     row,r,c,label = source
     if row < 0: return 'not projected'
-    return f'row {row}, cell {r},{c}' + (f', {classes[label]}' if classes and label >= 0 else '')
+    return f'row {row}, cell {r},{c}' + (f', {Picture.clipped(classes[label], 26)}' if classes and label >= 0 else '')
 
 def _word_sheets(model, near, images, classes=None):
     "Number and picture (H,W,3) uint8 of each word"
