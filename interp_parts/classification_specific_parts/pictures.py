@@ -53,14 +53,16 @@ def _bars(ax, names, vals, colors, title):
     ax.axvline(0, color='black', lw=.6)
 
 # %% ../../nbs/14_classification_specific_parts/09_pictures.ipynb #5ff82b20
+_fit = lambda text: Picture.fitted(text, 2.2, 9)        # one of four in a row
+
 def _top_row(fig, image, o, q, name, c, k):
     "Input, saliency of the class's features and of all, clusters with starts and boxes"
     axs = fig.subplots(1, 4)
     _panel(axs[0], to_rgb(image).astype(np.uint8), 'input')
-    titles = f'pixels of the features of\n{name(c)}','pixels of\nall features'
+    titles = _fit(f'pixels of the features of\n{name(c)}'),'pixels of\nall features'
     for ax,m,t in zip(axs[1:3], q, titles): _panel(ax, m, t)
     found = o.classes[0].item()
-    title = 'clusters, starts, boxes' + (f'\nof {name(found)}, predicted first')*(found != c)
+    title = 'clusters, starts, boxes' + _fit(f'\nof {name(found)}, predicted first')*(found != c)
     _panel(axs[3], draw_boxes(_clusters(image, o, k), o.found.boxes[0].cpu(), part_colors(k)), title)
     axs[3].plot(*o.found.starts[0].cpu().flip(1).T, 'kx', ms=5)
 
@@ -74,7 +76,7 @@ def _low_row(fig, image, o, p, shares, selected, c, k):
           [*p.contribution[0].tolist(), p.constant[0].item()], [*part_colors(k),(.6,.6,.6)],
           f'decision {p.logits[0,c]:+.2f} =')
     which,vals = shares
-    _bars(cells[k+1], [f'feature {i}' for i in which], vals, 'tab:blue', f'{selected} features selected')
+    _bars(cells[k+1], [f'feature {i}' for i in which], vals, 'tab:blue', f'{selected} feature{"s"*(selected != 1)} selected')
 
 # %% ../../nbs/14_classification_specific_parts/09_pictures.ipynb #96611a16
 def explain_selection(
@@ -95,7 +97,7 @@ def explain_selection(
     _top_row(top, image, o, q, name, c, k)
     selected = int((model.select_coef[c] != 0).sum())
     _low_row(low, image, o, p, _feature_shares(model, f[0].cpu(), c), selected, c, k)
-    fig.suptitle(f'{name(c)}: which features, which pixels, which parts', fontsize=11, weight='bold')
+    fig.suptitle(Picture.fitted(f'{name(c)}: which features, which pixels, which parts', 7.9, 11), fontsize=11, weight='bold')
     return fig
 
 # %% ../../nbs/14_classification_specific_parts/09_pictures.ipynb #daed5926

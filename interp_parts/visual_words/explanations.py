@@ -50,12 +50,19 @@ def _cell_box(y, x, grid, size, k=1):
     (gh,gw),(h,w) = (g+k-1 for g in grid),size
     return y*h//gh, -(-(y+k)*h//gh), x*w//gw, -(-(x+k)*w//gw)
 
+def _product(a, b, c):
+    "`a` x `b` = `c` in words, with two to four decimals, so that the printed numbers give the printed product"
+    right = lambda n: f'{float(f"{a:.{n}f}")*float(f"{b:.{n}f}"):+.2f}' == f'{c:+.2f}'
+    n = next((n for n in (2,3) if right(n)), 4)
+    return f'{a:.{n}f} x {b:+.{n}f} = {c:+.2f}'
+
 def _column(ax, r, row, sim, source, images, k=1):
     "Axes of one word `r` of the table: place, heat, patch"
     size,(at,y,x,_) = images[row].shape[:2],source
     ax[0].imshow(images.boxed(row, activation_boxes(sim[None], size)[0], 112))
     ax[1].imshow(heat(resize_maps(sim[None], size, 'bicubic')[0], images[row]))
-    ax[0].set_title(f'word {r.word}\n{r.similarity:.1f} x {r.weight:+.2f} = {r.contribution:+.2f}', fontsize=8)
+    ax[1].set_box_aspect(1)                                               # a square, as the pictures above and below
+    ax[0].set_title(f'word {r.word}\n{_product(r.similarity, r.weight, r.contribution)}', fontsize=8)
     if at in images.df.index: ax[2].imshow(images.boxed(at, _cell_box(y, x, sim.shape, size, k), 112))
     text = f'from {r.source}' + (f'\nalso {r.also}' if r.also else '')
     ax[2].text(.5, -.04, Picture.fitted(text, 1.6, 7), transform=ax[2].transAxes, ha='center', va='top', fontsize=7, wrap=True)
@@ -153,7 +160,7 @@ def _source(source, classes):
     "Where a word comes from, in words"
     row,r,c,label = source
     if row < 0: return 'not projected'
-    return f'row {row}, cell {r},{c}' + (f', {classes[label]}' if classes and label >= 0 else '')
+    return f'row {row}, cell {r},{c}' + (f', {Picture.clipped(classes[label], 26)}' if classes and label >= 0 else '')
 
 def _word_sheets(model, near, images, classes=None):
     "Number and picture (H,W,3) uint8 of each word"

@@ -8,6 +8,7 @@ __all__ = ['heat', 'SeenImages']
 # %% ../../nbs/12_visual_words/15_images.ipynb #1bc9dc22
 import cv2, numpy as np, pandas as pd
 from fastcore.basics import patch
+from PIL import Image, ImageOps
 
 from ..data.images import load_image
 from .fields import activation_boxes
@@ -57,10 +58,10 @@ def boxed(self:SeenImages,
     box, # Top, bottom, left, right in pixels
     side:int, # Of the result, in pixels
 )->np.ndarray:
-    "The image (side,side,3) with a box"
+    "The image with a box, on a white square (side,side,3)"
     t,b,l,r = (int(v) for v in box)
     im = draw_boxes(self[row], [(l,t,r-l,b-t)], [(1.,1,0)], max(2, len(self[row])//70))
-    return cv2.resize(im, (side,side), interpolation=cv2.INTER_AREA)
+    return np.asarray(ImageOps.pad(Image.fromarray(im), (side,side), Image.Resampling.BILINEAR, color='white'))
 
 # %% ../../nbs/12_visual_words/15_images.ipynb #17761228
 @patch

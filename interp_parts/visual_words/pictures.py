@@ -37,7 +37,7 @@ def _whole(image, side):
 def _speaks(model, j, vocab):
     "A word and the classes that it counts most for"
     best = model.last.weight[:,j].detach().topk(min(2, len(vocab)))
-    lines = [f'{vocab[c][:22]} {v:+.2f}' for v,c in zip(best.values.tolist(), best.indices.tolist())]
+    lines = [f'{Picture.clipped(vocab[c], 22)} {v:+.2f}' for v,c in zip(best.values.tolist(), best.indices.tolist())]
     return '\n'.join([f'word {j}', *lines])
 
 def _rows(near, images, patches, words, side):

@@ -17,13 +17,17 @@ from ..core import Parts
 from .overlays import Picture, hard_assignment, part_colors
 
 # %% ../../nbs/21_visualization/01a_titles.ipynb #39449f43
+def _ends(line, n):
+    "The first and last of a line's letters, `n` in all, and an ellipsis between them"
+    return f'{line[:n-n//2].rstrip()}…{line[len(line)-n//2:].lstrip()}'
+
 @patch(cls_method=True)
 def clipped(cls:Picture,
     text:str, # One line or several
     n:int=22, # Characters a line, at most
 )->str:
-    "The text with an ellipsis at the end of each line that was longer"
-    return '\n'.join(t if len(t) <= n else f'{t[:n-1]}…' for t in text.split('\n'))
+    "The text with an ellipsis in the middle of each line that was longer"
+    return '\n'.join(t if len(t) <= n else _ends(t, n-1) for t in text.split('\n'))
 
 # %% ../../nbs/21_visualization/01a_titles.ipynb #5b0c7d12
 def _inches(text, size):
@@ -42,9 +46,9 @@ def _broken(line, fits):
     return lines
 
 def _cut(line, fits):
-    "The line, or its beginning and an ellipsis"
+    "The line, or its beginning, an ellipsis and its end"
     if fits(line): return line
-    return next((t for i in range(len(line)-1, 0, -1) if fits(t := line[:i].rstrip()+'…')), '…')
+    return next((t for n in range(len(line)-1, 0, -1) if fits(t := _ends(line, n))), '…')
 
 @patch(cls_method=True)
 def fitted(cls:Picture,
@@ -53,7 +57,7 @@ def fitted(cls:Picture,
     size:float=8, # Of the letters, in points
     lines:int=2, # That a line may become
 )->str:
-    "The text broken into lines of a width, with an ellipsis where it needs more of them"
+    "The text broken into lines of a width, with an ellipsis in the last where it needs more of them"
     fits = lambda t: _inches(t, size) <= .96*width
     parts = [_broken(t, fits) for t in text.split('\n')]
     return '\n'.join(_cut(t.rstrip(), fits) for p in parts for t in [*p[:lines-1], ''.join(p[lines-1:])][:len(p)])
