@@ -82,7 +82,8 @@ def _why(im, p, name, columns, n):
         axs[0,j].set_title(Picture.fitted(f'{name}\nprototype {j}: {p.contribution[0,j]:+.2f}', 1.15, 7), fontsize=7)
     for ax,text in zip(axs[:,0], ('in the image', *['nearest in\ntraining images']*n)):
         ax.text(-.06, .5, text, transform=ax.transAxes, ha='right', va='center', ma='center', fontsize=7, rotation=90)
-    fig.suptitle(f'{name}: logit {p.logits[0,p.target[0]]:.2f}, the sum of its {k} prototypes', fontsize=8)
+    said = f'{name}: logit {p.logits[0,p.target[0]]:.2f}, the sum of its {k} prototypes'
+    fig.suptitle(Picture.fitted(said, .95*fig.get_figwidth()), fontsize=8)
     return fig
 
 # %% ../../nbs/16_nonparametric_prototypes/11_pictures.ipynb #2ac0ff01
