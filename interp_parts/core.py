@@ -154,6 +154,7 @@ class PartModel(OriginalWeights, nn.Module):
     "Base class of all methods: `forward(x)` returns an object with `.logits`; `_parts` makes `Parts`"
     needs_grad = False # Does `_parts` differentiate?
     classifies = True # Are the logits those of classes, or attributes, of an image?
+    class_parts = False # Has each class parts of its own, so that part k of one is another than part k of the other?
     part_names = {} # Names of parts by number, which a run keeps
     start_only = ('pretrained', 'weights', 'features') # Arguments that a run does not store: where weights come from
     def __init__(self,

@@ -122,9 +122,12 @@ def _answer_line(o):
     return f"{said} Right." if o['label'] == o['predicted'] else f"{said} Wrong: it is {o['label']}, which got {100*o['of_label']:.0f} %."
 
 def _reason_lines(o, kind, names):
-    "Why the answer was not the truth, part by part"
+    "Why the answer was not the truth, part by part; parts that belong to classes are not compared"
     if o.get('label') == o.get('predicted'): return []
     if not o['reasons']: return ['The method does not say what each part counts for one class and not for another.']
+    if None in o['reasons'][0]: # parts that belong to classes
+        return [f"{re.sub(r'^part (?=[0-9]+$)', 'prototype ', names(k))} of {o['predicted'] if y is None else o['label']}: {x if y is None else y:+.2f}"
+                for k,x,y in o['reasons']]
     talk = lambda k,x,y: _TALK[kind].format(part=names(k), gap=x-y, word='more' if x > y else 'less', a=o['predicted'],
                                             b=o['label'], x=x, y=y)
     return [talk(*r) for r in o['reasons'] if abs(r[1]-r[2]) > 5e-3]
@@ -168,7 +171,7 @@ def _ends(by_class, most=5):
 def _cards(found, run, names, anchors):
     "What the page shows of each part"
     color = [part_colors(found['n_parts'], next((c['part'] for c in found['parts'] if c['background']),
-                                                None))[c['part']] for c in found['parts']]
+                                                None))[c.get('number', c['part'])] for c in found['parts']]
     frame = dict(box='box of the object', mask='box around the mask of the object').get(found['frame'], 'image')
     for c,rgb in zip(found['parts'], color):
         strip,where = _picture(Path(run)/'visualization'/f"part_{c['part']:03}.png"),_place_words(c['spot'])
@@ -176,7 +179,7 @@ def _cards(found, run, names, anchors):
                    frame=frame, where=where,
                    place=_place_png(c['place'], rgb), patches=strip.get('src'), width=strip.get('width'),
                    height=strip.get('height'),
-                   said=f"Present in {c['present']} of {found['n_images']} images. In the {frame}, {where}.",
+                   said=f"Present in {c['present']} of {c.get('images', found['n_images'])} images. In the {frame}, {where}.",
                    counted=_COUNTED.get(found['kind'], ''),
                    by_class=[(n, f'{v:+.2f}', m, anchors.get(n)) for n,v,m in _ends(c['by_class']) if any(abs(o[1]) >= 5e-3 for o in c['by_class'])])
 
@@ -237,12 +240,14 @@ def _from_findings(run, pictures):
     "Sections made from findings.json and answers.csv"
     found,given = _found(run),given_names(run)
     stored = {c['part']:c['name'] for c in found.get('parts', ())}
-    names = lambda k: given.get(k) or stored.get(k, f'part {k}')
+    part = lambda k: given.get(k, f'part {k}')
+    names = (lambda k: stored.get(k, part(k))) if found.get('class_parts') else lambda k: given.get(k) or stored.get(k, f'part {k}')
     answers = _answers(run, found)
     rows,ids = _class_rows(answers, found, names)
     n,of = sum(o[2] for o in answers),'test images' if (Path(run)/'answers.csv').exists() else 'images looked at'
     more = '' if len(found.get('parts', ())) == found.get('n_parts') else f" Shown: the {len(found.get('parts', ()))} of {found.get('n_parts')} that count most."
-    return dict(groups=_grouped(found, pictures, names) if found else (),
+    if found.get('class_parts'): more = f" Each class has {found['n_parts']} of its own. Shown: the {len(found['parts'])} that count most."
+    return dict(groups=_grouped(found, pictures, part if found.get('class_parts') else names) if found else (),
                 cards=list(_cards(found, run, names, ids)) if found else (),
                 cards_said=f"From {found.get('n_images')} images: the regions in which each part is most present, its place, and what it counts.{more}",
                 class_rows=rows, classes_said=f'{n} {of}. Unfold a class to see the parts that count for it.',
@@ -259,7 +264,7 @@ def _html(run_dir):
                  CheckpointError):
         more = _from_findings(d, pictures)
     used = {p['id'] for g in more['groups'] for p in g['pictures']}
-    if all(c['patches'] for c in more['cards']) and len(more['cards']) == _found(d).get('n_parts'): used.add('gallery')
+    if all(c['patches'] for c in more['cards']) and not _found(d).get('class_parts') and len(more['cards']) == _found(d).get('n_parts'): used.add('gallery')
     rest = [p for p in pictures if p.get('file', '').removesuffix('.png') not in used] # `gallery` shows the cards' patches again
     says = verdict(run.metrics, bool(run.config.get('multi'))) if run.metrics else ()
     return render_page(run, verdict=says, charts=charts, pictures=rest, tables=_tables(d), facts=facts,
