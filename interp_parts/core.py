@@ -294,7 +294,7 @@ def register(
     summary:str='', # One line for listings
     extra=(), # Annotations its training is given, such as 'mask'; it gets no others
     scores=None, # `(learner, table, protocol) -> dict`: its own published measures, which `evaluate` adds
-    base:str=None, # Method whose finished run it needs (`--init`)
+    base:str=None, # Method whose finished run it takes (`--init`)
     pictures=None, # `(learner, table, rows shown, folder) -> files`: its own pictures, which `visualize` adds
     importer=None, # `(file, out, **options) -> run`: makes a run of a checkpoint of its authors
 )->_Method:

@@ -157,6 +157,9 @@ def _say_start(method, learn, s, say):
     n = sum(p.numel() for p in learn.model.parameters())
     say(f"{method}: {len(d.train.dataset)} training images, {d.c} {'attributes' if d.multi else 'classes'}, "
         f"{n:,} parameters, {d.device}")
+    base,m = get_method(method).base,s.get('model', {})
+    if base and not (s.get('init') or m.get('attention') is not None or m.get('class_specific')):
+        say(f'no --init: the network is trained together with its {method.split("_")[-1]}; to explain a {base} that is finished, pass --init RUN')
     if d.valid_is_train: say('no image has the split valid: the columns valid_* are of training images')
     steps = s['fit'].get('steps') or s['epochs']*len(d.train)
     if steps < 100: say(f"{steps} step{'s'*(steps != 1)} in all: so few seldom train a network; pass more --epochs, or a smaller --bs")
