@@ -172,8 +172,8 @@ class Findings:
 
 # %% ../../nbs/21_visualization/04b_findings.ipynb #b086b797
 def _about(p, b, classes):
-    "File, true and predicted class, and their probabilities"
-    d = dict(image=Path(b.path[0]).name) if b is not None else {}
+    "Folder and file, true and predicted class, and their probabilities"
+    d = dict(image='/'.join(Path(b.path[0]).parts[-2:])) if b is not None else {}
     y = None if p.logits is None else _label(b, p.logits.shape[1])
     if not isinstance(y, int): return d
     prob,best = p.logits[0].float().softmax(0),p.logits[0].argmax().item()
