@@ -264,8 +264,9 @@ def _html(run_dir):
                  CheckpointError):
         more = _from_findings(d, pictures)
     used = {p['id'] for g in more['groups'] for p in g['pictures']}
-    if all(c['patches'] for c in more['cards']) and not _found(d).get('class_parts') and len(more['cards']) == _found(d).get('n_parts'): used.add('gallery')
-    rest = [p for p in pictures if p.get('file', '').removesuffix('.png') not in used] # `gallery` shows the cards' patches again
+    found = _found(d)
+    if all(c['patches'] for c in more['cards']) and (found.get('class_parts') or len(more['cards']) == found.get('n_parts')): used.add('gallery')
+    rest = [p for p in pictures if p.get('file', '').removesuffix('.png') not in used] # `gallery` shows the cards' patches again, or mixes classes
     says = verdict(run.metrics, bool(run.config.get('multi'))) if run.metrics else ()
     return render_page(run, verdict=says, charts=charts, pictures=rest, tables=_tables(d), facts=facts,
                        words=_score_words,
