@@ -160,6 +160,7 @@ class PartModel(OriginalWeights, nn.Module):
     "Base class of all methods: `forward(x)` returns an object with `.logits`; `_parts` makes `Parts`"
     needs_grad = False # Does `_parts` differentiate?
     classifies = True # Are the logits those of classes, or attributes, of an image?
+    class_parts = False # Has each class parts of its own, so that part k of one is another than part k of the other?
     part_names = {} # Names of parts by number, which a run keeps
     start_only = ('pretrained', 'weights', 'features') # Arguments that a run does not store: where weights come from
     def __init__(self,
@@ -299,7 +300,7 @@ def register(
     summary:str='', # One line for listings
     extra=(), # Annotations its training is given, such as 'mask'; it gets no others
     scores=None, # `(learner, table, protocol) -> dict`: its own published measures, which `evaluate` adds
-    base:str=None, # Method whose finished run it needs (`--init`)
+    base:str=None, # Method whose finished run it takes (`--init`)
     pictures=None, # `(learner, table, rows shown, folder) -> files`: its own pictures, which `visualize` adds
     importer=None, # `(file, out, **options) -> run`: makes a run of a checkpoint of its authors
 )->_Method:

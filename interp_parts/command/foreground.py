@@ -20,8 +20,8 @@ from ..models.foreground import supervised_labels
 # %% ../../nbs/30_command/02f_foreground.ipynb #f083be6e
 def _check_foreground(settings, options):
     "Raise an error for wrong options before anything is written"
-    if not settings.get('data') or not settings.get('path'):
-        raise ConfigError('--data and --path', 'missing', 'images, with masks or boxes', '--data cub_parts --path DIR')
+    if lost := ' and '.join(f'--{k}' for k in ('data','path') if not settings.get(k)):
+        raise ConfigError(lost, 'missing', 'images, with masks or boxes', '--data cub_parts --path DIR')
     known = {*option_kinds(supervised_labels), 'threshold', 'largest'} - {'df','folder','splits','predict'}
     for k in options: pick(k, sorted(known), '--set')
     check_backbone(options.get('backbone', 'resnet34'))

@@ -232,7 +232,8 @@ def check_settings(
 ):
     "Raise for settings that cannot be"
     if not (s['data'] and s['path']):
-        raise ConfigError('--data and --path', 'missing', 'what to train on', '--data folder --path DIR')
+        lost = ' and '.join(f'--{k}' for k in ('data','path') if not s[k])
+        raise ConfigError(lost, 'missing', 'what to train on', '--data folder --path DIR')
     for k,like in {**settings_defaults, **_kinds}.items():
         if s.get(k) is not None: check_kind(f"--{k.replace('_','-')}", s[k], like, *_limits.get(k, ()))
     check_backbone(s['backbone'])

@@ -135,8 +135,7 @@ def _check_data(run, method, s, again):
     "An error if a finished run was trained on other data than there are now; a warning if that cannot be seen"
     try: changed = _difference(run, method, s)
     except DataError as e: return warn_user(f'{run}: its data cannot be read ({e.got}), and are not compared')
-    if changed: raise ConfigError(run, f'is finished, and was trained on {changed}',
-                                   'the data it was trained on', 'use another --out' + again)
+    if changed: raise ConfigError(run, f'is finished, and was trained on {changed}', 'the data it was trained on', 'use another --out' + again)
 
 def _prepare(run, method, s, resume, overwrite):
     "True if the run is finished already; an error for a run that exists and is not meant"
@@ -154,8 +153,9 @@ def _prepare(run, method, s, resume, overwrite):
 def _say_start(method, learn, s, say):
     d = learn.dls
     n = sum(p.numel() for p in learn.model.parameters())
-    say(f"{method}: {len(d.train.dataset)} training images, {d.c} {'attributes' if d.multi else 'classes'}, "
-        f"{n:,} parameters, {d.device}")
+    say(f"{method}: {len(d.train.dataset)} training images, {d.c} {'attributes' if d.multi else 'classes'}, {n:,} parameters, {d.device}")
+    if (base := get_method(method).base) and not (s.get('init') or s.get('model', {}).keys() & {'attention','class_specific'}):
+        say(f'no --init: its network is trained, too; to explain a finished {base}, pass --init RUN')
     if d.valid_is_train: say('no image has the split valid: the columns valid_* are of training images')
     steps = s['fit'].get('steps') or s['epochs']*len(d.train)
     if steps < 100: say(f"{steps} step{'s'*(steps != 1)} in all: so few seldom train a network; pass more --epochs, or a smaller --bs")
@@ -217,8 +217,7 @@ def _base(where):
     if not (folder/'config.json').is_file(): raise CheckpointError(folder, 'no config.json', 'a folder that timm wrote')
     c = read_json(folder/'config.json')
     if not isinstance(c, dict) or not isinstance(c.get('architecture'), str):
-        raise CheckpointError(folder/'config.json', 'no architecture', 'what timm writes',
-                              'for a run of interp_parts pass --init')
+        raise CheckpointError(folder/'config.json', 'no architecture', 'what timm writes', 'for a run of interp_parts pass --init')
     if not (folder/'model.safetensors').is_file():
         raise CheckpointError(folder, 'no model.safetensors', 'weights without pickles')
     return c['architecture'],str(folder/'model.safetensors')

@@ -126,7 +126,9 @@ def focus(
     lost = [e for e in extra if e not in dls.table]
     if lost:
         raise DataError(dls.table.attrs.get('name', 'table'), f'no column {lost[0]!r}',
-                        'a foreground mask for each image', 'add_grabcut_masks(df, FOLDER) makes masks from boxes')
+                        'a foreground mask for each image',
+                        'add_grabcut_masks(df, FOLDER) makes masks from boxes' if 'box' in dls.table else
+                        'pass --set data.masks=DIR, a folder of masks named as the images, or --data masked_folder')
     for dl in dls.loaders:
         old = dl.dataset
         kw = dict(extra=list(dict.fromkeys([*old.extra, *extra])), train=old.train, flip=old.flip,

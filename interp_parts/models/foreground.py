@@ -194,7 +194,8 @@ def supervised_labels(
     "The table with predicted masks for the rows of `splits`, from a network trained on the masks of its training rows"
     if 'mask' not in df:
         raise DataError(df.attrs.get('name'), 'no column mask', 'masks of the training images',
-                        'add_grabcut_masks makes them from boxes')
+                        'add_grabcut_masks makes them from boxes' if 'box' in df else
+                        'pass --set data.masks=DIR, a folder of masks named as the images, or --data masked_folder')
     claim(folder, 'masks')
     seed_everything(seed)
     dls = part_dls(df, size, resize, bs, ('mask',), stats=backbone_stats(backbone), workers=workers, seed=seed,

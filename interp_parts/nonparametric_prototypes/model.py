@@ -33,6 +33,7 @@ FOREGROUNDS = ('pca', 'otsu', 'mask', 'none', 'batch')
 
 class NonparametricPrototypes(PartModel):
     "Non-parametric part prototypes (Zhu et al., CVPR 2025)"
+    class_parts = True
     view = 'parts' # What maps show: 'parts', or 'clusters'
     @store_config
     def __init__(self,

@@ -15,6 +15,7 @@ import pandas as pd
 from fastai.callback.core import Callback, CancelTrainException
 from fastai.callback.schedule import ParamScheduler
 from fastai.callback.training import GradientAccumulation, GradientClip
+from fastcore.basics import noop
 from fastcore.foundation import L
 
 from ..core import CheckpointError, ConfigError, pick
@@ -44,6 +45,17 @@ class _History(Callback):
         self.rows.append(dict(zip(names, [self.epoch, *(float(v) for v in self.learn.recorder.values[-1])])))
         try: write_csv(self.path, pd.DataFrame(self.rows))
         except OSError as e: SaveState.say_unsaved(self.path, e)
+
+class _NoEmptyRows(Callback):
+    "Keep the recorder from printing a row for each epoch that fastai passes through before it goes on"
+    order = 49 # before the recorder
+    def __init__(self, start): self.start,self.log_to = start,None
+
+    def after_epoch(self):
+        if self.epoch < self.start: self.log_to,self.learn.logger = self.learn.logger,noop
+
+    def before_epoch(self):
+        if self.log_to is not None: self.log_to,self.learn.logger = None,self.log_to
 
 # %% ../../nbs/04_training/05_fit.ipynb #51b67cf3
 def read_history(
@@ -217,6 +229,6 @@ def _fit_into(learn, epochs, lrs, cbs, run, save_every, resume, keep_best=None):
     if save.start < epochs:
         with save.stops_gently():
             log = keep if this_process()[0] == 0 else []
-            learn.fit(epochs, lrs, cbs=[*cbs, *log, save], start_epoch=save.start)
+            learn.fit(epochs, lrs, cbs=[*cbs, *log, _NoEmptyRows(save.start), save], start_epoch=save.start)
     elif state: load_tensors(Path(run)/'state'/state['files']['model'], learn.model)
     if keep_best and this_process()[0] == 0: _take_best(learn, run, keep_best)

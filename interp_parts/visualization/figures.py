@@ -273,7 +273,7 @@ def _explanations(first, classes, multi, soft):
         fig,target = explain(x, p, classes, multi=multi, soft=soft),_target(p, None)
         name = _name(classes, target)
         title = _explain_title(p, name, target, classes, multi)
-        yield f'explanation_{i:03}',fig,f'{Path(b.path[0]).name}: {title}',_explain_words(p, name)
+        yield f'explanation_{i:03}',fig,f"{'/'.join(Path(b.path[0]).parts[-2:])}: {title}",_explain_words(p, name)
 
 # %% ../../nbs/21_visualization/02_figures.ipynb #a59bcaf0
 def save_visualization(

@@ -6,7 +6,7 @@
 __all__ = ['Findings']
 
 # %% ../../nbs/21_visualization/04b_findings.ipynb #f8f1be7b
-import math
+import math, re
 from collections import Counter
 from pathlib import Path
 
@@ -114,11 +114,14 @@ def _card(items, k, places, by_class):
 
 # %% ../../nbs/21_visualization/04b_findings.ipynb #1708511a
 def _reasons(model, image, p, b, stats, device):
-    "What each part counts for the predicted and for the true class: `[[part, predicted, true], ...]`, largest difference first"
+    "What each part counts for the predicted and for the true class: `[[part, predicted, true], ...]`, largest difference first; None for a class whose part it is not"
     if p.contribution is None or not _is_wrong(p, b): return []
     x = normalize(torch.from_numpy(image.copy()).permute(2,0,1)[None], stats).to(device)
     c = [model.parts(x, t).contribution[0].float().cpu() for t in (p.logits[0].argmax().item(), int(b.label[0]))]
     gap = c[0]-c[1]
+    if getattr(model, 'class_parts', False): # the strongest of each class: nothing is compared
+        top = lambda v: [(k, round(v[k].item(), 4)) for k in v.abs().argsort(descending=True)[:3].tolist()]
+        return [*([k, v, None] for k,v in top(c[0])), *([k, None, v] for k,v in top(c[1]))]
     if gap.abs().max() < 1e-6: return []
     return [[k, round(c[0][k].item(), 4), round(c[1][k].item(), 4)]
             for k in gap.abs().argsort(descending=True)[:5].tolist()]
@@ -165,12 +168,12 @@ class Findings:
                 images.append(dict(_about(p, b, self.classes), group=group, picture=f'explanation_{i:03}.png',
                                    reasons=why))
                 i += 1
-        _save_cards(self.items, out, most, self.classes, images)
+        _save_cards(self.items, out, most, self.classes, images, getattr(model, 'class_parts', False))
 
 # %% ../../nbs/21_visualization/04b_findings.ipynb #b086b797
 def _about(p, b, classes):
-    "File, true and predicted class, and their probabilities"
-    d = dict(image=Path(b.path[0]).name) if b is not None else {}
+    "Folder and file, true and predicted class, and their probabilities"
+    d = dict(image='/'.join(Path(b.path[0]).parts[-2:])) if b is not None else {}
     y = None if p.logits is None else _label(b, p.logits.shape[1])
     if not isinstance(y, int): return d
     prob,best = p.logits[0].float().softmax(0),p.logits[0].argmax().item()
@@ -184,20 +187,38 @@ def _ours():
     info.add_itxt('Software', 'interp_parts')
     return info
 
-def _save_cards(items, out, most, classes, images):
-    "Write the patches of each part and findings.json"
+def _cards_of(items, most, classes):
+    "`(card, patches)` of the parts that count most"
     places = np.stack([_on_object(p, b, x.shape[:2]).numpy() for x,p,b in items])
-    cards = [_card(items, k, places, _by_class(items, classes)) for k in _most(items, most)]
+    by_class = _by_class(items, classes)
+    return [(_card(items, k, places, by_class), _patches(items, k, 6)) for k in _most(items, most)]
+
+def _class_cards(items, most, classes):
+    "The same where each class has parts of its own, K each: part k of class c is number `c*K + k`, shown in the images explained for c"
+    out,by = [],{}
+    for o in items: by.setdefault(int(o[1].target[0]), []).append(o)
+    for c,mine in by.items():
+        (name,_),k = next(iter(_by_class(mine, classes).items())),mine[0][1].n_parts
+        for card,patches in _cards_of(mine, k, classes):
+            said = re.sub(r'^part (?=\d+$)', 'prototype ', card['name'])
+            out.append((dict(card, part=c*k + card['part'], name=f'{said} of {name}', number=card['part'], images=len(mine)), patches))
+    best = sorted(out, key=lambda o: -abs(o[0]['by_class'][0][1])*o[0]['images'])[:most]
+    return sorted(best, key=lambda o: o[0]['part'])
+
+def _save_cards(items, out, most, classes, images, own=False):
+    "Write the patches of each part and findings.json"
+    own = own and items[0][1].contribution is not None
+    shown = (_class_cards if own else _cards_of)(items, most, classes)
+    cards = [c for c,_ in shown]
     files = [out/f"part_{c['part']:03}.png" for c in cards]
-    for f,c in zip(files, cards):
+    for f,(_,patches) in zip(files, shown):
         if keep_theirs(f): continue
-        with atomic_path(f) as tmp:
-            Image.fromarray(_patches(items, c['part'], 6)).save(tmp, format='png', pnginfo=_ours())
+        with atomic_path(f) as tmp: Image.fromarray(patches).save(tmp, format='png', pnginfo=_ours())
     for old in set(out.glob('part_*.png')) - set(files):
         if made(old) == 'file': old.unlink()
     answers = Counter((a['label'], a['predicted']) for a in (_about(p, b, classes) for _,p,b in items) if 'label' in a)
     p,frame = items[0][1],_frame(items[0][2], (1,1))[1]
     if not keep_theirs(out/'findings.json'):
         write_json(out/'findings.json', dict(schema=1, n_images=len(items), n_parts=p.n_parts, kind=p.contribution_kind,
-                                             frame=frame,
+                                             class_parts=own, frame=frame,
                                          images=images, parts=cards, answers=[[*k, v] for k,v in answers.items()]))

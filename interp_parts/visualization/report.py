@@ -56,8 +56,7 @@ def _chart(name, lines):
     ax = fig.subplots()
     for part,values in lines.items():
         color,style = _LINES[part]
-        ax.plot(np.arange(len(values)), np.array(values, float), style, color=color, marker='.', ms=4,
-                label=_last(part, values))
+        ax.plot(np.arange(len(values)), np.array(values, float), style, color=color, marker='.', ms=4, label=_last(part, values))
     ax.set_title(name.replace('_', ' '), loc='left', fontsize=9, weight='bold')
     ax.set_xlabel('epoch, counted from 0', fontsize=8)
     ax.xaxis.set_major_locator(MaxNLocator(integer=True))
@@ -79,8 +78,7 @@ def _picture(path):
         if data[:4] != b'\x89PNG': raise OSError('not a PNG')
     except (OSError,ValueError,SyntaxError): return dict(note=f'{path.name} is damaged and not shown.')
     return dict(file=path.name, id='', name='', answer='', reasons=(), title=str(info.get('Title', path.stem)),
-                text=str(info.get('Description', '')), width=w, height=h,
-                src=_data_uri(data))
+                text=str(info.get('Description', '')), width=w, height=h, src=_data_uri(data))
 
 def _shown(run, suffix):
     "Files of RUN/visualization, without hidden ones"
@@ -125,6 +123,8 @@ def _reason_lines(o, kind, names):
     "Why the answer was not the truth, part by part"
     if o.get('label') == o.get('predicted'): return []
     if not o['reasons']: return ['The method does not say what each part counts for one class and not for another.']
+    if None in o['reasons'][0]: # parts that belong to classes
+        return [f"{names(k)} of {o['predicted']}: {x:+.2f}" if y is None else f"{names(k)} of {o['label']}: {y:+.2f}" for k,x,y in o['reasons']]
     talk = lambda k,x,y: _TALK[kind].format(part=names(k), gap=x-y, word='more' if x > y else 'less', a=o['predicted'],
                                             b=o['label'], x=x, y=y)
     return [talk(*r) for r in o['reasons'] if abs(r[1]-r[2]) > 5e-3]
@@ -168,15 +168,14 @@ def _ends(by_class, most=5):
 def _cards(found, run, names, anchors):
     "What the page shows of each part"
     color = [part_colors(found['n_parts'], next((c['part'] for c in found['parts'] if c['background']),
-                                                None))[c['part']] for c in found['parts']]
+                                                None))[c.get('number', c['part'])] for c in found['parts']]
     frame = dict(box='box of the object', mask='box around the mask of the object').get(found['frame'], 'image')
     for c,rgb in zip(found['parts'], color):
         strip,where = _picture(Path(run)/'visualization'/f"part_{c['part']:03}.png"),_place_words(c['spot'])
         yield dict(part=c['part'], name=names(c['part']), color='#'+''.join(f'{round(255*v):02x}' for v in rgb),
-                   frame=frame, where=where,
-                   place=_place_png(c['place'], rgb), patches=strip.get('src'), width=strip.get('width'),
+                   frame=frame, where=where, place=_place_png(c['place'], rgb), patches=strip.get('src'), width=strip.get('width'),
                    height=strip.get('height'),
-                   said=f"Present in {c['present']} of {found['n_images']} images. In the {frame}, {where}.",
+                   said=f"Present in {c['present']} of {c.get('images', found['n_images'])} images. In the {frame}, {where}.",
                    counted=_COUNTED.get(found['kind'], ''),
                    by_class=[(n, f'{v:+.2f}', m, anchors.get(n)) for n,v,m in _ends(c['by_class']) if any(abs(o[1]) >= 5e-3 for o in c['by_class'])])
 
@@ -237,12 +236,14 @@ def _from_findings(run, pictures):
     "Sections made from findings.json and answers.csv"
     found,given = _found(run),given_names(run)
     stored = {c['part']:c['name'] for c in found.get('parts', ())}
-    names = lambda k: given.get(k) or stored.get(k, f'part {k}')
+    own = found.get('class_parts')
+    names = lambda k: not own and given.get(k) or stored.get(k, f'part {k}')
     answers = _answers(run, found)
     rows,ids = _class_rows(answers, found, names)
     n,of = sum(o[2] for o in answers),'test images' if (Path(run)/'answers.csv').exists() else 'images looked at'
     more = '' if len(found.get('parts', ())) == found.get('n_parts') else f" Shown: the {len(found.get('parts', ()))} of {found.get('n_parts')} that count most."
-    return dict(groups=_grouped(found, pictures, names) if found else (),
+    if own: more = f" Each class has {found['n_parts']} of its own. Shown: the {len(found['parts'])} that count most."
+    return dict(groups=_grouped(found, pictures, (lambda k: given.get(k, f'prototype {k}')) if own else names) if found else (),
                 cards=list(_cards(found, run, names, ids)) if found else (),
                 cards_said=f"From {found.get('n_images')} images: the regions in which each part is most present, its place, and what it counts.{more}",
                 class_rows=rows, classes_said=f'{n} {of}. Unfold a class to see the parts that count for it.',
@@ -252,18 +253,16 @@ def _html(run_dir):
     "The page as a string"
     run,d = RunSummary(run_dir),Path(run_dir)
     charts = {name: _data_uri(_chart(name, lines).png(dpi=150)) for name,lines in _read_curves(d/'history.csv').items()}
-    facts = dict(Settings=run.settings(), Data=run.about_data(), Licences=run.licences,
-                 Versions=run.section('versions'))
+    facts = dict(Settings=run.settings(), Data=run.about_data(), Licences=run.licences, Versions=run.section('versions'))
     pictures,without = _pictures(d),run.metrics.get('without_parts')
-    with reading(d/'visualization'/'findings.json', 'what `interp-parts visualize` wrote', 'visualize again',
-                 CheckpointError):
+    with reading(d/'visualization'/'findings.json', 'what `interp-parts visualize` wrote', 'visualize again', CheckpointError):
         more = _from_findings(d, pictures)
     used = {p['id'] for g in more['groups'] for p in g['pictures']}
-    if all(c['patches'] for c in more['cards']) and len(more['cards']) == _found(d).get('n_parts'): used.add('gallery')
-    rest = [p for p in pictures if p.get('file', '').removesuffix('.png') not in used] # `gallery` shows the cards' patches again
+    found = _found(d)
+    if all(c['patches'] for c in more['cards']) and (found.get('class_parts') or len(more['cards']) == found.get('n_parts')): used.add('gallery')
+    rest = [p for p in pictures if p.get('file', '').removesuffix('.png') not in used] # `gallery` shows the cards' patches again, or mixes classes
     says = verdict(run.metrics, bool(run.config.get('multi'))) if run.metrics else ()
-    return render_page(run, verdict=says, charts=charts, pictures=rest, tables=_tables(d), facts=facts,
-                       words=_score_words,
+    return render_page(run, verdict=says, charts=charts, pictures=rest, tables=_tables(d), facts=facts, words=_score_words,
                        without=without, removed=removal_rows(without) if without else [], **more)
 
 def _score_words(name):

@@ -92,7 +92,8 @@ def _compared(metrics):
         if not rivals: continue
         low = k.endswith('error')
         name,best = (min if low else max)(rivals.items(), key=lambda o: o[1])
-        yield k,metrics[k],name,best,metrics[k] < best if low else metrics[k] > best
+        a,b = round(metrics[k], 3),round(best, 3)                     # as `_said` shows them: equal ones are a tie
+        yield k,metrics[k],name,best,a < b if low else a > b
 
 # %% ../../nbs/21_visualization/04a_verdict.ipynb #99c6058b
 @dataclass
