@@ -245,6 +245,7 @@ def _foreground(
     options = given(locals(), 'data', 'path', 'out', 'protocol', 'set_')
     from interp_parts.command.foreground import foreground_run
     reader,more = _split_reader(parse_set(set_))
+    for k in options.keys() & more.keys(): raise ConfigError(f'--set {k}', more[k], 'threshold or largest', f'pass --{k}')
     settings = dict(data=data, path=path, protocol=protocol, reader=reader)
     n = len(foreground_run(out, settings, **options, **more))
     print(f'{out}: masks of {n} images; next, interp-parts evaluate RUN --masks {shlex.quote(str(out))}')
