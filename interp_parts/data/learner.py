@@ -26,7 +26,7 @@ def batches(self:PartLearner,
     "Batches of `data` as this learner's model was trained to see them"
     if not isinstance(data, pd.DataFrame): return data
     d = self.dls
-    bs = getattr(d.train, 'whole_bs', d.bs) # while processes share batches, those of all
+    bs = getattr(d, 'whole_bs', d.bs) # while processes share batches, those of all
     own = dict(size=d.view.size, resize=d.view.resize, bs=bs, stats=d.stats, workers=d.num_workers)
     return PartBatches(data, **{**own, **view})
 
