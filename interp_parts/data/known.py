@@ -89,7 +89,8 @@ class KnownFiles:
         path = os.path.abspath(folder)
         self.folder = os.path.join(path if os.path.isdir(path) else os.path.dirname(path), '')
         self.known,self.token,self.new = None,None,False
-        self.at,self.states,self.answers = {},[np.zeros((1,4), np.int64)],[{}] # Rows of files; row 0 is of no file
+        self.paths,self.states,self.answers = [''],[np.zeros((1,4), np.int64)],[{}] # Row by row; row 0 is of no file
+        self.rows,self.noted,self.last = {},1,([],[]) # Rows of the first files; the last list that was asked about, and its rows
 
     @staticmethod
     def active():
@@ -125,25 +126,35 @@ def _states(paths):
         except OSError: yield 0,0,0,0
         else: yield s.st_size,s.st_mtime_ns & most,s.st_ctime_ns & most,s.st_ino & most
 
+@patch(as_prop=True)
+def at(self:KnownFiles):
+    "Row of each file that was looked up"
+    self.rows.update(zip(self.paths[self.noted:], range(self.noted, len(self.paths))))
+    self.noted = len(self.paths)
+    return self.rows
+
 @patch
-def _look(self:KnownFiles, paths):
-    "Look up files that were not looked up yet, and compare them with the index"
+def _look(self:KnownFiles, new):
+    "Look up files, and compare them with the index"
     if self.known is None: self.known = _read_index(self.folder)
-    new = [p for p in paths if p not in self.at] if self.at else paths
     states = np.fromiter(_states(new), np.dtype((np.int64, 4)), len(new))
     there = states.any(1)
     if not there.all(): new,states = list(compress(new, there)),states[there]
-    self.at.update(zip(new, range(len(self.answers), len(self.answers) + len(new))))
+    self.paths += new
     self.answers += self.known.of([p.removeprefix(self.folder) for p in new], states)
     self.states.append(states)
 
 @patch
 def _rows(self:KnownFiles, paths):
     "The row of each file, 0 where there is no file"
-    paths = list(map(os.fspath, paths))
-    try: return list(map(self.at.__getitem__, paths))
-    except KeyError: self._look(paths)
-    return list(map(self.at.get, paths, repeat(0)))
+    paths,first = list(map(os.fspath, paths)),len(self.paths)
+    if paths == self.last[0]: return self.last[1]
+    at = self.at if first > 1 else {}
+    if new := [p for p in paths if p not in at] if at else paths: self._look(new)
+    whole = len(self.paths) == first + len(paths) # all are new, and there
+    rows = list(range(first, len(self.paths))) if whole else list(map(self.at.get, paths, repeat(0)))
+    if len(paths) > 1 and 0 not in rows: self.last = paths,rows
+    return rows
 
 @patch
 def get_all(self:KnownFiles,
